@@ -1,0 +1,150 @@
+"""HFedMoE on a laptop: a Switch-style classifier of BBC News over 20 unequal clients.
+
+Reproduces: the method of arXiv 2601.00583 (expert selection by the information
+bottleneck under device budgets, sparse expert aggregation, importance-weighted
+gating), at a size that needs no accelerator and no network.
+
+    python -m launch.main --config=configs/hfedmoe.py
+    python -m launch.main --config=configs/hfedmoe.py:smoke
+"""
+
+from ml_collections import ConfigDict
+
+MEGABYTE = 1e6
+MEGABIT = 1e6
+GIGAFLOP = 1e9
+
+
+def device(share: float, memory_bytes: float, flop_per_s: float, uplink_bps: float, downlink_bps: float):
+    """Returns a device class: its share of the clients and its profile."""
+    return ConfigDict(
+        dict(
+            share=share,
+            memory_bytes=memory_bytes,
+            flop_per_s=flop_per_s,
+            uplink_bps=uplink_bps,
+            downlink_bps=downlink_bps,
+        )
+    )
+
+
+def default(config: ConfigDict) -> ConfigDict:
+    """The main job."""
+    return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """Everything once, in seconds: a tiny model, four clients, three rounds."""
+    config.model.update(width=32, hidden=32, num_experts=4)
+    config.fl.update(clients=4, clients_per_round=3, rounds=3, local_steps=2, batch_size=8)
+    config.budget.fraction = 0.5
+    config.data.update(seq_len=32, vocab_size=1000)
+    config.eval.update(every=1, max_examples=128)
+    config.checkpoint.every = 1
+    return config
+
+
+PRESETS = {"default": default, "smoke": smoke}
+
+
+def get_config(preset: str = "default") -> ConfigDict:
+    """Returns the config of a preset (see `PRESETS`)."""
+    config = ConfigDict()
+    config.experiment = "hfedmoe"
+    config.seed = 0
+
+    data = config.data = ConfigDict()
+    data.source = "bbc_news"  # bbc_news | file | hub:NAME | tfds:NAME
+    data.train_path = ""  # file: parquet, csv or jsonl
+    data.test_path = ""  # file: optional; without it a test split is cut from the training file
+    data.text_column = "text"
+    data.label_column = "label"
+    data.client_column = ""  # natural partition: the column that names a row's client
+    data.cache_dir = ""  # hub, tfds: where prepared data sets lie
+    data.validation_fraction = 0.15
+    data.test_fraction = 0.15
+    data.holdout_fraction = 0.1  # of each client's own documents, for its own accuracy
+    data.tokenizer = "wordpiece"  # wordpiece | bpe
+    data.vocab_size = 8192
+    data.seq_len = 64  # tokens
+    data.long_text = "split"  # split (into passages) | truncate
+
+    partition = config.partition = ConfigDict()
+    partition.name = "dirichlet"  # iid | dirichlet | shards | column
+    partition.alpha = 0.3  # dirichlet concentration
+    partition.shards_per_client = 2  # shards
+
+    model = config.model = ConfigDict()
+    model.num_layers = 2
+    model.width = 128
+    model.num_heads = 4
+    model.hidden = 256  # of each expert
+    model.num_experts = 8  # in each layer
+    model.top_k = 1  # experts of a token
+    model.dispatch = "capacity"  # capacity | dense
+    model.capacity_factor = 1.5  # slots of an expert in training, over an even share of the tokens
+    model.eval_capacity_factor = 2.0
+    model.load_balance = 0.01  # weight of the load-balancing loss
+
+    fl = config.fl = ConfigDict()
+    fl.algorithm = "hfedmoe"  # see hfedmoe_jax/algorithms.py
+    fl.clients = 20
+    fl.clients_per_round = 10
+    fl.rounds = 40
+    fl.local_steps = 8
+    fl.batch_size = 16
+    fl.dropout_probability = 0.0  # that a sampled client drops out of the round
+    fl.forward = "routed"  # routed (the paper) | active (forward fits the budget too)
+    fl.score = ""  # these three replace the algorithm's own part, for ablations
+    fl.expert_rule = ""
+    fl.gating_rule = ""
+    fl.chunk = 0  # clients computed at once on a device; 0: by backend
+
+    importance = config.importance = ConfigDict()
+    importance.estimate = "routing"  # of the task information: routing | gradient
+    importance.refresh = "step"  # step | previous
+    importance.lam = 0.5  # (5)
+    importance.beta = 0.1  # (14)
+
+    aggregation = config.aggregation = ConfigDict()
+    aggregation.tau = 0.0  # (16): usage from which a trained expert is dominant
+    aggregation.literal_gating = False  # (21) as printed, without normalisation
+
+    client = config.client = ConfigDict()
+    client.optimizer = "adam"  # sgd | sgdm | adam | yogi
+    client.learning_rate = 1e-3
+    client.momentum = 0.9
+    client.second_momentum = 0.999
+    client.epsilon = 1e-8
+    client.proximal_mu = 0.01  # fedprox
+
+    server = config.server = ConfigDict()
+    server.optimizer = ""  # replaces the algorithm's own
+    server.learning_rate = 1.0
+    server.momentum = 0.9
+    server.second_momentum = 0.99
+    server.epsilon = 1e-3
+
+    budget = config.budget = ConfigDict()
+    budget.fraction = 0.0  # of all experts, the same for every client; 0: from the devices
+
+    # Memory free for training. The classes stand to this small model as phones, tablets and laptops
+    # stand to a large one: the first cannot train all experts, the last can.
+    config.devices = ConfigDict(
+        {
+            "phone": device(0.4, 50 * MEGABYTE, 2 * GIGAFLOP, 5 * MEGABIT, 20 * MEGABIT),
+            "tablet": device(0.4, 55 * MEGABYTE, 6 * GIGAFLOP, 20 * MEGABIT, 50 * MEGABIT),
+            "laptop": device(0.2, 64 * MEGABYTE, 20 * GIGAFLOP, 50 * MEGABIT, 100 * MEGABIT),
+        }
+    )
+
+    evaluation = config.eval = ConfigDict()
+    evaluation.every = 2  # rounds
+    evaluation.batch_size = 64
+    evaluation.max_examples = 0  # of the validation split, each time; 0: all
+
+    checkpoint = config.checkpoint = ConfigDict()
+    checkpoint.every = 5  # rounds
+    checkpoint.keep = 3
+
+    return PRESETS[preset](config)

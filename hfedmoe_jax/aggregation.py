@@ -1,0 +1,176 @@
+"""What the server makes of the uploads: equations (17)-(21) of arXiv 2601.00583.
+
+Every rule is a weighted mean, so one streaming mean serves them all and the server holds
+running sums, never copies of the clients' models.
+
+Axes: C clients, L MoE layers, E experts.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.registry import Registry
+
+
+def dominant_set(
+    usage: Float[Array, "*layers experts"], trained: Bool[Array, "*layers experts"], tau: float
+) -> Bool[Array, "*layers experts"]:
+    """Returns S_c = {e : u_c(e) >= tau and e was trained in at least one local step}.
+
+    The second condition is our decision: usage alone does not mean that e received a gradient.
+    """
+    return (usage >= tau) & trained
+
+
+def routing_consistency(
+    dominant: Bool[Array, "clients layers experts"], took_part: Bool[Array, " clients"]
+) -> Float[Array, " clients"]:
+    """Returns r(c) = |S_c and S_global| / |S_global|, S_global the union of the S_c (18).
+
+    Args:
+      dominant: S_c of each client.
+      took_part: clients whose update counts; the others neither widen the union nor get a value (0).
+    """
+    dominant = dominant & took_part[:, None, None]
+    in_union = jnp.any(dominant, axis=0)
+    size = jnp.sum(dominant & in_union, axis=(1, 2))
+    return size / jnp.maximum(jnp.sum(in_union), 1)
+
+
+def preference(
+    usage: Float[Array, "*layers experts"],
+    importance: Float[Array, "*layers experts"],
+    dominant: Bool[Array, "*layers experts"],
+) -> Float[Array, "*layers experts"]:
+    """Returns p_c(e) = u_c(e) * s^c(e) on S_c, zero elsewhere (19)."""
+    return jnp.where(dominant, usage * importance, 0.0)
+
+
+def gating_weight(preference: Float[Array, "layers experts"]) -> Float[Array, ""]:
+    """Returns |S_global| * alpha(c) = sum_e p_c(e), over all layers (20).
+
+    |S_global| is known only after the last client; it cancels in the normalised mean, and
+    the literal form divides the finished sum by it.
+    """
+    return jnp.sum(preference)
+
+
+class Upload(NamedTuple):
+    """What a client tells the server beside its parameters.
+
+    Attributes:
+      usage: float32 [L, E], u_c of (16).
+      importance: float32 [L, E], s^c: the routing importance (5), mean over the client's steps.
+      trained: bool [L, E], experts that received a gradient in at least one step.
+      num_examples: float32 [], |D_c|.
+    """
+
+    usage: Float[Array, "*layers experts"]
+    importance: Float[Array, "*layers experts"]
+    trained: Bool[Array, "*layers experts"]
+    num_examples: Float[Array, ""]
+
+
+expert_rules = Registry("fl.expert_rule")
+"""Weight of a client's experts, `(upload: Upload, aggregation: ConfigDict) -> float [L, E]`."""
+
+
+@expert_rules.register("dominant")
+def dominant_experts(upload: Upload, aggregation: ConfigDict) -> Float[Array, "*layers experts"]:
+    """Sparsity-aware: |D_c| for the experts of S_c, zero for the rest (17)."""
+    dominant = dominant_set(upload.usage, upload.trained, aggregation.tau)
+    return jnp.where(dominant, upload.num_examples, 0.0)
+
+
+@expert_rules.register("all")
+def all_experts(upload: Upload, aggregation: ConfigDict) -> Float[Array, "*layers experts"]:
+    """FedAvg: |D_c| for every expert, whether the client trained it or not."""
+    return jnp.full_like(upload.usage, upload.num_examples)
+
+
+gating_rules = Registry("fl.gating_rule")
+"""Weight of a client's gating networks, `(upload: Upload, aggregation: ConfigDict) -> float []`."""
+
+
+@gating_rules.register("importance")
+def importance_gating(upload: Upload, aggregation: ConfigDict) -> Float[Array, ""]:
+    """alpha(c) of (20), up to the factor 1 / |S_global|."""
+    dominant = dominant_set(upload.usage, upload.trained, aggregation.tau)
+    return gating_weight(preference(upload.usage, upload.importance, dominant))
+
+
+@gating_rules.register("mean")
+def mean_gating(upload: Upload, aggregation: ConfigDict) -> Float[Array, ""]:
+    """FedAvg: |D_c|."""
+    return upload.num_examples
+
+
+def literal_gating(mean: "RunningMean", union_size: Float[Array, ""]) -> Any:
+    """Returns sum_c alpha(c) G_c of (21) as printed, whose weights do not sum to one.
+
+    Args:
+      mean: the running mean of the routers, weighted by `gating_weight`.
+      union_size: |S_global|.
+    """
+    return jax.tree.map(lambda total: total / jnp.maximum(union_size, 1), mean.total)
+
+
+class RunningMean(NamedTuple):
+    """Sums of a weighted mean: `total` like the values, `weight` like the weights."""
+
+    total: Any
+    weight: Any
+
+
+def widen(weight: jax.Array, like: jax.Array) -> jax.Array:
+    """Appends axes so that a weight [L, E] multiplies a value [L, E, ...]."""
+    return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim))
+
+
+def mean_init(values: Any, weights: Any) -> RunningMean:
+    """Returns empty sums.
+
+    Args:
+      values: a tree of arrays (or shapes).
+      weights: a prefix tree of `values`; each leaf's shape is a prefix of its values' shapes.
+    """
+    return RunningMean(
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), values),
+        jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
+    )
+
+
+def mean_accumulate(mean: RunningMean, values: Any, weights: Any) -> RunningMean:
+    """Adds one client. A zero weight adds nothing, whatever the value (NaN included)."""
+
+    def add(weight, totals, leaves):
+        def add_leaf(total, leaf):
+            w = widen(weight, leaf)
+            return total + jnp.where(w > 0, w * leaf.astype(jnp.float32), 0.0)
+
+        return jax.tree.map(add_leaf, totals, leaves)
+
+    totals = jax.tree.map(add, weights, mean.total, values)
+    return RunningMean(totals, jax.tree.map(jnp.add, mean.weight, weights))
+
+
+def mean_merge(left: RunningMean, right: RunningMean) -> RunningMean:
+    """Returns the sums of both."""
+    return jax.tree.map(jnp.add, left, right)
+
+
+def mean_finalize(mean: RunningMean, previous: Any) -> Any:
+    """Returns total / weight, and `previous` where nothing was added (an expert nobody trained)."""
+
+    def divide(weight, totals, old):
+        def divide_leaf(total, old_leaf):
+            w = widen(weight, total)
+            return jnp.where(w > 0, total / jnp.where(w > 0, w, 1.0), old_leaf).astype(old_leaf.dtype)
+
+        return jax.tree.map(divide_leaf, totals, old)
+
+    return jax.tree.map(divide, mean.weight, mean.total, previous)

@@ -1,0 +1,83 @@
+"""Refuses a config that cannot run, before any data is read."""
+
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.aggregation import expert_rules, gating_rules
+from hfedmoe_jax.algorithms import compose
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.optimizers import optimizers
+from hfedmoe_jax.registry import unknown_name
+from hfedmoe_jax.scores import estimates, score_rules
+
+AT_LEAST_ONE = (
+    "fl.clients",
+    "fl.clients_per_round",
+    "fl.rounds",
+    "fl.local_steps",
+    "fl.batch_size",
+    "eval.every",
+    "eval.batch_size",
+    "checkpoint.every",
+    "checkpoint.keep",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "fl.chunk",
+    "eval.max_examples",
+    "importance.beta",
+    "aggregation.tau",
+    "model.load_balance",
+    "client.proximal_mu",
+)
+CHOICES = {"fl.forward": ("routed", "active"), "importance.refresh": ("step", "previous")}
+
+
+def lookup(config: ConfigDict, field: str):
+    """Returns the value at a dotted path."""
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks ranges and names that no single part of the package owns.
+
+    Raises:
+      InputError: the first field at fault.
+    """
+    for field in AT_LEAST_ONE:
+        if lookup(config, field) < 1:
+            raise InputError(field, lookup(config, field), "must be at least 1", "give a positive number")
+    for field in NOT_NEGATIVE:
+        if not lookup(config, field) >= 0:
+            raise InputError(field, lookup(config, field), "must not be negative", "give 0 or more")
+    for field, known in CHOICES.items():
+        if lookup(config, field) not in known:
+            raise unknown_name(field, lookup(config, field), list(known))
+    if not 0 <= config.importance.lam <= 1:
+        raise InputError("importance.lam", config.importance.lam, "must be in [0, 1]", "use e.g. 0.5")
+    probability = config.fl.dropout_probability
+    if not 0 <= probability < 1:
+        raise InputError("fl.dropout_probability", probability, "must be in [0, 1)", "use e.g. 0.1")
+    if config.fl.clients_per_round > config.fl.clients:
+        raise InputError(
+            "fl.clients_per_round",
+            config.fl.clients_per_round,
+            f"above fl.clients={config.fl.clients}",
+            "sample at most all clients",
+        )
+    parts = compose(config)
+    if parts.score != "none":
+        score_rules[parts.score]
+    estimates[config.importance.estimate]
+    expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
+    for field, name in (("client", config.client.optimizer), ("server", parts.server_optimizer)):
+        if name not in optimizers:
+            raise unknown_name(f"{field}.optimizer", name, list(optimizers))
+    if parts.score == "gradient_norm" and config.importance.refresh != "step":
+        raise InputError(
+            "importance.refresh",
+            config.importance.refresh,
+            "the training pass has no gradient of experts that it does not train",
+            "use importance.refresh=step with the score gradient_norm",
+        )

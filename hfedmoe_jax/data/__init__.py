@@ -1,0 +1,26 @@
+"""From a config to tokenised federated data: sources, tokenizers, partitions into clients, batches."""
+
+from hfedmoe_jax.data.batches import holdout_batches, pad_batches, round_batches
+from hfedmoe_jax.data.columns import Documents
+from hfedmoe_jax.data.federated import Examples, FederatedData, load_federated
+from hfedmoe_jax.data.partition import PARTITIONS, partition_documents
+from hfedmoe_jax.data.sources import Corpus, load_source
+from hfedmoe_jax.data.tokenizers import encode_passages, from_json, to_json, train_tokenizer
+
+__all__ = [
+    "PARTITIONS",
+    "Corpus",
+    "Documents",
+    "Examples",
+    "FederatedData",
+    "encode_passages",
+    "from_json",
+    "holdout_batches",
+    "load_federated",
+    "load_source",
+    "pad_batches",
+    "partition_documents",
+    "round_batches",
+    "to_json",
+    "train_tokenizer",
+]

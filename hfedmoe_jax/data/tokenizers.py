@@ -1,0 +1,183 @@
+"""Subword tokenizers trained on a run's own documents, and documents cut into passages.
+
+Axes: N passages, T tokens of a passage.
+"""
+
+import json
+import os
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import numpy as np
+from jaxtyping import Int32
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.registry import unknown_name
+
+# The library's threads gain nothing here, warn at a fork and may hang the forked process.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
+PAD_ID, UNK_ID, CLS_ID = range(3)
+# Byte-level BPE starts from all 256 bytes.
+MINIMUM_VOCAB_SIZE = {"wordpiece": 64, "bpe": 256 + len(SPECIAL_TOKENS)}
+LONG_TEXT = ("split", "truncate")
+ENCODE_BATCH = 4096
+
+
+def train_tokenizer(texts: Sequence[str], kind: str, vocab_size: int) -> Tokenizer:
+    """Trains a tokenizer whose vocabulary depends on nothing but the arguments.
+
+    The special tokens are [PAD]=0, [UNK]=1 and [CLS]=2; a text that spells one of them out does not
+    become one. `wordpiece` lower-cases and strips accents as BERT does (Devlin et al., 2019); `bpe` works
+    on bytes, so it knows every text (Radford et al., 2019).
+
+    Args:
+      texts: the training documents.
+      kind: `wordpiece` or `bpe`.
+      vocab_size: the largest vocabulary allowed; a small corpus yields a smaller one.
+
+    Raises:
+      InputError: an unknown kind or a vocabulary too small for it.
+    """
+    check_tokenizer(kind, vocab_size)
+    return (_train_wordpiece if kind == "wordpiece" else _train_bpe)(texts, vocab_size)
+
+
+def check_tokenizer(kind: str, vocab_size: int) -> None:
+    """Raises InputError if no tokenizer of that kind and size can be trained."""
+    if kind not in MINIMUM_VOCAB_SIZE:
+        raise unknown_name("data.tokenizer", kind, list(MINIMUM_VOCAB_SIZE))
+    if vocab_size < MINIMUM_VOCAB_SIZE[kind]:
+        raise InputError(
+            "data.vocab_size",
+            vocab_size,
+            f"too small for a {kind} tokenizer",
+            f"use at least {MINIMUM_VOCAB_SIZE[kind]}, e.g. 8192",
+        )
+
+
+def encode_passages(
+    tokenizer: Tokenizer, texts: Sequence[str], seq_len: int, long_text: str
+) -> tuple[Int32[np.ndarray, "N T"], Int32[np.ndarray, " N"]]:
+    """Encodes texts as passages of `seq_len` tokens, each opened by [CLS] and filled up with [PAD].
+
+    `split` cuts a text into consecutive windows of `seq_len - 1` tokens; a last window shorter than a
+    quarter of that is dropped unless it is the only one. `truncate` keeps the first window.
+    Every text, even an empty one, has at least one passage.
+
+    Args:
+      tokenizer: of `train_tokenizer`.
+      texts: the documents.
+      seq_len: T, at least 2.
+      long_text: `split` or `truncate`.
+
+    Returns:
+      The passages in the order of their documents, and the index in `texts` of each one's document.
+
+    Raises:
+      InputError: `seq_len` below 2 or an unknown `long_text`.
+    """
+    check_passages(seq_len, long_text)
+    window = seq_len - 1
+    passages, document = [], []
+    for index, ids in enumerate(_encode(tokenizer, texts)):
+        for start in range(0, _kept_windows(len(ids), window, long_text) * window, window):
+            passages.append(ids[start : start + window])
+            document.append(index)
+    lengths = np.fromiter(map(len, passages), np.int32, len(passages))
+    tokens = np.full((len(passages), seq_len), PAD_ID, np.int32)
+    tokens[:, 0] = CLS_ID
+    is_filled = np.arange(window) < lengths[:, None]
+    tokens[:, 1:][is_filled] = np.fromiter(chain.from_iterable(passages), np.int32, lengths.sum())
+    return tokens, np.array(document, np.int32)
+
+
+def check_passages(seq_len: int, long_text: str) -> None:
+    """Raises InputError if texts cannot be cut into such passages."""
+    if seq_len < 2:
+        raise InputError("data.seq_len", seq_len, "must hold [CLS] and one token", "use at least 2, e.g. 64")
+    if long_text not in LONG_TEXT:
+        raise unknown_name("data.long_text", long_text, list(LONG_TEXT))
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """Returns the text of a `tokenizer.json`, which the Hugging Face libraries read as well."""
+    return tokenizer.to_str()
+
+
+def from_json(text: str) -> Tokenizer:
+    """Returns the tokenizer of a `tokenizer.json` text."""
+    return Tokenizer.from_str(text)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    for start in range(0, len(texts), ENCODE_BATCH):
+        batch = list(texts[start : start + ENCODE_BATCH])
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            yield encoding.ids
+
+
+def _kept_windows(length: int, window: int, long_text: str) -> int:
+    whole, rest = divmod(length, window)
+    if long_text == "truncate" or length <= window:
+        return 1
+    return whole + (rest > 0 and 4 * rest >= window)
+
+
+def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS[UNK_ID]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    initial, continuing = _alphabets(tokenizer, texts, (vocab_size - len(SPECIAL_TOKENS)) // 2)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        # The trainer numbers continuing characters in the random order of a hash table and breaks ties
+        # by number; naming them all beforehand takes the chance out.
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in continuing)],
+        initial_alphabet=initial,
+        limit_alphabet=len(initial),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _without_added_tokens(tokenizer)
+
+
+def _alphabets(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> tuple[list[str], list[str]]:
+    """Returns the most frequent characters, and those of them that continue a word, both sorted."""
+    counts, words = Counter(), set()
+    for text in texts:
+        text = tokenizer.normalizer.normalize_str(text)
+        counts.update(text)
+        words.update(text.split())
+    characters = [character for character in counts if not character.isspace()]
+    kept = set(sorted(characters, key=lambda character: (-counts[character], character))[:limit])
+    continuing = {character for word in words for character in word[1:]} - set(string.punctuation)
+    return sorted(kept), sorted(kept & continuing)
+
+
+def _train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _without_added_tokens(tokenizer)
+
+
+def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    # An added token matches in raw text: a document that quotes "[PAD]" would hold padding.
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(content, ensure_ascii=False))

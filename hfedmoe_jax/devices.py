@@ -1,0 +1,149 @@
+"""Device profiles: how many experts a device can train, what it sends and how long it takes.
+
+Everything follows from the profile and the model's real sizes. Pure functions of numbers.
+Axes: L MoE layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models import ModelCost
+
+
+class DeviceProfile(NamedTuple):
+    """What a class of devices has for training.
+
+    Attributes:
+      name: of the class.
+      memory_bytes: memory free for training.
+      flop_per_s: sustained compute, FLOP/s.
+      uplink_bps, downlink_bps: link rates, bit/s.
+    """
+
+    name: str
+    memory_bytes: float
+    flop_per_s: float
+    uplink_bps: float
+    downlink_bps: float
+
+
+class RoundCost(NamedTuple):
+    """What a round costs one client: bytes each way, seconds of compute and of everything."""
+
+    bytes_down: float
+    bytes_up: float
+    compute_s: float
+    time_s: float
+
+
+def read_profiles(classes: ConfigDict) -> tuple[list[DeviceProfile], list[float]]:
+    """Returns the profiles of the section `devices` in order of name, and their shares of the population.
+
+    Raises:
+      InputError: a profile with a non-positive figure, or shares that sum to nothing.
+    """
+    profiles, shares = [], []
+    for name in sorted(classes):
+        entry = classes[name]
+        profile = DeviceProfile(name, *(float(entry[field]) for field in DeviceProfile._fields[1:]))
+        for field, value in zip(DeviceProfile._fields[1:], profile[1:], strict=True):
+            if not (value > 0 and np.isfinite(value)):
+                raise InputError(f"devices.{name}.{field}", value, "must be positive and finite",
+                                 "give the device's figure")  # fmt: skip
+        if not entry.share >= 0:
+            raise InputError(
+                f"devices.{name}.share", entry.share, "must not be negative", "use 0 to leave it out"
+            )
+        profiles.append(profile)
+        shares.append(float(entry.share))
+    if not sum(shares) > 0:
+        raise InputError("devices", list(classes), "no class has a positive share", "give one a share")
+    return profiles, shares
+
+
+def assign_devices(num_clients: int, shares: list[float], rng: np.random.Generator) -> np.ndarray:
+    """Returns each client's class, int [num_clients]: counts by largest remainder, order by chance."""
+    exact = np.asarray(shares) / np.sum(shares) * num_clients
+    counts = np.floor(exact).astype(int)
+    for index in np.argsort(counts - exact, kind="stable")[: num_clients - counts.sum()]:
+        counts[index] += 1
+    return rng.permutation(np.repeat(np.arange(len(shares)), counts))
+
+
+def memory_needed(cost: ModelCost, budget: int, forward: str) -> int:
+    """Returns the bytes that training `budget` experts a batch takes.
+
+    The shared part and the trained experts are held with gradients, optimizer state and activations.
+    `forward=routed` also runs the other experts, so holds their parameters; `active` does not (our
+    decision: the paper's forward may not fit the device it is meant for).
+    """
+    resident = cost.num_experts if forward == "routed" else budget
+    return (
+        cost.shared_training_bytes
+        + resident * cost.expert_parameter_bytes
+        + budget * cost.expert_training_bytes
+    )
+
+
+def expert_budget(profile: DeviceProfile, cost: ModelCost, forward: str) -> int:
+    """Returns C_budget, the most experts over all layers that fit the memory; at most all.
+
+    Raises:
+      InputError: not even one expert fits; says how much memory is missing.
+    """
+    missing = memory_needed(cost, 1, forward) - profile.memory_bytes
+    if missing > 0:
+        raise InputError(
+            f"devices.{profile.name}.memory_bytes",
+            profile.memory_bytes,
+            f"too small by {missing:,.0f} bytes for the shared part and one expert",
+            "give more memory, a smaller model or batch"
+            + (", or fl.forward=active" if forward == "routed" else ""),
+        )
+    one_more = memory_needed(cost, 2, forward) - memory_needed(cost, 1, forward)
+    return int(min(cost.num_experts, 1 + -missing // one_more))
+
+
+def fraction_budget(fraction: float, num_experts: int) -> int:
+    """Returns the budget `floor(fraction * L * E)` that a config fixes for every client.
+
+    Raises:
+      InputError: a fraction outside (0, 1] or below one expert.
+    """
+    if not 0 < fraction <= 1:
+        raise InputError("budget.fraction", fraction, "must be in (0, 1], or 0 to use the devices",
+                         "use e.g. 0.25")  # fmt: skip
+    budget = int(np.floor(fraction * num_experts + 1e-9))
+    if budget < 1:
+        raise InputError("budget.fraction", fraction, f"is {fraction * num_experts:.3g} of one expert",
+                         f"use at least {1 / num_experts:.4g}, one of {num_experts} experts")  # fmt: skip
+    return budget
+
+
+def round_cost(
+    profile: DeviceProfile,
+    cost: ModelCost,
+    steps: int,
+    assignments: float,
+    trained_assignments: float,
+    uploaded_experts: float,
+) -> RoundCost:
+    """Returns what one round costs a client, a download of the whole model included.
+
+    Forward FLOP count once, and each of the two backward products (for the weights and for
+    the input) as much again; an expert's backward counts only where it was trained.
+
+    Args:
+      steps: local steps.
+      assignments, trained_assignments: token-expert pairs a step, all and of trained experts.
+      uploaded_experts: experts sent back, beside the shared parameters and routers.
+    """
+    bytes_down = cost.shared_parameter_bytes + cost.num_experts * cost.expert_parameter_bytes
+    bytes_up = cost.shared_parameter_bytes + uploaded_experts * cost.expert_parameter_bytes
+    flop = steps * (3 * cost.shared_flop + (assignments + 2 * trained_assignments) * cost.assignment_flop)
+    compute_s = flop / profile.flop_per_s
+    transfer_s = 8 * bytes_down / profile.downlink_bps + 8 * bytes_up / profile.uplink_bps
+    return RoundCost(bytes_down, bytes_up, compute_s, compute_s + transfer_s)

@@ -1,0 +1,138 @@
+"""How good a model is, and how it routes: sums over batches, through the population engine.
+
+Axes: M batches, B batch, T tokens, L MoE layers, E experts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from hfedmoe_jax.client import ClientData, gate_entropy
+from hfedmoe_jax.models import MoeModel, Params, open_controls
+from hfedmoe_jax.population import map_population, padded_size
+from hfedmoe_jax.scores import usage
+
+
+class EvaluationBatches(NamedTuple):
+    """Batches to judge a model on; a padding example has weight 0.
+
+    Attributes:
+      tokens, labels, weight: examples.
+      judge: whose model judges a batch, for algorithms that keep a model a client.
+    """
+
+    tokens: Int[Array, "batches batch tokens"]
+    labels: Int[Array, "batches batch"]
+    weight: Float[Array, "batches batch"]
+    judge: Int[Array, " batches"]
+
+
+class BatchScore(NamedTuple):
+    """Sums over the examples of a batch (a leading axis M when stacked).
+
+    Attributes:
+      correct, loss: of the examples, by weight; loss in nats.
+      count: sum of the weights.
+      load: tokens that each expert served, [L, E].
+      entropy: of the gates in nats, mean over tokens.
+    """
+
+    correct: Float[Array, ""]
+    loss: Float[Array, ""]
+    count: Float[Array, ""]
+    load: Float[Array, "layers experts"]
+    entropy: Float[Array, ""]
+
+
+class Quality(NamedTuple):
+    """What `summarize` makes of batch scores: means over examples; `load` is shares by layer."""
+
+    accuracy: float
+    loss: float
+    load: np.ndarray
+    router_entropy: float
+
+
+def make_evaluate(
+    model: MoeModel, personal: bool, mesh: Mesh
+) -> Callable[[Params, EvaluationBatches], BatchScore]:
+    """Returns `evaluate(params, batches) -> BatchScore` stacked over batches, jitted.
+
+    Args:
+      model: what is judged.
+      personal: params have a leading axis C, and `judge` picks one for each batch.
+      mesh: devices to spread the batches over.
+    """
+    controls = open_controls(model.num_layers, model.num_experts)
+
+    def score(params: Params, batch: EvaluationBatches):
+        if personal:
+            params = jax.tree.map(lambda x: x[batch.judge], params)
+        tokens = jnp.where(batch.weight[:, None] > 0, batch.tokens, 0)  # padding asks for no expert
+        logits, routing = model.apply(params, tokens, controls, training=False)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        right = jnp.argmax(logits, axis=-1) == batch.labels
+        return (), (), BatchScore(
+            correct=jnp.sum(right * batch.weight),
+            loss=jnp.sum(loss * batch.weight),
+            count=jnp.sum(batch.weight),
+            load=jnp.sum(routing.kept, axis=1, dtype=jnp.float32),
+            entropy=gate_entropy(routing.gates, model.token_mask(tokens)),
+        )  # fmt: skip
+
+    run = jax.jit(map_population(score, mesh, chunk=1))
+
+    def evaluate(params: Params, batches: EvaluationBatches) -> BatchScore:
+        size = len(batches.judge)
+        extra = padded_size(size, mesh, 1) - size
+        padded = jax.tree.map(lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), batches)
+        _, scores = run(params, padded)
+        return jax.tree.map(lambda x: np.asarray(x)[:size], scores)
+
+    return evaluate
+
+
+def make_usage(
+    model: MoeModel, personal: bool, mesh: Mesh
+) -> Callable[[Params, ClientData], Float[Array, "members layers experts"]]:
+    """Returns `usage_of(params, cohort) -> u_c (16)` of each member under one set of parameters, jitted.
+
+    Taken over the batches of a round, so that it compares with what the clients reported
+    from training on them, before aggregation moved their routers.
+    """
+    controls = open_controls(model.num_layers, model.num_experts)
+
+    def visit(params: Params, member: ClientData):
+        if personal:
+            params = jax.tree.map(lambda x: x[member.client], params)
+
+        def of_batch(tokens):
+            _, routing = model.apply(params, tokens, controls, training=True)
+            return usage(routing.gates, routing.chosen, model.token_mask(tokens))
+
+        return (), (), jnp.mean(jax.lax.map(of_batch, member.tokens), axis=0)
+
+    run = jax.jit(map_population(visit, mesh, chunk=1))
+    return lambda params, cohort: np.asarray(run(params, cohort)[1])
+
+
+def summarize(scores: BatchScore) -> Quality:
+    """Returns means over all examples, summed in float64."""
+    total = jax.tree.map(lambda x: np.sum(x, axis=0, dtype=np.float64), scores)
+    served = np.maximum(total.load.sum(axis=-1, keepdims=True), 1)
+    entropy = float(np.average(scores.entropy, weights=scores.count))
+    return Quality(
+        float(total.correct / total.count), float(total.loss / total.count), total.load / served, entropy
+    )
+
+
+def client_spread(accuracy: np.ndarray) -> tuple[float, float, float]:
+    """Returns mean, standard deviation and the mean of the worst 10% (at least one) of the clients."""
+    worst = np.sort(accuracy)[: max(1, int(np.ceil(0.1 * len(accuracy))))]
+    return float(np.mean(accuracy)), float(np.std(accuracy)), float(np.mean(worst))

@@ -1,0 +1,24 @@
+"""Mixture-of-experts models as pairs of pure functions (init, apply)."""
+
+from hfedmoe_jax.models.build import MoeModel, build_model
+from hfedmoe_jax.models.cost import ModelCost, model_cost
+from hfedmoe_jax.models.dispatch import dispatchers
+from hfedmoe_jax.models.params import Params, merge_params, split_params, tree_bytes
+from hfedmoe_jax.models.routing import ExpertControls, Routing, load_balancing_loss, open_controls, own_choice
+
+__all__ = [
+    "ExpertControls",
+    "ModelCost",
+    "MoeModel",
+    "Params",
+    "Routing",
+    "build_model",
+    "dispatchers",
+    "load_balancing_loss",
+    "merge_params",
+    "model_cost",
+    "open_controls",
+    "own_choice",
+    "split_params",
+    "tree_bytes",
+]

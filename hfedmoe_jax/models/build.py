@@ -1,0 +1,75 @@
+"""From a config to a model: the pair of pure functions that the rest of the package uses."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.dispatch import dispatchers
+from hfedmoe_jax.models.params import Params, merge_params, split_params
+from hfedmoe_jax.models.routing import ExpertControls, open_controls
+from hfedmoe_jax.models.switch import PAD_ID, SwitchClassifier
+
+
+class MoeModel(NamedTuple):
+    """A model as pure functions, with the sizes that selection and budgets need.
+
+    Attributes:
+      init: key -> Params.
+      apply: (params, tokens [B, T], controls, training) -> (logits [B, classes], Routing).
+        `training` (static) chooses between the two capacity factors.
+      token_mask: tokens [B, T] -> bool [N], the real tokens in the order of `Routing`.
+      num_layers: L, MoE layers.
+      num_experts: E, experts a layer.
+      top_k: experts of a token.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable
+    token_mask: Callable[[jax.Array], jax.Array]
+    num_layers: int
+    num_experts: int
+    top_k: int
+
+
+def build_model(config: ConfigDict, num_classes: int, vocab_size: int, seq_len: int) -> MoeModel:
+    """Returns the model of `config` (the section `model` of a run's config).
+
+    Raises:
+      InputError: a size below one, heads that do not divide the width, top_k above the experts.
+    """
+    dispatchers[config.dispatch]
+    for name in ("num_layers", "width", "num_heads", "hidden", "num_experts", "top_k"):
+        if config[name] < 1:
+            raise InputError(f"model.{name}", config[name], "must be at least 1", "give a positive number")
+    if config.width % config.num_heads:
+        raise InputError("model.num_heads", config.num_heads, f"does not divide model.width={config.width}",
+                         "choose a divisor of the width")  # fmt: skip
+    if config.top_k > config.num_experts:
+        raise InputError("model.top_k", config.top_k, f"above model.num_experts={config.num_experts}",
+                         "route a token to at most all experts")  # fmt: skip
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        if not config[name] > 0:
+            raise InputError(f"model.{name}", config[name], "must be above 0", "use e.g. 1.5")
+    module = SwitchClassifier(
+        num_classes=num_classes, vocab_size=vocab_size, seq_len=seq_len, num_layers=config.num_layers,
+        width=config.width, num_heads=config.num_heads, hidden=config.hidden,
+        num_experts=config.num_experts, top_k=config.top_k, dispatch=config.dispatch,
+    )  # fmt: skip
+
+    def init(key: jax.Array) -> Params:
+        tokens = jnp.zeros((1, seq_len), jnp.int32)
+        controls = open_controls(config.num_layers, config.num_experts)
+        return split_params(module.init(key, tokens, controls, 1.0)["params"])
+
+    def apply(params: Params, tokens: jax.Array, controls: ExpertControls, training: bool):
+        factor = config.capacity_factor if training else config.eval_capacity_factor
+        return module.apply({"params": merge_params(params)}, tokens, controls, factor)
+
+    def token_mask(tokens: jax.Array) -> jax.Array:
+        return tokens.reshape(-1) != PAD_ID
+
+    return MoeModel(init, apply, token_mask, config.num_layers, config.num_experts, config.top_k)

@@ -1,0 +1,139 @@
+"""A Switch-style Transformer encoder that classifies texts, trained from scratch.
+
+Pre-norm blocks of self-attention and a mixture of experts (arXiv 2101.03961), mean pooling
+over real tokens, a linear head. The blocks run in one `nn.scan`, so that every expert
+parameter is one array [L, E, ...] and every router parameter [L, ...].
+
+Axes: B batch, T tokens, N = B * T, L layers, E experts, D model, F hidden.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hfedmoe_jax.models.dispatch import ExpertWeights, dispatchers, expert_capacity
+from hfedmoe_jax.models.routing import ExpertControls, Routing, assign
+
+PAD_ID = 0
+
+
+class Experts(nn.Module):
+    """Holds the weights of one layer's experts."""
+
+    num_experts: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, width: int) -> ExpertWeights:
+        """Returns the weights for inputs of `width`."""
+        init = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+        return ExpertWeights(
+            self.param("w_in_edf", init, (self.num_experts, width, self.hidden)),
+            self.param("w_out_efd", init, (self.num_experts, self.hidden, width)),
+        )
+
+
+class MixtureOfExperts(nn.Module):
+    """Routes each token to its top-k experts and adds their outputs by gate."""
+
+    num_experts: int
+    hidden: int
+    top_k: int
+    dispatch: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x_btd: Float[Array, "batch tokens model"],
+        token_mask_bt: Bool[Array, "batch tokens"],
+        controls: ExpertControls,
+        capacity_factor: float,
+    ) -> tuple[Float[Array, "batch tokens model"], Routing]:
+        """Returns the layer's output and its routing; `controls` are this layer's, [E] each."""
+        x_nd, token_mask = x_btd.reshape(-1, x_btd.shape[-1]), token_mask_bt.reshape(-1)
+        router = nn.Dense(self.num_experts, use_bias=False, name="router", dtype=jnp.float32,
+                          kernel_init=nn.initializers.normal(0.02))  # fmt: skip
+        gates, assignment = assign(router(x_nd), controls.forward, token_mask, self.top_k)
+        weights = Experts(self.num_experts, self.hidden, name="experts")(x_nd.shape[-1])
+        capacity = expert_capacity(x_nd.shape[0], self.num_experts, self.top_k, capacity_factor)
+        y_nd, kept = dispatchers[self.dispatch](
+            x_nd, assignment, weights, controls.backward, controls.multiplier, capacity
+        )
+        one_hot_nke = nn.one_hot(assignment.expert, self.num_experts, dtype=bool)
+        chosen = jnp.any(one_hot_nke & (assignment.weight > 0)[..., None], axis=1)
+        served = jnp.any(one_hot_nke & kept[..., None], axis=1)
+        return y_nd.reshape(x_btd.shape), Routing(gates, chosen, served)
+
+
+class Block(nn.Module):
+    """Self-attention, then a mixture of experts, each behind a norm and a residual connection."""
+
+    num_heads: int
+    moe: dict[str, Any]
+    capacity_factor: float
+
+    @nn.compact
+    def __call__(self, x_btd, token_mask_bt, controls):
+        """Returns (output, routing of this layer), the carry and the result of `nn.scan`."""
+        attention_mask = nn.make_attention_mask(token_mask_bt, token_mask_bt)
+        h = nn.LayerNorm(name="norm_attention")(x_btd)
+        x_btd = x_btd + nn.MultiHeadDotProductAttention(self.num_heads, name="attention")(
+            h, mask=attention_mask
+        )
+        h = nn.LayerNorm(name="norm_moe")(x_btd)
+        y_btd, routing = MixtureOfExperts(**self.moe, name="moe")(
+            h, token_mask_bt, controls, self.capacity_factor
+        )
+        return x_btd + y_btd, routing
+
+
+class SwitchClassifier(nn.Module):
+    """Text to class logits through L blocks with E experts each.
+
+    Attributes:
+      num_classes, vocab_size, seq_len: sizes of the task.
+      num_layers, width, num_heads, hidden, num_experts, top_k: sizes of the model.
+      dispatch: `dense` or `capacity`.
+    """
+
+    num_classes: int
+    vocab_size: int
+    seq_len: int
+    num_layers: int
+    width: int
+    num_heads: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    dispatch: str
+
+    @nn.compact
+    def __call__(
+        self, tokens_bt: Int[Array, "batch tokens"], controls: ExpertControls, capacity_factor: float
+    ) -> tuple[Float[Array, "batch classes"], Routing]:
+        """Returns logits [B, classes] and the routing of every layer ([L, N, E] arrays).
+
+        Args:
+          tokens_bt: token ids, 0 is padding.
+          controls: what each expert may do, [L, E] arrays.
+          capacity_factor: slots of an expert over an even share of the tokens (`capacity` dispatch).
+        """
+        token_mask = tokens_bt != PAD_ID
+        embed_init = nn.initializers.normal(0.02)
+        x_btd = nn.Embed(self.vocab_size, self.width, embedding_init=embed_init, name="embed")(tokens_bt)
+        x_btd += self.param("position", embed_init, (self.seq_len, self.width))[: tokens_bt.shape[1]]
+        moe = dict(num_experts=self.num_experts, hidden=self.hidden, top_k=self.top_k, dispatch=self.dispatch)
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=self.num_layers,
+        )(self.num_heads, moe, capacity_factor, name="blocks")
+        x_btd, routing = blocks(x_btd, token_mask, controls)
+        x_btd = nn.LayerNorm(name="norm_head")(x_btd)
+        real = token_mask[..., None]
+        pooled = jnp.sum(x_btd * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+        return nn.Dense(self.num_classes, name="head")(pooled), routing

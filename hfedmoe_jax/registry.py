@@ -1,0 +1,59 @@
+"""Names to functions: how a config chooses a part by name."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hfedmoe_jax.errors import InputError
+
+
+class Registry:
+    """A table of named parts, filled by a decorator and read by a config field.
+
+    Args:
+      field: the config field that chooses from this table; errors name it.
+
+    >>> greetings = Registry("greeting.name")
+    >>> @greetings.register("hello")
+    ... def hello():
+    ...     return "Hello!"
+    >>> greetings["hello"]()
+    'Hello!'
+    >>> greetings["helo"]
+    Traceback (most recent call last):
+    ...
+    hfedmoe_jax.errors.InputError: greeting.name='helo': unknown name; did you mean 'hello'? Known: hello
+    """
+
+    def __init__(self, field: str):
+        self.field = field
+        self._parts: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[Any], Any]:
+        """Returns a decorator that files its argument under `name` (ValueError if taken)."""
+
+        def file(part: Any) -> Any:
+            taken = self._parts.get(name)
+            # A config file may be executed twice in one process; the same definition is no clash.
+            same = taken == part or getattr(taken, "__qualname__", "") == getattr(part, "__qualname__", None)
+            if taken is not None and not same:
+                raise ValueError(f"{self.field}: the name {name!r} is already registered")
+            self._parts[name] = part
+            return part
+
+        return file
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._parts:
+            return self._parts[name]
+        raise unknown_name(self.field, name, list(self._parts))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+
+def unknown_name(field: str, name: str, known: list[str]) -> InputError:
+    """Returns the error for a name that is not among `known`, with the nearest one."""
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return InputError(field, name, "unknown name", f"{hint}Known: {', '.join(sorted(known))}")

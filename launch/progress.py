@@ -1,0 +1,155 @@
+"""What the user sees: a progress bar or lines while a run goes on, a table at its end."""
+
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as RichProgress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+LINES = 15  # over a whole run, where there is no terminal
+
+
+class Progress:
+    """Shows how far a run is, its latest numbers and the time it still needs.
+
+    On a terminal a bar; elsewhere at most about 15 lines over the run.
+
+    Args:
+      total: rounds of the whole run.
+      description: what is counted, e.g. "rounds".
+      initial: rounds that an earlier process has done.
+    """
+
+    def __init__(self, total: int, description: str, initial: int = 0):
+        self._total, self._description, self._initial = total, description, initial
+        self._fields: dict[str, Any] = {}
+        self._printed = initial
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> "Progress":
+        self._clock = _Clock(self._initial, self._total)
+        if sys.stdout.isatty():
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[numbers]}", style="bold", table_column=Column(no_wrap=True)),
+                _TimeColumn(self._clock),
+                expand=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                self._description, total=self._total, completed=self._initial, numbers=""
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, completed: int, **fields: Any) -> None:
+        """Says that `completed` rounds are done, with the latest numbers by name (None: unchanged)."""
+        self._clock.tick(completed)
+        for name, value in fields.items():
+            self._fields[name] = self._fields.get(name) if value is None else value
+        known = {name: value for name, value in self._fields.items() if value is not None}
+        numbers = "  ".join(f"{name} {format_value(value)}" for name, value in known.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed, numbers=numbers)
+        elif self._line_is_due(completed):
+            self._printed = completed
+            count = f"{completed:>{len(str(self._total))}}/{self._total}"
+            print("  ".join(filter(None, [f"{self._description} {count}", numbers, str(self._clock)])), flush=True)
+
+    def _line_is_due(self, completed: int) -> bool:
+        first = self._printed == self._initial
+        every = max(1, math.ceil(self._total / LINES))
+        return first or completed >= self._total or completed // every > self._printed // every
+
+
+class _Clock:
+    """Time since the start and until the end, from the pace of this process."""
+
+    def __init__(self, initial: int, total: int):
+        self._total = total
+        self._marks = [(initial, time.monotonic())]
+
+    def tick(self, completed: int) -> None:
+        self._marks.append((completed, time.monotonic()))
+
+    def left_s(self) -> float | None:
+        # The first round compiles the program, so the pace is taken from the second on.
+        (done_then, then), (done, now) = self._marks[:2][-1], self._marks[-1]
+        if done <= done_then:
+            return None
+        left = (now - then) / (done - done_then) * (self._total - done)
+        return max(0.0, left - (time.monotonic() - now))
+
+    def __str__(self) -> str:
+        elapsed = f"{_minutes(time.monotonic() - self._marks[0][1])} elapsed"
+        left = self.left_s()
+        if left is None or self._marks[-1][0] >= self._total:
+            return elapsed
+        return f"{elapsed}, ETA {_minutes(left)}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
+
+
+class _TimeColumn(ProgressColumn):
+    def __init__(self, clock: _Clock):
+        super().__init__(table_column=Column(no_wrap=True))
+        self._clock = clock
+
+    def render(self, task: Task) -> Text:
+        return Text(str(self._clock), style="cyan")
+
+
+def print_summary(title: str, rows: Sequence[tuple[str, Any]]) -> None:
+    """Prints a table of names and values; what has no spaces, such as a path, is never broken."""
+    console = Console(highlight=False)
+    width = max((len(name) for name, _ in rows), default=0)
+    console.print(f"\n{title}", style="bold", markup=False)
+    for name, value in rows:
+        lines = textwrap.wrap(
+            format_value(value),
+            width=max(20, console.width - width - 4),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for label, text in zip([name, *[""] * (len(lines) - 1)], lines, strict=True):
+            console.print(Text.assemble("  ", (f"{label:<{width}}", "cyan"), f"  {text}"), soft_wrap=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns a duration as people write it.
+
+    >>> [format_seconds(s) for s in (7.4, 187, 7512)]
+    ['7 s', '3:07 min', '2:05 h']
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02} min"
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02} h"
+
+
+def format_value(value: Any) -> str:
+    """Returns a float with about four significant digits, anything else as it is.
+
+    >>> [format_value(v) for v in (0.81234567, 98765.4, 2.0, None, "text")]
+    ['0.8123', '98,765', '2', '-', 'text']
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,101 @@
+"""Metrics by round: metrics.csv and TensorBoard events."""
+
+import csv
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+Number = int | float | None
+
+
+class MetricWriter:
+    """Writes a row a round to DIRECTORY/metrics.csv and DIRECTORY/tensorboard.
+
+    The file holds every number so that reading gives it back bit for bit; a missing one is empty.
+    Write a round's row before its checkpoint: a resumed run then finds every row that it needs.
+
+    Args:
+      directory: an existing directory.
+      columns: the columns after `round`.
+      resume_after: the last round that a resumed run keeps; None starts the file anew.
+    """
+
+    def __init__(self, directory: str | os.PathLike, columns: Sequence[str], resume_after: int | None):
+        self._path = pathlib.Path(directory, "metrics.csv")
+        self._columns = ["round", *columns]
+        kept = [] if resume_after is None else _whole_rows(self._path)
+        kept = [row for row in kept if int(row["round"]) <= resume_after]
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, self._columns, extrasaction="ignore", lineterminator="\n")
+            table.writeheader()
+            table.writerows(kept)
+        os.replace(temporary, self._path)
+        self._file = open(self._path, "a", newline="", encoding="utf-8")
+        self._table = csv.DictWriter(self._file, self._columns, lineterminator="\n")
+        first_round = 0 if resume_after is None else resume_after + 1
+        self._events = SummaryWriter(
+            str(pathlib.Path(directory, "tensorboard")),
+            purge_step=first_round,
+            # Event files are named by the second, and a restart may be faster.
+            filename_suffix=f".{os.getpid()}.{first_round}",
+        )
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def write(self, round: int, row: Mapping[str, Any]) -> None:
+        """Appends a round, at once visible to readers.
+
+        Args:
+          round: its number.
+          row: numbers by column; a column that is absent or None stays empty.
+
+        Raises:
+          ValueError: a name that is not a column.
+        """
+        numbers = {name: _number(value) for name, value in row.items()}
+        self._table.writerow({**numbers, "round": int(round)})
+        self._file.flush()
+        for name, value in numbers.items():
+            if name != "round" and value is not None and math.isfinite(value):
+                self._events.add_scalar(name, value, int(round))
+        self._events.flush()
+
+    def close(self) -> None:
+        """Writes what is left and closes the files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Number]]:
+    """Returns the rows of a metrics.csv, numbers as they were written and None where empty."""
+    return [{name: _parse(text) for name, text in row.items()} for row in _whole_rows(pathlib.Path(path))]
+
+
+def _whole_rows(path: pathlib.Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A killed process may leave half a line, which could pass for a shorter number.
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+
+
+def _number(value: Any) -> Number:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _parse(text: str) -> Number:
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs.hfedmoe import get_config
+
+TOPICS = {
+    "animals": "cat dog horse mouse tiger whale heron otter",
+    "food": "bread cheese apple crème soup naïve rice Äpfel",
+    "sky": "moon star comet cloud rain 日本 snow wind",
+}
+
+
+@pytest.fixture
+def make_config():
+    """Returns a function from data fields to a small config that reads no data yet."""
+
+    def make(clients=4, seed=0, partition=None, **data):
+        config = get_config()
+        config.seed = seed
+        config.fl = ConfigDict({"clients": clients})
+        config.data.update({"source": "file", "vocab_size": 300, "seq_len": 8, **data})
+        config.partition.update(partition or {})
+        return config
+
+    return make
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Returns a function that writes rows as jsonl and gives the path."""
+
+    def write(rows, name="train.jsonl"):
+        path = tmp_path / name
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def topic_rows(per_topic, prefix=""):
+    """Returns rows of distinct texts of growing length, three labels, five owners."""
+    return [
+        {
+            "text": f"{prefix}{number} " + " ".join((words.split() * 4)[: 1 + number % 30]),
+            "label": topic,
+            "user": f"user{number % 5}",
+        }
+        for topic, words in TOPICS.items()
+        for number in range(per_topic)
+    ]
+
+
+@pytest.fixture
+def corpus_file(write_rows):
+    return write_rows(topic_rows(24))
