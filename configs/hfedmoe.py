@@ -10,6 +10,8 @@ gating), at a size that needs no accelerator and no network.
 
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.registry import unknown_name
+
 MEGABYTE = 1e6
 MEGABIT = 1e6
 GIGAFLOP = 1e9
@@ -132,8 +134,8 @@ def get_config(preset: str = "default") -> ConfigDict:
     # stand to a large one: the first cannot train all experts, the last can.
     config.devices = ConfigDict(
         {
-            "phone": device(0.4, 50 * MEGABYTE, 2 * GIGAFLOP, 5 * MEGABIT, 20 * MEGABIT),
-            "tablet": device(0.4, 55 * MEGABYTE, 6 * GIGAFLOP, 20 * MEGABIT, 50 * MEGABIT),
+            "phone": device(0.4, 43 * MEGABYTE, 2 * GIGAFLOP, 5 * MEGABIT, 20 * MEGABIT),
+            "tablet": device(0.4, 48 * MEGABYTE, 6 * GIGAFLOP, 20 * MEGABIT, 50 * MEGABIT),
             "laptop": device(0.2, 64 * MEGABYTE, 20 * GIGAFLOP, 50 * MEGABIT, 100 * MEGABIT),
         }
     )
@@ -147,4 +149,6 @@ def get_config(preset: str = "default") -> ConfigDict:
     checkpoint.every = 5  # rounds
     checkpoint.keep = 3
 
+    if preset not in PRESETS:
+        raise unknown_name("config", preset, list(PRESETS))
     return PRESETS[preset](config)

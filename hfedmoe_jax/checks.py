@@ -66,6 +66,13 @@ def check_config(config: ConfigDict) -> None:
             f"above fl.clients={config.fl.clients}",
             "sample at most all clients",
         )
+    if not config.data.validation_fraction > 0:
+        raise InputError(
+            "data.validation_fraction",
+            config.data.validation_fraction,
+            "no validation split, which chooses the best round",
+            "use e.g. 0.1",
+        )
     parts = compose(config)
     if parts.score != "none":
         score_rules[parts.score]

@@ -1,12 +1,13 @@
 """Devices: one JAX device a CPU core where there is no accelerator."""
 
+import contextlib
 import os
 
 import jax
 
 
 def start_devices() -> None:
-    """Sets JAX up for a population of clients; call it before JAX computes anything.
+    """Sets JAX up for a population of clients; without effect once JAX has computed something.
 
     On a CPU a client runs fastest alone on one core, so each core becomes a device and the
     clients are spread over them (about three times the client steps of one device with as many
@@ -17,4 +18,5 @@ def start_devices() -> None:
         return
     if "xla_cpu_multi_thread_eigen" not in chosen:
         os.environ["XLA_FLAGS"] = f"{chosen} --xla_cpu_multi_thread_eigen=false".strip()
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    with contextlib.suppress(RuntimeError):  # JAX has started: in a notebook, say
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))

@@ -61,7 +61,9 @@ def house_style() -> AbstractContextManager[None]:
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE})
 
 
-def new_figure(rows: int = 1, columns: int = 1, height_in: float = 3.6, **layout: Any) -> tuple[Figure, np.ndarray]:
+def new_figure(
+    rows: int = 1, columns: int = 1, height_in: float = 3.6, **layout: Any
+) -> tuple[Figure, np.ndarray]:
     """Returns a figure of the house's width and its axes, an array [rows, columns]."""
     figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing global, nothing to close
@@ -123,6 +125,12 @@ def whole_numbers(axes: Axes, values: np.ndarray) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     margin = max(0.5, 0.03 * (values.max() - values.min()))
     axes.set_xlim(values.min() - margin, values.max() + margin)
+
+
+def from_zero(axes: Axes) -> None:
+    """Lets the y axis begin at zero and leaves room above the data."""
+    highest = axes.dataLim.ymax if axes.has_data() else 1.0
+    axes.set_ylim(0, 1.08 * highest if highest > 0 else 1.0)
 
 
 def time_scale(seconds: np.ndarray) -> tuple[float, str]:

@@ -1,6 +1,5 @@
 """Runs a federated experiment in a work directory: progress, metrics, checkpoints, figures, report."""
 
-import math
 import pathlib
 import shlex
 import sys
@@ -9,18 +8,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from hfedmoe_jax import COLUMNS, Experiment, Outcome, RunState, make_mesh
+from hfedmoe_jax.client import STATUS_NAMES
+from launch.checkpoints import Checkpoints
 from launch.distributed import start_devices
-
-start_devices()
-
-from hfedmoe_jax import COLUMNS, Experiment, Outcome, RunState, make_mesh  # noqa: E402
-from hfedmoe_jax.client import STATUS_NAMES  # noqa: E402
-from launch.checkpoints import Checkpoints  # noqa: E402
-from launch.hfedmoe_figures import write_figures  # noqa: E402
-from launch.progress import Progress, print_summary  # noqa: E402
-from launch.report import write_report  # noqa: E402
-from launch.workdir import open_workdir, versions, write_json  # noqa: E402
-from launch.writers import MetricWriter, read_metrics  # noqa: E402
+from launch.hfedmoe_figures import write_figures
+from launch.progress import Progress, format_seconds, format_value, print_summary
+from launch.report import write_report
+from launch.workdir import open_workdir, versions, write_json
+from launch.writers import MetricWriter, read_metrics
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -29,6 +25,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written.
     """
+    start_devices()
     experiment = Experiment(config, make_mesh())
     open_workdir(workdir, config.to_dict())
     (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
@@ -77,7 +74,12 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
 def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Prints what is about to run."""
     data, config = experiment.data, experiment.config
-    sizes = (len(data.client_train), len(data.train.labels), len(data.validation.labels), len(data.test.labels))
+    sizes = (
+        len(data.client_train),
+        len(data.train.labels),
+        len(data.validation.labels),
+        len(data.test.labels),
+    )
     print(f"{config.fl.algorithm} on {config.data.source}, in {workdir}")
     print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test texts; "
           f"{len(data.label_names)} labels, vocabulary {data.vocab_size:,}")  # fmt: skip
@@ -160,17 +162,18 @@ def introduction(experiment: Experiment) -> str:
 
 def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[str, Any]]:
     """Returns the lines of the table that the run prints at its end."""
-    spread = summary["client_accuracy"]
+    spread, speed = summary["client_accuracy"], summary["client_steps_per_s"]
+    budgets = ", ".join(f"{name} {budget}" for name, budget in summary["expert_budget"].items())
     return [
         ("test accuracy", f"{summary['test_accuracy_final']:.4f} after the last round"),
         ("", f"{summary['test_accuracy_best']:.4f} of round {summary['best_round']}, the best on validation"),
         ("majority vote", f"{summary['majority_accuracy']:.4f}"),
-        ("clients' own data", f"{spread['mean']:.4f} mean, {spread['std']:.4f} std, {spread['worst10']:.4f} worst 10%"),
-        ("expert budget", ", ".join(f"{k} {v}" for k, v in summary["expert_budget"].items()) + f" of {summary['experts']}"),
+        ("clients' own data", "{mean:.4f} mean, {std:.4f} std, {worst10:.4f} worst 10%".format(**spread)),
+        ("expert budget", f"{budgets} of {summary['experts']}"),
         ("client rounds", ", ".join(f"{k} {v}" for k, v in summary["client_rounds"].items() if v)),
         ("sent", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down"),
-        ("simulated time", f"{summary['simulated_time_s']:,.0f} s"),
-        ("speed", f"{summary['client_steps_per_s'] or math.nan:.1f} client steps/s, {summary['wall_s']:.0f} s in all"),
+        ("simulated time", format_seconds(summary["simulated_time_s"])),
+        ("speed", f"{format_value(speed)} client steps/s, {format_seconds(summary['wall_s'])} in all"),
         ("report", workdir / "report.html"),
         ("everything", workdir),
-    ]  # fmt: skip
+    ]

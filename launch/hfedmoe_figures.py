@@ -31,64 +31,75 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
         cohort [M]; usage_before and usage_after [M, L, E]; times_chosen [C, L, E]; expert_load [L, E].
       directory: where the PNG files go; created.
     """
-    parts = [
-        ("learning", "Accuracy and loss by round", LEARNING, lambda: by_round(rows, record)),
-        ("learning_time", "Accuracy and loss by simulated time", LEARNING_TIME, lambda: by_time(rows, record)),
-        ("expert_usage", "Expert usage before and after aggregation", USAGE, lambda: expert_usage(record)),
-        ("expert_choice", "How many clients chose each expert", CHOICE, lambda: expert_choice(record)),
-        ("expert_share", "Experts activated and trained", SHARE, lambda: expert_share(rows)),
-        ("budget_union", "Budget against the experts that a batch needs", UNION, lambda: budget_union(record)),
-        ("client_accuracy", "Accuracy client by client", CLIENTS, lambda: client_accuracy(record)),
-        ("routing", "Routing", ROUTING, lambda: routing(rows, record)),
-        ("cost", "Traffic, time and failures by round", COST, lambda: cost(rows)),
-    ]
-    entries = []
     with figures.house_style():
-        for name, title, caption, draw in parts:
-            path = figures.save(draw(), pathlib.Path(directory, f"{name}.png"))
-            entries.append(FigureEntry(title, caption, path))
-    return entries
+        drawn = {
+            "learning": by_round(rows, record),
+            "learning_time": by_time(rows, record),
+            "expert_usage": expert_usage(record),
+            "expert_choice": expert_choice(record),
+            "expert_share": expert_share(rows),
+            "budget_union": budget_union(record),
+            "client_accuracy": client_accuracy(record),
+            "routing": routing(rows, record),
+            "cost": cost(rows),
+        }
+        return [
+            FigureEntry(*TEXTS[name], figures.save(figure, pathlib.Path(directory, f"{name}.png")))
+            for name, figure in drawn.items()
+        ]
 
 
 BEFORE, AFTER = "Before: the client's own router", "After: the aggregated router"
-LEARNING = (
-    "The global model on the validation data, and the clients' own held-out data: their mean with one "
-    "standard deviation (shaded) and the mean of the worst 10%. Dashed: always answering the most frequent label."
-)
-LEARNING_TIME = (
-    "The same against the time that the devices would have taken: computing, sending and, in every round, "
-    "waiting for the slowest client."
-)
-USAGE = (
-    "A row is a client of the last round, a column an expert: the mean gate weight that the client's tokens give "
-    "it, with the client's own router and, on the same batches, with the aggregated one. What differs between "
-    "the two panels is what aggregation did to each client's routing."
-)
-CHOICE = (
-    "Dark bars: in an average round, how many clients trained and sent this expert. Pale bars: how many clients "
-    "ever did. Experts whose bars are short learn from few clients."
-)
-SHARE = (
-    "Of all experts, the share that the tokens of a batch were routed to, and the share that the clients' "
-    "budgets let them train; means over clients and batches."
-)
-UNION = (
-    "A point is a client: how many experts, over all layers, its batches were routed to, against how many its "
-    "device can train. Above the line the client must select."
-)
-CLIENTS = (
-    "Accuracy of the final global model on each client's own held-out data: sorted, and against how much data "
-    "the client has."
-)
-ROUTING = (
-    "Left: the share of a layer's validation tokens that each expert serves (balanced routing: every cell equal). "
-    "Then, by round: routing consistency (equation 18) with the tokens dropped for lack of capacity, and the "
-    "entropy of the router's probabilities (log of the number of experts: undecided; 0: always certain)."
-)
-COST = (
-    "Bytes sent and received by all clients, simulated time with the mean share of it that clients spent "
-    "waiting for the slowest, and what became of the clients of each round."
-)
+TEXTS = {
+    "learning": (
+        "Accuracy and loss by round",
+        "The global model on the validation data, and the clients' own held-out data: their mean with one "
+        "standard deviation (shaded) and the mean of the worst 10%. Dashed: always the most frequent label.",
+    ),
+    "learning_time": (
+        "Accuracy and loss by simulated time",
+        "The same against the time that the devices would have taken: computing, sending and, in every "
+        "round, waiting for the slowest client.",
+    ),
+    "expert_usage": (
+        "Expert usage before and after aggregation",
+        "A row is a client of the last round, a column an expert: the mean gate weight that the client's "
+        "tokens give it, with the client's own router and, on the same batches, with the aggregated one. "
+        "What differs between the two panels is what aggregation did to each client's routing.",
+    ),
+    "expert_choice": (
+        "How many clients chose each expert",
+        "Dark bars: in an average round, how many clients trained and sent this expert. Pale bars: how many "
+        "clients ever did. Experts whose bars are short learn from few clients.",
+    ),
+    "expert_share": (
+        "Experts activated and trained",
+        "Of all experts, the share that the tokens of a batch were routed to, and the share that the "
+        "clients' budgets let them train; means over clients and batches.",
+    ),
+    "budget_union": (
+        "Budget against the experts that a batch needs",
+        "A point is a client: how many experts, over all layers, its batches were routed to, against how "
+        "many its device can train. Above the line the client must select.",
+    ),
+    "client_accuracy": (
+        "Accuracy client by client",
+        "Accuracy of the final global model on each client's own held-out data: sorted, and against how much "
+        "data the client has.",
+    ),
+    "routing": (
+        "Routing",
+        "Left: the share of a layer's validation tokens that each expert serves (balanced routing: all cells "
+        "equal). Then, by round: routing consistency (equation 18) with the tokens dropped for lack of "
+        "capacity, and the entropy of the router's probabilities (0: certain; highest when undecided).",
+    ),
+    "cost": (
+        "Traffic, time and failures by round",
+        "Bytes sent and received by all clients, simulated time with the mean share of it that clients spent "
+        "waiting for the slowest, and what became of the clients of each round.",
+    ),
+}
+"""Title and caption of each figure."""
 
 
 def by_round(rows: Rows, record: Record) -> Figure:
@@ -115,7 +126,9 @@ def _learning(rows: Rows, record: Record, x: np.ndarray, xlabel: str) -> Figure:
     line(left, x, column(rows, "client_accuracy_worst10"), "clients, worst 10%", PINK)
     line(left, x, column(rows, "validation_accuracy"), "validation", BLUE)
     if np.isfinite(record["majority_accuracy"]):
-        left.axhline(record["majority_accuracy"], color=GREY, linestyle="--", label="majority vote", linewidth=1.3)
+        left.axhline(
+            record["majority_accuracy"], color=GREY, linestyle="--", label="majority vote", linewidth=1.3
+        )
     _percent(left)
     finish(left, "Accuracy", xlabel, "accuracy", legend_columns=2)
     line(right, x, column(rows, "train_loss"), "training", ORANGE)
@@ -157,7 +170,9 @@ def _layer_columns(axes: Axes, num_layers: int, num_experts: int) -> None:
         axes.axvline(layer * num_experts - 0.5, color="white", linewidth=2)
     every = int(np.ceil(num_layers / 12))
     layers = np.arange(0, num_layers, every)
-    axes.set_xticks((layers + 0.5) * num_experts - 0.5, [f"layer {n}" if num_layers <= 4 else n for n in layers])
+    axes.set_xticks(
+        (layers + 0.5) * num_experts - 0.5, [f"layer {n}" if num_layers <= 4 else n for n in layers]
+    )
     axes.set_xlabel(f"{'' if num_layers <= 4 else 'layer; '}{num_experts} experts a layer, in order")
 
 
@@ -208,7 +223,9 @@ def budget_union(record: Record) -> Figure:
     figure, ((axes,),) = figures.new_figure(height_in=4.6)
     took_part = np.isfinite(union)
     for name, where, color, marker in _device_classes(record, took_part):
-        axes.scatter(budget[where], union[where], color=color, marker=marker, s=42, alpha=0.8, linewidths=0, label=name)
+        axes.scatter(
+            budget[where], union[where], color=color, marker=marker, s=42, alpha=0.8, linewidths=0, label=name
+        )
     if took_part.any():
         most = max(budget.max(), union[took_part].max())
         most *= 1.06
@@ -217,7 +234,13 @@ def budget_union(record: Record) -> Figure:
         axes.text(0.02, 0.96, "must select", transform=axes.transAxes, va="top", color=ORANGE)
         axes.text(0.98, 0.04, "everything fits", transform=axes.transAxes, ha="right", color=GREY)
         axes.set(xlim=(0, most), ylim=(0, most))
-    finish(axes, "", "budget (experts over all layers)", "experts that a batch is routed to (mean)", legend_columns=5)
+    finish(
+        axes,
+        "",
+        "budget (experts over all layers)",
+        "experts that a batch is routed to (mean)",
+        legend_columns=5,
+    )
     return figure
 
 
@@ -239,7 +262,8 @@ def client_accuracy(record: Record) -> Figure:
         left.axhspan(max(0, mean - spread), min(1, mean + spread), color=SKY, alpha=0.15, linewidth=0)
         left.axhline(mean, color=BLUE, linewidth=1.5, label=f"mean {mean:.1%} ± {spread:.1%}")
         left.axhline(worst, color=PINK, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")
-        right.set_xscale("log")
+        if examples[known].max() > 20 * max(1, examples[known].min()):
+            right.set_xscale("log")
         figures.whole_numbers(left, rank[known])
     _percent(left)
     finish(left, "Sorted", "clients, from worst to best", "accuracy on the client's own data")
@@ -265,7 +289,7 @@ def routing(rows: Rows, record: Record) -> Figure:
     middle.set_ylim(-0.03, 1.03)
     finish(middle, "Consistency", "round", "", legend_columns=1)
     line(right, rounds, column(rows, "router_entropy"), "", GREEN)
-    right.set_ylim(bottom=0)
+    figures.from_zero(right)
     finish(right, "Router entropy", "round", "nats")
     for axes in (middle, right):
         figures.whole_numbers(axes, rounds)
@@ -281,13 +305,13 @@ def cost(rows: Rows) -> Figure:
     unit, name = figures.byte_scale(np.concatenate([up, down]))
     line(traffic, rounds, down / unit, "down (server to clients)", BLUE)
     line(traffic, rounds, up / unit, "up (clients to server)", ORANGE)
-    traffic.set_ylim(bottom=0)
+    figures.from_zero(traffic)
     _beside(traffic, "Traffic of a round", f"sent ({name})")
     length, waiting = column(rows, "round_time_s"), column(rows, "waiting_share")
     unit, name = figures.time_scale(length)
     line(seconds, rounds, length / unit, "whole round", BLUE)
     line(seconds, rounds, length * waiting / unit, "of it waiting, mean client", PINK)
-    seconds.set_ylim(bottom=0)
+    figures.from_zero(seconds)
     _beside(seconds, "Simulated time of a round", f"time ({name})")
     bottom = np.zeros(len(rounds))
     width = 0.85 if len(rounds) <= 60 else 1.02  # gaps between very many bars only shimmer
@@ -323,7 +347,7 @@ def _percent(axes: Axes) -> None:
 def _device_classes(record: Record, among: np.ndarray) -> list[tuple[str, np.ndarray, str, str]]:
     """Returns (name, clients as a mask, colour, marker) of each device class, the strongest first."""
     device_class, budget = np.asarray(record["device_class"]), np.asarray(record["budget"])
-    names = sorted(set(device_class.tolist()), key=lambda name: -budget[device_class == name].mean())
+    names = sorted(set(device_class.tolist()), key=lambda name: (-budget[device_class == name].mean(), name))
     looks = [
         (figures.PALETTE[i % len(figures.PALETTE)], figures.MARKERS[i % len(figures.MARKERS)])
         for i in range(len(names))

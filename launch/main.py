@@ -35,7 +35,7 @@ from launch.workdir import default_workdir
 EXPERIMENTS = {"hfedmoe": "launch.hfedmoe"}
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
-EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a tuple like (1,2)"}
+EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def main(arguments: list[str]) -> int:
@@ -67,7 +67,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def is_input_error(error: ValueError) -> bool:
+def is_input_error(error: Exception) -> bool:
     """Says whether an error is an `InputError` of any of the packages."""
     # The packages do not import each other, so each has a class of that name of its own.
     return type(error).__name__ == "InputError"
@@ -119,10 +119,12 @@ def load_config(file_and_preset: str) -> ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config(preset) if preset else module.get_config()
     except Exception as error:
-        if isinstance(error, ValueError) and is_input_error(error):
+        if is_input_error(error):
             raise
         problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise InputError("config", file_and_preset, problem, "name another preset or mend the file") from error
+        raise InputError(
+            "config", file_and_preset, problem, "name another preset or mend the file"
+        ) from error
     if not isinstance(config, ConfigDict):
         raise InputError("config", file_and_preset, "get_config returned no ConfigDict", "mend the file")
     return config
@@ -134,7 +136,6 @@ def apply_overrides(config: ConfigDict, arguments: list[str]) -> None:
     Raises:
       InputError: another argument, an unknown field or a value of the wrong type.
     """
-    config.lock()
     fields = field_values(config)
     overrides = [
         (match[1], match[2] if match[2] is not None else following)
@@ -213,7 +214,9 @@ def unusable_value(message: str, overrides: list[tuple[str, str]], fields: dict[
     for field, value in overrides:
         if f"--config.{field}={value}" in message and type(fields[field]) in EXPECTED:
             expected = EXPECTED[type(fields[field])]
-            return InputError(field, value, f"is not {expected}", f"give e.g. --config.{field}={fields[field]}")
+            return InputError(
+                field, value, f"is not {expected}", f"give e.g. --config.{field}={fields[field]}"
+            )
     field, value = next((pair for pair in overrides if pair[0] in message), ("command", ""))
     return InputError(field, value, message, "see --help, or set the field in the config file")
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as RichProgress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
@@ -65,11 +66,14 @@ class Progress:
         elif self._line_is_due(completed):
             self._printed = completed
             count = f"{completed:>{len(str(self._total))}}/{self._total}"
-            print("  ".join(filter(None, [f"{self._description} {count}", numbers, str(self._clock)])), flush=True)
+            print(
+                "  ".join(filter(None, [f"{self._description} {count}", numbers, str(self._clock)])),
+                flush=True,
+            )
 
     def _line_is_due(self, completed: int) -> bool:
         first = self._printed == self._initial
-        every = max(1, math.ceil(self._total / LINES))
+        every = max(1, math.ceil((self._total - self._initial) / LINES))
         return first or completed >= self._total or completed // every > self._printed // every
 
 
@@ -131,15 +135,15 @@ def print_summary(title: str, rows: Sequence[tuple[str, Any]]) -> None:
 def format_seconds(seconds: float) -> str:
     """Returns a duration as people write it.
 
-    >>> [format_seconds(s) for s in (7.4, 187, 7512)]
-    ['7 s', '3:07 min', '2:05 h']
+    >>> [format_seconds(s) for s in (1.34, 42.4, 187, 7512)]
+    ['1.3 s', '42 s', '3:07 min', '2:05 h']
     """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02} min"
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02} h"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
 def format_value(value: Any) -> str:

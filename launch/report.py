@@ -10,12 +10,14 @@ from typing import Any
 from launch.progress import format_seconds, format_value
 
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --text: #1c1e21; --quiet: #5d6470; --line: #dfe3e8; --panel: #f5f7f9; }
+:root { color-scheme: light dark;
+  --page: #fff; --text: #1c1e21; --quiet: #5d6470; --line: #dfe3e8; --panel: #f5f7f9; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #16181c; --text: #e7e9ec; --quiet: #a0a7b2; --line: #343a43; --panel: #20242a; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--text);
+body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem;
+  background: var(--page); color: var(--text);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; }
@@ -28,7 +30,8 @@ table.summary { width: 100%; }
 table.summary > tbody > tr { border-top: 1px solid var(--line); }
 table.summary > tbody > tr > th { width: 16rem; }
 td table th, td table td { padding: 0 1.2rem 0 0; }
-pre { margin: 0; padding: .85rem 1rem; background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
+pre { margin: 0; padding: .85rem 1rem;
+  background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
   white-space: pre-wrap; overflow-wrap: anywhere; font: .88rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
 figure { margin: 0; }
 figure img { display: block; width: 100%; height: auto; background: #fff; padding: .7rem; border-radius: 8px;

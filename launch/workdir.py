@@ -117,7 +117,9 @@ def _check_same_config(directory: pathlib.Path, config: dict[str, Any]) -> None:
     try:
         earlier = _flat(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError):
-        raise InputError("workdir", str(directory), f"{path} cannot be read", "give another --workdir") from None
+        raise InputError(
+            "workdir", str(directory), f"{path} cannot be read", "give another --workdir"
+        ) from None
     now = _flat(config)
     absent = object()
     differing = sorted(
@@ -127,7 +129,9 @@ def _check_same_config(directory: pathlib.Path, config: dict[str, Any]) -> None:
         return
     field, *others = differing
     was = repr(earlier[field]) if field in earlier else "no such field"
-    more = f" ({len(others)} more {'fields differ' if len(others) > 1 else 'field differs'})" if others else ""
+    more = (
+        f" ({len(others)} more {'fields differ' if len(others) > 1 else 'field differs'})" if others else ""
+    )
     problem = f"the run in {directory} was started with {was}{more}"
     raise InputError(field, now.get(field), problem, "give that value again, or another --workdir")
 

@@ -35,8 +35,6 @@ class MetricWriter:
             table.writeheader()
             table.writerows(kept)
         os.replace(temporary, self._path)
-        self._file = open(self._path, "a", newline="", encoding="utf-8")
-        self._table = csv.DictWriter(self._file, self._columns, lineterminator="\n")
         first_round = 0 if resume_after is None else resume_after + 1
         self._events = SummaryWriter(
             str(pathlib.Path(directory, "tensorboard")),
@@ -62,16 +60,17 @@ class MetricWriter:
           ValueError: a name that is not a column.
         """
         numbers = {name: _number(value) for name, value in row.items()}
-        self._table.writerow({**numbers, "round": int(round)})
-        self._file.flush()
+        with open(self._path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(
+                {**numbers, "round": int(round)}
+            )
         for name, value in numbers.items():
             if name != "round" and value is not None and math.isfinite(value):
                 self._events.add_scalar(name, value, int(round))
         self._events.flush()
 
     def close(self) -> None:
-        """Writes what is left and closes the files."""
-        self._file.close()
+        """Writes what is left of the events and closes their file."""
         self._events.close()
 
 

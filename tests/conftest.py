@@ -1,6 +1,10 @@
 """Settings of the whole suite."""
 
+import jax
 from hypothesis import settings
+
+# The tests spend their time compiling tiny programs; their results do not depend on it.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # jit compiles on an example's first call, so an example's time says nothing.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)

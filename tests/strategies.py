@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 @st.composite
 def routings(draw):
-    """Draws (gates [L, N, E], chosen [L, N, E], token_mask [N], k) in float32, with at least one real token."""
+    """Draws (gates [L, N, E], chosen [L, N, E], token_mask [N], k) with at least one real token."""
     # Few shapes, because each compiles anew.
     layers, tokens, experts = (draw(st.sampled_from(sizes)) for sizes in ((1, 3), (1, 9), (1, 2, 6)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -1,10 +1,14 @@
 """A tiny model, config and data that the tests share."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from configs import hfedmoe
-from hfedmoe_jax.models import MoeModel, build_model
+from hfedmoe_jax.models import MoeModel, Params, build_model
 
 VOCABULARY, CLASSES, TOKENS = 50, 3, 8
 
@@ -24,6 +28,16 @@ def tiny_config(**fields) -> ConfigDict:
 
 def tiny_model(config: ConfigDict) -> MoeModel:
     return build_model(config.model, CLASSES, VOCABULARY, TOKENS)
+
+
+@functools.cache
+def _tiny_params(**fields) -> Params:
+    return jax.jit(tiny_model(tiny_config(**fields)).init)(jax.random.key(0))
+
+
+def tiny_params(**fields) -> Params:
+    """Returns the parameters of the tiny model with these config fields, a copy that may be donated."""
+    return jax.tree.map(jnp.copy, _tiny_params(**fields))
 
 
 def tiny_batches(seed: int, *leading: int) -> tuple[np.ndarray, np.ndarray]:

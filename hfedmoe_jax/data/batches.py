@@ -54,13 +54,13 @@ def pad_batches(
 def holdout_batches(
     data: FederatedData, limit: int
 ) -> tuple[Int32[np.ndarray, "C H T"], Int32[np.ndarray, "C H"], Float32[np.ndarray, "C H"]]:
-    """Returns at most `limit` held-out passages of every client, one batch each.
+    """Returns at most H = `limit` held-out passages of every client, one batch each.
 
-    They are spread evenly over the client's own; H is the most that any client has. A client
-    with fewer repeats its first one with weight 0.
+    They are spread evenly over the client's own. A client with fewer repeats its first one with
+    weight 0.
     """
     counts = np.array([min(limit, len(rows)) for rows in data.client_holdout])
-    chosen = np.empty((len(counts), counts.max()), np.int64)
+    chosen = np.empty((len(counts), limit), np.int64)
     for client, rows in enumerate(data.client_holdout):
         spread = rows[np.arange(counts[client]) * len(rows) // counts[client]]
         chosen[client] = spread[0]

@@ -31,12 +31,19 @@ def load_hub(name: str, data_config: ConfigDict) -> tuple[Documents, Documents |
     """
     import datasets  # It takes a second to import, which the other sources need not pay.
 
+    # An offline mode that the user chose is left to the library, which names it in its error.
+    is_silent = not (
+        os.path.isdir(name) or datasets.config.HF_HUB_OFFLINE or _answers(datasets.config.HF_ENDPOINT)
+    )
     try:
-        with _hub_within_reach(name):
+        with _offline(is_silent):
             splits = datasets.load_dataset(name, cache_dir=data_config.cache_dir or None)
     # The library raises some twenty unrelated classes for what a user may get wrong.
     except Exception as error:
-        raise _cannot_load(data_config, error) from error
+        reason = str(error)
+        if is_silent and isinstance(error, ConnectionError):
+            reason = f"{datasets.config.HF_ENDPOINT} does not answer, and it is not in the cache"
+        raise _cannot_load(data_config, reason) from error
 
     def names_of(split: str, column: str) -> Sequence[str] | None:
         return getattr(splits[split].features[column], "names", None)
@@ -88,7 +95,7 @@ def load_tfds(name: str, data_config: ConfigDict) -> tuple[Documents, Documents 
             f"pip install {error.name}, or use data.source=file",
         ) from error
     except Exception as error:
-        raise _cannot_load(data_config, error) from error
+        raise _cannot_load(data_config, str(error)) from error
 
     def names_of(split: str, column: str) -> Sequence[str] | None:
         return getattr(builder.info.features[column], "names", None)
@@ -131,16 +138,12 @@ def _named(values: Sequence[Any], names: Sequence[str] | None) -> Sequence[Any]:
 
 
 @contextlib.contextmanager
-def _hub_within_reach(name: str) -> Iterator[None]:
-    """Puts `datasets` in its offline mode if the hub does not answer.
-
-    Without it the library retries for half a minute before it looks into its cache.
-    """
+def _offline(is_offline: bool) -> Iterator[None]:
+    """Has `datasets` look into its cache at once; it would first retry for half a minute."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
-    if not os.path.isdir(name) and not before:
-        config.HF_HUB_OFFLINE = not _answers(config.HF_ENDPOINT)
+    config.HF_HUB_OFFLINE = before or is_offline
     try:
         yield
     finally:
@@ -164,6 +167,6 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _cannot_load(data_config: ConfigDict, error: Exception) -> InputError:
-    reason = " ".join(f"{error}".split())[:300] or type(error).__name__
+def _cannot_load(data_config: ConfigDict, reason: str) -> InputError:
+    reason = " ".join(reason.split())[:300]
     return InputError("data.source", data_config.source, f"cannot be loaded: {reason}", OFFLINE_REMEDY)

@@ -7,7 +7,6 @@ and gives each client at least one document.
 Axes: D documents, C clients.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +18,8 @@ from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import Registry
 
 PARTITIONS = Registry("partition.name")
+# Shares are even to the last document long before.
+MAXIMUM_ALPHA = 1e9
 
 
 def partition_documents(
@@ -76,15 +77,17 @@ def dirichlet(labels, owners, num_clients, partition_config, rng):
     its last one as dealt; such clients are served in order.
 
     Raises:
-      InputError: `alpha` is not a positive number.
+      InputError: `alpha` is not above 0, or so large that it overflows.
     """
     alpha = partition_config.alpha
-    if not (alpha > 0 and math.isfinite(alpha)):
-        raise InputError("partition.alpha", alpha, "must be a number above 0", "use e.g. 0.3")
+    if not 0 < alpha <= MAXIMUM_ALPHA:
+        raise InputError(
+            "partition.alpha", alpha, f"must be above 0 and at most {MAXIMUM_ALPHA:g}", "use e.g. 0.3"
+        )
     parts: list[list[int]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         documents = rng.permutation(np.flatnonzero(labels == label))
-        shares = _dirichlet_shares(alpha, num_clients, rng)
+        shares = rng.dirichlet(np.full(num_clients, alpha))
         cuts = np.floor(np.cumsum(shares)[:-1] * len(documents) + 0.5).astype(int)
         for part, dealt in zip(parts, np.split(documents, cuts), strict=True):
             part.extend(dealt)
@@ -148,12 +151,3 @@ def column(labels, owners, num_clients, partition_config, rng):
     position = {name: index for index, name in enumerate(names)}
     client = np.array([position[owner] for owner in owners]) % num_clients
     return [np.flatnonzero(client == index) for index in range(num_clients)]
-
-
-def _dirichlet_shares(alpha: float, num_clients: int, rng: np.random.Generator) -> np.ndarray:
-    # A minute alpha underflows to 0 / 0; its limit gives everything to one client.
-    with np.errstate(all="ignore"):
-        shares = rng.dirichlet(np.full(num_clients, alpha))
-    if np.isfinite(shares).all() and abs(shares.sum() - 1.0) < 1e-6:
-        return shares
-    return np.eye(num_clients)[rng.integers(num_clients)]

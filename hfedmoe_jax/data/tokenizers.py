@@ -4,7 +4,6 @@ Axes: N passages, T tokens of a passage.
 """
 
 import json
-import os
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,9 +15,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import unknown_name
-
-# The library's threads gain nothing here, warn at a fork and may hang the forked process.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
 PAD_ID, UNK_ID, CLS_ID = range(3)
@@ -123,9 +119,9 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
 
 def _kept_windows(length: int, window: int, long_text: str) -> int:
     whole, rest = divmod(length, window)
-    if long_text == "truncate" or length <= window:
+    if long_text == "truncate":
         return 1
-    return whole + (rest > 0 and 4 * rest >= window)
+    return max(1, whole + (rest > 0 and 4 * rest >= window))
 
 
 def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:

@@ -53,8 +53,7 @@ class MixtureOfExperts(nn.Module):
     ) -> tuple[Float[Array, "batch tokens model"], Routing]:
         """Returns the layer's output and its routing; `controls` are this layer's, [E] each."""
         x_nd, token_mask = x_btd.reshape(-1, x_btd.shape[-1]), token_mask_bt.reshape(-1)
-        router = nn.Dense(self.num_experts, use_bias=False, name="router", dtype=jnp.float32,
-                          kernel_init=nn.initializers.normal(0.02))  # fmt: skip
+        router = nn.Dense(self.num_experts, use_bias=False, name="router", dtype=jnp.float32)
         gates, assignment = assign(router(x_nd), controls.forward, token_mask, self.top_k)
         weights = Experts(self.num_experts, self.hidden, name="experts")(x_nd.shape[-1])
         capacity = expert_capacity(x_nd.shape[0], self.num_experts, self.top_k, capacity_factor)

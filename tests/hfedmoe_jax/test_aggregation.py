@@ -16,7 +16,11 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-6)
 @st.composite
 def populations(draw):
     """Draws clients' experts [C, L, E, 2], usage, importance, trained and sizes."""
-    clients, layers, experts = draw(st.integers(1, 5)), draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, 4]))
+    clients, layers, experts = (
+        draw(st.integers(1, 5)),
+        draw(st.sampled_from([1, 3])),
+        draw(st.sampled_from([1, 4])),
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (clients, layers, experts)
     return dict(
@@ -32,7 +36,8 @@ def populations(draw):
 
 def uploads(p):
     return [
-        a.Upload(p["usage"][c], p["importance"][c], p["trained"][c], p["sizes"][c]) for c in range(len(p["sizes"]))
+        a.Upload(p["usage"][c], p["importance"][c], p["trained"][c], p["sizes"][c])
+        for c in range(len(p["sizes"]))
     ]
 
 
@@ -58,7 +63,10 @@ def test_experts_are_averaged_over_the_clients_that_hold_them(p):
             if holders:
                 total = sum(float(p["sizes"][c]) for c in holders)
                 expected[layer, expert] = (
-                    sum(float(p["sizes"][c]) * p["experts"][c, layer, expert].astype(np.float64) for c in holders)
+                    sum(
+                        float(p["sizes"][c]) * p["experts"][c, layer, expert].astype(np.float64)
+                        for c in holders
+                    )
                     / total
                 )
     section = ConfigDict(dict(tau=p["tau"]))
@@ -99,7 +107,9 @@ def test_consistency_is_the_share_of_the_union(p):
     clients = len(p["sizes"])
     dominant = (p["usage"] >= p["tau"]) & p["trained"]
     took_part = p["sizes"] > 10
-    sets = [set(zip(*np.nonzero(dominant[c]), strict=True)) if took_part[c] else set() for c in range(clients)]
+    sets = [
+        set(zip(*np.nonzero(dominant[c]), strict=True)) if took_part[c] else set() for c in range(clients)
+    ]
     union = set().union(*sets)
     expected = [len(s & union) / max(len(union), 1) for s in sets]
     np.testing.assert_allclose(a.routing_consistency(dominant, took_part), expected, **TOLERANCE)

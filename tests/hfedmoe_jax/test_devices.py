@@ -59,7 +59,9 @@ def test_fractions_below_one_expert_or_outside_the_range_are_refused(fraction):
 
 
 def test_round_cost_adds_download_compute_and_upload():
-    cost = d.round_cost(profile(1e9), COST, 5, assignments=100.0, trained_assignments=25.0, uploaded_experts=3.0)
+    cost = d.round_cost(
+        profile(1e9), COST, 5, assignments=100.0, trained_assignments=25.0, uploaded_experts=3.0
+    )
     assert cost.bytes_down == 1000 + 1600
     assert cost.bytes_up == 1000 + 300
     flop = 5 * (3 * 1e6 + (100 + 50) * 10)
@@ -76,7 +78,9 @@ def test_devices_are_assigned_by_share(shares, clients):
     assert np.all(np.abs(counts - exact) < 1)
 
 
-@pytest.mark.parametrize(("field", "value"), [("memory_bytes", 0.0), ("flop_per_s", -1.0), ("uplink_bps", float("inf"))])
+@pytest.mark.parametrize(
+    ("field", "value"), [("memory_bytes", 0.0), ("flop_per_s", -1.0), ("uplink_bps", float("inf"))]
+)
 def test_impossible_profiles_are_refused(field, value):
     entry = dict(share=1.0, memory_bytes=1.0, flop_per_s=1.0, uplink_bps=1.0, downlink_bps=1.0)
     classes = ConfigDict({"watch": {**entry, field: value}})

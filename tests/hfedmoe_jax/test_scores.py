@@ -129,10 +129,14 @@ def test_registered_scores_follow_their_definitions(routing):
     expected = s.information_bottleneck_score(
         s.routing_importance(gates, token_mask, 0.3), s.redundancy(gates, token_mask), 0.7
     )
-    np.testing.assert_array_equal(s.score_rules["information_bottleneck"](given_evidence, IMPORTANCE), expected)
+    np.testing.assert_array_equal(
+        s.score_rules["information_bottleneck"](given_evidence, IMPORTANCE), expected
+    )
     by_gradient = ConfigDict({**IMPORTANCE, "estimate": "gradient"})
     expected = s.information_bottleneck_score(contribution, s.redundancy(gates, token_mask), 0.7)
-    np.testing.assert_array_equal(s.score_rules["information_bottleneck"](given_evidence, by_gradient), expected)
+    np.testing.assert_array_equal(
+        s.score_rules["information_bottleneck"](given_evidence, by_gradient), expected
+    )
     counts = (chosen & token_mask[:, None]).sum(axis=1) / token_mask.sum()
     np.testing.assert_allclose(s.score_rules["frequency"](given_evidence, IMPORTANCE), counts, **TOLERANCE)
     np.testing.assert_array_equal(s.score_rules["gradient_norm"](given_evidence, IMPORTANCE), contribution**2)

@@ -73,7 +73,9 @@ def save_steps(directory, *steps: int, keep: int = 3) -> None:
 
 
 def files_of(directory: pathlib.Path) -> list[pathlib.Path]:
-    return sorted((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return sorted(
+        (path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def test_restores_every_kind_of_leaf_bit_for_bit(tmp_path):
@@ -198,13 +200,15 @@ directory = pathlib.Path(sys.argv[1])
 mesh = jax.make_mesh((2,), ("clients",))
 replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 def state(step):
-    return {"jax": jax.device_put(jnp.full(8_000_000, step, jnp.float32), replicated), "numpy": np.full(9, step)}
+    array = jax.device_put(jnp.full(8_000_000, step, jnp.float32), replicated)
+    return {"jax": array, "numpy": np.full(9, step)}
 checkpoints = Checkpoints(directory, keep=2)
 restored = checkpoints.restore(state(0))
 done = 0
 if restored:
     done, found = restored
-    assert float(found["jax"].min()) == float(found["jax"].max()) == done and found["numpy"].tolist() == [done] * 9
+    assert float(found["jax"].min()) == float(found["jax"].max()) == done
+    assert found["numpy"].tolist() == [done] * 9
     assert found["jax"].sharding == replicated
 checkpoints.save(done + 1, state(done + 1))
 checkpoints.wait()

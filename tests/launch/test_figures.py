@@ -62,11 +62,16 @@ def make_run(rounds=6, clients=6, cohort=3, layers=2, experts=4):
 def without_measurements(run):
     rows, record = run
     rows = [
-        {name: (value if name == "round" else (None, float("nan"))[row["round"] % 2]) for name, value in row.items()}
+        {
+            name: (value if name == "round" else (None, float("nan"))[row["round"] % 2])
+            for name, value in row.items()
+        }
         for row in rows
     ]
     floats = ("union", "usage_before", "usage_after", "client_accuracy", "expert_load")
-    return rows, record | {name: np.full_like(record[name], np.nan) for name in floats} | {"majority_accuracy": np.nan}
+    return rows, record | {name: np.full_like(record[name], np.nan) for name in floats} | {
+        "majority_accuracy": np.nan
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,8 +101,12 @@ def test_every_figure_is_drawn_without_a_warning(tmp_path, run):
 def test_figures_depend_on_the_data(tmp_path):
     rows, record = make_run()
     other = [row | {"train_loss": 2.0, "bytes_up": 2_000_000} for row in rows]
-    first, second = (write_figures(data, record, tmp_path / name) for data, name in ((rows, "a"), (other, "b")))
-    changed = {a.path.name for a, b in zip(first, second, strict=True) if a.path.read_bytes() != b.path.read_bytes()}
+    first, second = (
+        write_figures(data, record, tmp_path / name) for data, name in ((rows, "a"), (other, "b"))
+    )
+    changed = {
+        a.path.name for a, b in zip(first, second, strict=True) if a.path.read_bytes() != b.path.read_bytes()
+    }
     assert changed == {"learning.png", "learning_time.png", "cost.png"}
 
 
@@ -109,7 +118,7 @@ def test_matplotlib_is_left_as_it_was(tmp_path):
 
 
 def test_line_leaves_gaps_out_and_joins_the_rest():
-    figure, ((axes,),) = figures.new_figure()
+    _, ((axes,),) = figures.new_figure()
     figures.line(axes, np.arange(4.0), np.array([1.0, np.nan, 3.0, np.nan]), "some", figures.BLUE)
     figures.line(axes, np.arange(4.0), np.full(4, np.nan), "none", figures.BLUE)
     (curve,) = axes.get_lines()
@@ -117,7 +126,8 @@ def test_line_leaves_gaps_out_and_joins_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"), [([30.0], (1.0, "s")), ([119.0], (1.0, "s")), ([120.0, np.nan], (60.0, "min")), ([], (1.0, "s"))]
+    ("seconds", "expected"),
+    [([30.0], (1.0, "s")), ([119.0], (1.0, "s")), ([120.0, np.nan], (60.0, "min")), ([], (1.0, "s"))],
 )
 def test_time_scale(seconds, expected):
     assert figures.time_scale(np.array(seconds)) == expected

@@ -9,7 +9,7 @@ import pytest
 from hfedmoe_jax.errors import InputError
 from launch import main as front_door
 
-CONFIG_FILE = '''
+CONFIG_FILE = """
 from ml_collections import ConfigDict
 from hfedmoe_jax.errors import InputError
 
@@ -24,7 +24,7 @@ def get_config(preset="default"):
     if preset == "small":
         config.fl.rounds = 1
     return config
-'''
+"""
 
 
 @pytest.fixture
@@ -38,13 +38,21 @@ def runs(tmp_path, monkeypatch):
     (tmp_path / "config.py").write_text(CONFIG_FILE)
     (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
     (tmp_path / "empty.py").write_text("")
-    (tmp_path / "refuses.py").write_text("def get_config(preset=''):\n    raise ValueError('no such\\npreset')")
+    (tmp_path / "refuses.py").write_text(
+        "def get_config(preset=''):\n    raise ValueError('no such\\npreset')"
+    )
     (tmp_path / "text.txt").write_text("")
     return calls
 
 
 def test_runs_the_experiment_with_the_overrides(runs, tmp_path):
-    arguments = ["--config=config.py", "--config.fl.rounds=7", "--config.data.alpha", "1", "--config.fl.adaptive"]
+    arguments = [
+        "--config=config.py",
+        "--config.fl.rounds=7",
+        "--config.data.alpha",
+        "1",
+        "--config.fl.adaptive",
+    ]
     assert front_door.main([*arguments, "--config.data.shape=(3,4)", f"--workdir={tmp_path}/w"]) == 0
     ((config, workdir),) = runs
     assert (config.fl.rounds, config.data.alpha, config.fl.adaptive) == (7, 1.0, True)
@@ -74,25 +82,45 @@ def test_default_workdir_follows_the_config(runs):
         ([], "config=None: missing; give e.g. --config=configs/hfedmoe.py"),
         (["--config=none.py"], "config='none.py': no file none.py; "),
         (["--config=text.txt"], "config='text.txt': not a Python file; "),
-        (["--config=broken.py"], "config='broken.py': ModuleNotFoundError: No module named 'nowhere_to_be_found'; "),
+        (
+            ["--config=broken.py"],
+            "config='broken.py': ModuleNotFoundError: No module named 'nowhere_to_be_found'; ",
+        ),
         (["--config=empty.py"], "config='empty.py': AttributeError: "),
         (["--config=refuses.py:x"], "config='refuses.py:x': no such preset; "),
         (["--config=config.py:tiny"], "config='tiny': unknown preset; use default or small"),
-        (["--config=config.py", "--config.fl.round=3"], "fl.round='3': unknown config field; did you mean fl.rounds?"),
-        (["--config=config.py", "--config.alpha", "3"], "alpha='3': unknown config field; did you mean data.alpha?"),
+        (
+            ["--config=config.py", "--config.fl.round=3"],
+            "fl.round='3': unknown config field; did you mean fl.rounds?",
+        ),
+        (
+            ["--config=config.py", "--config.alpha", "3"],
+            "alpha='3': unknown config field; did you mean data.alpha?",
+        ),
         (["--config=config.py", "--config.zzz=3"], "zzz='3': unknown config field; the config file lists"),
-        (["--config=config.py", "--config.fl=3"], "fl='3': is a group of fields; set its fields, e.g. --config.fl."),
-        (["--config=config.py", "--config.seed=x"], "seed='x': is not a whole number; give e.g. --config.seed=0"),
+        (
+            ["--config=config.py", "--config.fl=3"],
+            "fl='3': is a group of fields; set its fields, e.g. --config.fl.",
+        ),
+        (
+            ["--config=config.py", "--config.seed=x"],
+            "seed='x': is not a whole number; give e.g. --config.seed=0",
+        ),
         (["--config=config.py", "--config.seed", "1.5"], "seed='1.5': is not a whole number; "),
         (["--config=config.py", "--config.data.alpha=x"], "data.alpha='x': is not a number; "),
-        (["--config=config.py", "--config.fl.adaptive=perhaps"], "fl.adaptive='perhaps': is not true or false; "),
-        (["--config=config.py", "--config.data.shape=x"], "data.shape='x': is not a tuple like (1,2); "),
+        (
+            ["--config=config.py", "--config.fl.adaptive=perhaps"],
+            "fl.adaptive='perhaps': is not true or false; ",
+        ),
         (["--config=config.py", "--config.seed"], "seed='': Missing value for flag --config.seed; "),
         (["--config=config.py", "--workdirs=x"], "flag='--workdirs': unknown; did you mean --workdir?"),
         (["--config=config.py", "--seed=3"], "flag='--seed': unknown; did you mean --config.seed?"),
         (["--config=config.py", "--workdir"], "command='--config=config.py --workdir': Missing value"),
         (["--config=config.py", "seed=3"], "argument='seed=3': is no flag; "),
-        (["--config=config.py", "--config.experiment=hfedmo"], "experiment='hfedmo': unknown name; did you mean 'hfedmoe'?"),
+        (
+            ["--config=config.py", "--config.experiment=hfedmo"],
+            "experiment='hfedmo': unknown name; did you mean 'hfedmoe'?",
+        ),
     ],
 )
 def test_mistakes_end_with_one_line_and_nothing_written(runs, tmp_path, capsys, arguments, line):
@@ -110,7 +138,10 @@ def test_input_error_of_any_package_is_the_users(runs, capsys, monkeypatch):
         pass
 
     Other.__name__ = "InputError"
-    for error in (InputError("data.alpha", -1, "must be above 0", "use e.g. 0.3"), Other("users=0: none; more")):
+    for error in (
+        InputError("data.alpha", -1, "must be above 0", "use e.g. 0.3"),
+        Other("users=0: none; more"),
+    ):
         monkeypatch.setattr(sys.modules["launch.hfedmoe"], "run", _raises(error))
         assert front_door.main(["--config=config.py"]) == 2
         assert capsys.readouterr().err == f"error: {error}\n"
@@ -136,7 +167,9 @@ def test_help(capsys):
 
 def test_the_program_exits_with_2_and_no_traceback(runs, tmp_path):
     command = [sys.executable, "-m", "launch.main", "--config=config.py", "--config.sed=1"]
-    child = subprocess.run(command, env=_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    child = subprocess.run(
+        command, env=_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert child.returncode == 2
     assert child.stderr == "error: sed='1': unknown config field; did you mean seed?\n"
     assert child.stdout == ""
@@ -157,7 +190,9 @@ sys.exit(main(sys.argv[1:]))
 def _start(body: str, *arguments: str) -> subprocess.Popen:
     body = "\n".join(f"    {line}" for line in body.strip().splitlines())
     command = [sys.executable, "-c", STUB.format(body=body), *arguments]
-    return subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -166,7 +201,9 @@ def _environment() -> dict[str, str]:
 
 
 def test_interrupt_exits_with_130_and_says_how_to_go_on(runs):
-    child = _start("print('ready', flush=True)\nimport time\ntime.sleep(60)", "--config=config.py", "--workdir=w")
+    child = _start(
+        "print('ready', flush=True)\nimport time\ntime.sleep(60)", "--config=config.py", "--workdir=w"
+    )
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=30)
@@ -187,7 +224,8 @@ open_workdir(workdir, config.to_dict())
 state = {"weight": jnp.zeros(3)}
 with Checkpoints(workdir / "checkpoints", 2) as checkpoints:
     done, state = checkpoints.restore(state) or (0, state)
-    with MetricWriter(workdir, ["loss"], done or None) as writer, Progress(config.fl.rounds, "rounds", done) as bar:
+    writer, bar = MetricWriter(workdir, ["loss"], done or None), Progress(config.fl.rounds, "rounds", done)
+    with writer, bar:
         for number in range(done + 1, config.fl.rounds + 1):
             state = {"weight": state["weight"] + 1}
             writer.write(number, {"loss": 1 / number})

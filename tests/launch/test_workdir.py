@@ -15,7 +15,10 @@ CONFIG = {"seed": 0, "data": {"source": "bbc", "lengths": (1, 2)}, "rate": 0.1}
 
 def test_new_directory_gets_the_config(tmp_path):
     directory = open_workdir(tmp_path / "a" / "b", CONFIG)
-    assert json.loads((directory / "config.json").read_text()) == {**CONFIG, "data": {"source": "bbc", "lengths": [1, 2]}}
+    assert json.loads((directory / "config.json").read_text()) == {
+        **CONFIG,
+        "data": {"source": "bbc", "lengths": [1, 2]},
+    }
     assert [path.name for path in directory.iterdir()] == ["config.json"]
 
 
@@ -31,10 +34,19 @@ def test_same_config_opens_again_and_changes_nothing(tmp_path):
     ("config", "text"),
     [
         ({**CONFIG, "seed": 1}, "seed=1: the run in DIR was started with 0; give"),
-        ({**CONFIG, "seed": 1, "rate": 0.2}, "rate=0.2: the run in DIR was started with 0.1 (1 more field differs)"),
-        ({**CONFIG, "data": {"source": "file", "lengths": (1, 2)}}, "data.source='file': the run in DIR was started with 'bbc'"),
+        (
+            {**CONFIG, "seed": 1, "rate": 0.2},
+            "rate=0.2: the run in DIR was started with 0.1 (1 more field differs)",
+        ),
+        (
+            {**CONFIG, "data": {"source": "file", "lengths": (1, 2)}},
+            "data.source='file': the run in DIR was started with 'bbc'",
+        ),
         ({**CONFIG, "extra": 3}, "extra=3: the run in DIR was started with no such field"),
-        ({"seed": 0, "rate": 0.1}, "data.lengths=None: the run in DIR was started with [1, 2] (1 more field differs)"),
+        (
+            {"seed": 0, "rate": 0.1},
+            "data.lengths=None: the run in DIR was started with [1, 2] (1 more field differs)",
+        ),
     ],
 )
 def test_conflicting_config_names_the_field_and_both_values(tmp_path, config, text):
@@ -98,7 +110,10 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 def test_default_workdir_depends_on_every_field_and_only_on_the_config():
     def config(**change):
-        return ConfigDict({"experiment": "hfedmoe", "seed": 1, "data": {"source": "hub:a/b"}, "fl": {"algorithm": "random"}} | change)
+        return ConfigDict(
+            {"experiment": "hfedmoe", "seed": 1, "data": {"source": "hub:a/b"}, "fl": {"algorithm": "random"}}
+            | change
+        )
 
     path = default_workdir(config())
     assert path.parent == pathlib.Path("runs")
@@ -114,5 +129,7 @@ def test_default_workdir_of_an_experiment_without_data_or_federation():
 
 def test_versions_are_text():
     found = versions()
-    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "platform", "device"} <= set(found)
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "platform", "device"} <= set(
+        found
+    )
     assert all(isinstance(value, str) and value for value in found.values())

@@ -88,7 +88,9 @@ def test_tensorboard_gets_every_finite_number_and_the_step_to_purge_from(tmp_pat
         writer.write(2, {"loss": math.nan})
     write_rounds(tmp_path, [2], resume_after=1)
     events = read_events(tmp_path)
-    scalars = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    scalars = [
+        (event.step, value.tag, value.simple_value) for event in events for value in event.summary.value
+    ]
     assert scalars == [(1, "loss", 0.5), (1, "count", 3.0), (2, "loss", 0.5), (2, "count", 2.0)]
     assert [event.step for event in events if event.session_log.status] == [0, 2]
 

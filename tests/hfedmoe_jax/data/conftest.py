@@ -5,12 +5,6 @@ from ml_collections import ConfigDict
 
 from configs.hfedmoe import get_config
 
-TOPICS = {
-    "animals": "cat dog horse mouse tiger whale heron otter",
-    "food": "bread cheese apple crème soup naïve rice Äpfel",
-    "sky": "moon star comet cloud rain 日本 snow wind",
-}
-
 
 @pytest.fixture
 def make_config():
@@ -37,21 +31,3 @@ def write_rows(tmp_path):
         return str(path)
 
     return write
-
-
-def topic_rows(per_topic, prefix=""):
-    """Returns rows of distinct texts of growing length, three labels, five owners."""
-    return [
-        {
-            "text": f"{prefix}{number} " + " ".join((words.split() * 4)[: 1 + number % 30]),
-            "label": topic,
-            "user": f"user{number % 5}",
-        }
-        for topic, words in TOPICS.items()
-        for number in range(per_topic)
-    ]
-
-
-@pytest.fixture
-def corpus_file(write_rows):
-    return write_rows(topic_rows(24))

@@ -34,6 +34,11 @@ def save_hub_folder(folder, label=0, splits=("train", "test")):
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
 @pytest.fixture
 def no_hub(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", NOWHERE)
@@ -65,6 +70,7 @@ def test_hub_out_of_reach_fails_soon_and_says_what_to_do(make_config, tmp_path, 
     error = error_of(make_config(source="hub:someone/absent", cache_dir=str(tmp_path)))
     assert time.monotonic() - started < 10
     assert error.field == "data.source" and error.value == "hub:someone/absent"
+    assert f"{NOWHERE} does not answer" in str(error)
     assert "data.source=file" in str(error) and "network" in str(error)
     assert not datasets.config.HF_HUB_OFFLINE
 

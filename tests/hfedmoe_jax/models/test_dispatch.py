@@ -7,10 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfedmoe_jax.models.dispatch import ExpertWeights, capacity_gather, dense, expert_capacity
-from hfedmoe_jax.models.routing import Assignment, assign, load_balancing_loss, own_choice
+from hfedmoe_jax.models import dispatch, routing
+from hfedmoe_jax.models.dispatch import ExpertWeights, expert_capacity
+from hfedmoe_jax.models.routing import Assignment, load_balancing_loss, own_choice
 
 D, F = 5, 7
+dense = jax.jit(dispatch.dense, static_argnums=5)
+capacity_gather = jax.jit(dispatch.capacity_gather, static_argnums=5)
+assign = jax.jit(routing.assign, static_argnums=3)
 
 
 def naive(x, assignment, weights, kept):
@@ -32,7 +36,8 @@ def layers(draw):
     tokens, experts = draw(st.sampled_from([(1, 1), (9, 3), (12, 5)]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     weights = ExpertWeights(
-        rng.standard_normal((experts, D, F)).astype(np.float32), rng.standard_normal((experts, F, D)).astype(np.float32)
+        rng.standard_normal((experts, D, F)).astype(np.float32),
+        rng.standard_normal((experts, F, D)).astype(np.float32),
     )
     x = rng.standard_normal((tokens, D)).astype(np.float32)
     logits = rng.standard_normal((tokens, experts)).astype(np.float32)
@@ -118,7 +123,8 @@ def test_both_dispatches_agree_where_nothing_is_dropped(layer, seed):
 
     arguments = (x, assignment.weight, weights, multiplier)
     results = [
-        jax.value_and_grad(loss, argnums=(1, 2, 3, 4))(function, *arguments) for function in (dense, capacity_gather)
+        jax.value_and_grad(loss, argnums=(1, 2, 3, 4))(function, *arguments)
+        for function in (dense, capacity_gather)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
     for gradient in results[1][1][2]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config, tiny_model
+from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config, tiny_model, tiny_params
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import (
@@ -19,14 +19,19 @@ from hfedmoe_jax.models import (
 from hfedmoe_jax.optimizers import build_optimizer
 
 
+def jitted(model):
+    """The model with `apply` compiled once a shape."""
+    return model._replace(apply=jax.jit(model.apply, static_argnums=3))
+
+
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(tiny_config(model__top_k=2))
+    return jitted(tiny_model(tiny_config(model__top_k=2)))
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    return model.init(jax.random.key(0))
+def params():
+    return tiny_params(model__top_k=2)
 
 
 def test_groups_have_the_promised_axes_and_merge_back(model, params):
@@ -43,7 +48,7 @@ def test_both_dispatches_give_the_same_model(params):
     tokens, _ = tiny_batches(1, 4)
     outputs = []
     for dispatch in ("dense", "capacity"):
-        model = tiny_model(tiny_config(model__dispatch=dispatch, model__top_k=2))
+        model = jitted(tiny_model(tiny_config(model__dispatch=dispatch, model__top_k=2)))
         outputs.append(model.apply(params, tokens, open_controls(2, 3), True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *outputs)
 
@@ -68,7 +73,7 @@ def test_unselected_experts_get_exactly_zero_gradient_and_routers_do_not(model, 
         logits, _ = model.apply(params, tokens, controls, True)
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
-    gradient = jax.grad(loss)(params, controls)
+    gradient = jax.jit(jax.grad(loss))(params, controls)
     for leaf in jax.tree.leaves(gradient.experts):
         np.testing.assert_array_equal(np.asarray(leaf)[~np.asarray(backward)], 0)
         assert np.all(np.any(np.asarray(leaf)[np.asarray(backward)] != 0, axis=(-1, -2)))
@@ -85,9 +90,11 @@ def test_a_constant_expert_has_the_gradient_of_a_constant(model, params):
     def logits_sum(shared, controls):
         return jnp.sum(model.apply(params._replace(shared=shared), tokens, controls, True)[0])
 
-    direct = jax.grad(logits_sum)(params.shared, closed)
-    full = jax.grad(logits_sum)(params.shared, open_controls(2, 3))
-    difference = [float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (direct, full)), strict=True)]
+    gradient = jax.jit(jax.grad(logits_sum))
+    direct, full = gradient(params.shared, closed), gradient(params.shared, open_controls(2, 3))
+    difference = [
+        float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (direct, full)), strict=True)
+    ]
     assert max(difference) > 1e-4  # the path through the experts is gone
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(direct["head"]))  # the others are not
 
@@ -101,20 +108,20 @@ def test_closed_experts_serve_no_token(model, params):
     assert np.all(np.isfinite(logits))
     # Weights of closed experts do not matter at all.
     poisoned = params._replace(
-        experts=jax.tree.map(lambda w: jnp.where(forward[..., None, None], w, jnp.float32(1e6)), params.experts)
+        experts=jax.tree.map(
+            lambda w: jnp.where(forward[..., None, None], w, jnp.float32(1e6)), params.experts
+        )
     )
     again, _ = model.apply(poisoned, tokens, open_controls(2, 3)._replace(forward=forward), True)
     np.testing.assert_array_equal(logits, again)
 
 
 def test_multiplier_zero_removes_an_expert(params):
-    model = tiny_model(tiny_config(model__top_k=3))  # every token uses every expert
+    model = jitted(tiny_model(tiny_config(model__top_k=3)))  # every token uses every expert
     tokens, _ = tiny_batches(6, 2)
     multiplier = jnp.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
     without, _ = model.apply(params, tokens, open_controls(2, 3)._replace(multiplier=multiplier), True)
-    zeroed = params._replace(
-        experts=jax.tree.map(lambda w: w * multiplier[..., None, None], params.experts)
-    )
+    zeroed = params._replace(experts=jax.tree.map(lambda w: w * multiplier[..., None, None], params.experts))
     expected, _ = model.apply(zeroed, tokens, open_controls(2, 3), True)
     np.testing.assert_allclose(without, expected, rtol=1e-5, atol=1e-6)
 
@@ -156,9 +163,14 @@ def test_activation_estimate_is_near_what_autodiff_stores():
 
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
-    [("num_heads", 3, "divisor"), ("top_k", 9, "at most all"), ("dispatch", "capcity", "did you mean 'capacity'"),
-     ("num_layers", 0, "positive"), ("capacity_factor", 0.0, "e.g.")],
-)  # fmt: skip
+    [
+        ("num_heads", 3, "divisor"),
+        ("top_k", 9, "at most all"),
+        ("dispatch", "capcity", "did you mean 'capacity'"),
+        ("num_layers", 0, "positive"),
+        ("capacity_factor", 0.0, "e.g."),
+    ],
+)
 def test_impossible_models_are_refused(field, value, remedy):
     config = tiny_config(**{f"model__{field}": value})
     with pytest.raises(InputError, match=rf"model\.{field}=.*{remedy}"):

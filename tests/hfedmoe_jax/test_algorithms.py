@@ -1,0 +1,246 @@
+"""A whole round, every algorithm, against a loop over clients that keeps every model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_batches, tiny_config, tiny_model, tiny_params
+
+from hfedmoe_jax.algorithms import Composition, algorithms, build_algorithm, compose
+from hfedmoe_jax.client import DROPPED_OUT, NONFINITE, OK, ClientData, LocalRule, make_client
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.optimizers import build_optimizer
+from hfedmoe_jax.population import make_mesh
+
+CLIENTS = 5
+KEY = jax.random.key(7)
+
+
+def cohort(config, members=(0, 2, 3), available=None):
+    tokens, labels = zip(
+        *(tiny_batches(c, config.fl.local_steps, config.fl.batch_size) for c in members), strict=True
+    )
+    available = [True] * len(members) if available is None else available
+    return ClientData(
+        client=np.array(members, np.int32),
+        tokens=np.stack(tokens),
+        labels=np.stack(labels),
+        num_examples=np.float32([10 + 7 * c for c in members]),
+        budget=np.int32([2 + c % 3 for c in members]),
+        available=np.array(available),
+    )
+
+
+@functools.cache
+def build(**fields):
+    config = tiny_config(**fields)
+    model = tiny_model(config)
+    algorithm = build_algorithm(config, model, CLIENTS, make_mesh(jax.devices()[:1]), chunk=1)
+    return config, model, algorithm
+
+
+def run(algorithm, params, data, key=KEY):
+    return algorithm.round(algorithm.init(jax.tree.map(jnp.copy, params)), data, key)
+
+
+def one_by_one(config, model, algorithm, params, data):
+    """Returns every client's update, trained alone."""
+    parts = algorithm.composition
+    rule = LocalRule(
+        None if parts.score == "none" else parts.score,
+        parts.fail_over_budget,
+        config.client.proximal_mu if parts.proximal else 0.0,
+    )
+    optimizer = build_optimizer(config.client, config.client.optimizer, "client")
+    train = jax.jit(make_client(model, optimizer, rule, config))
+    return [
+        train(params, jax.tree.map(lambda x, i=i: x[i], data), jax.random.fold_in(KEY, data.client[i]))
+        for i in range(len(data.client))
+    ]
+
+
+def weighted(values, weights):
+    """Weighted mean over a list in float64, and the sum of the weights."""
+    total = sum(weights)
+    return sum(w * np.asarray(v, np.float64) for v, w in zip(values, weights, strict=True)) / total
+
+
+@pytest.mark.parametrize("name", ["hfedmoe", "fedavg", "fedprox", "frequency", "gradient_norm"])
+def test_a_round_is_the_naive_aggregation_of_the_clients(name):
+    config, model, algorithm = build(fl__algorithm=name, aggregation__tau=0.02)
+    params = tiny_params()
+    data = cohort(config)
+    updates = one_by_one(config, model, algorithm, params, data)
+    state, metrics = run(algorithm, params, data)
+    sizes = data.num_examples.astype(np.float64)
+    sparse = algorithm.composition.expert_rule == "dominant"
+    dominant = [np.asarray(u.upload.trained) & (np.asarray(u.upload.usage) >= 0.02) for u in updates]
+
+    def check(result, expected):
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6)
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params.shared):
+        leaves = [dict(jax.tree_util.tree_leaves_with_path(u.params.shared))[path] for u in updates]
+        check(leaf, weighted(leaves, sizes))
+    alpha = sizes
+    if sparse:
+        alpha = [
+            float(np.sum(np.where(d, np.asarray(u.upload.usage) * np.asarray(u.upload.importance), 0)))
+            for d, u in zip(dominant, updates, strict=True)
+        ]
+    for index, leaf in enumerate(jax.tree.leaves(state.params.router)):
+        check(leaf, weighted([jax.tree.leaves(u.params.router)[index] for u in updates], alpha))
+    for index, leaf in enumerate(jax.tree.leaves(state.params.experts)):
+        for layer, expert in np.ndindex(model.num_layers, model.num_experts):
+            holders = [c for c in range(len(updates)) if not sparse or dominant[c][layer, expert]]
+            values = [jax.tree.leaves(updates[c].params.experts)[index][layer, expert] for c in holders]
+            old = jax.tree.leaves(params.experts)[index][layer, expert]
+            if holders:
+                check(leaf[layer, expert], weighted(values, sizes[holders]))
+            else:
+                np.testing.assert_array_equal(leaf[layer, expert], old)
+    np.testing.assert_array_equal(metrics.report.status, OK)
+
+
+def test_the_order_of_a_cohort_does_not_matter():
+    config, model, algorithm = build()
+    params = tiny_params()
+    one, _ = run(algorithm, params, cohort(config, (0, 2, 3)))
+    other, _ = run(algorithm, params, cohort(config, (3, 0, 2)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, other)
+
+
+def test_one_client_alone_gets_its_own_model_back():
+    config, model, algorithm = build()
+    params = tiny_params()
+    data = cohort(config, (2,))
+    (update,) = one_by_one(config, model, algorithm, params, data)
+    state, _ = run(algorithm, params, data)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, update.params
+    )
+
+
+def test_a_chunk_of_clients_gives_what_one_at_a_time_gives():
+    config, model, algorithm = build()
+    wide = build_algorithm(config, model, CLIENTS, make_mesh(jax.devices()[:1]), chunk=3)
+    params = tiny_params()
+    one, one_metrics = run(algorithm, params, cohort(config))
+    other, other_metrics = run(wide, params, cohort(config))
+    np.testing.assert_array_equal(one_metrics.uploaded, other_metrics.uploaded)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one.params, other.params
+    )
+
+
+def test_a_failing_client_changes_nothing():
+    config, model, algorithm = build()
+    params = tiny_params()
+    without, _ = run(algorithm, params, cohort(config, (0, 3)))
+    with_dropout, metrics = run(algorithm, params, cohort(config, (0, 2, 3), available=[True, False, True]))
+    assert metrics.report.status.tolist() == [OK, DROPPED_OUT, OK]
+    jax.tree.map(np.testing.assert_array_equal, with_dropout, without)
+
+
+def test_a_round_without_any_update_leaves_everything():
+    config, model, algorithm = build(fl__algorithm="fedadam")
+    params = tiny_params()
+    state, metrics = run(algorithm, params, cohort(config, available=[False] * 3))
+    assert set(metrics.report.status.tolist()) == {DROPPED_OUT}
+    jax.tree.map(np.testing.assert_array_equal, state, algorithm.init(params))
+
+
+def test_a_loss_that_is_not_finite_loses_its_client_alone():
+    config, model, algorithm = build()
+    start = tiny_params()
+    # A word that only client 2 uses has an embedding whose variance overflows; the others never read it.
+    table = start.shared["embed"]["embedding"].at[49].set(1e38)
+    params = start._replace(shared={**start.shared, "embed": {"embedding": table}})
+    data = cohort(config)
+    tokens = np.where(data.tokens == 49, 48, data.tokens)
+    calm = data._replace(tokens=tokens.copy())
+    tokens[1, 0, 0, 0] = 49
+    state, metrics = run(algorithm, params, data._replace(tokens=tokens))
+    assert metrics.report.status.tolist() == [OK, NONFINITE, OK]
+    without, _ = run(algorithm, params, calm._replace(available=np.array([True, False, True])))
+    jax.tree.map(np.testing.assert_array_equal, state, without)
+
+
+def test_literal_gating_shrinks_the_router():
+    """(20)-(21) as printed: the weights u * s / |S| are far below one."""
+    norms = {}
+    for literal in (False, True):
+        config, model, algorithm = build(aggregation__literal_gating=literal)
+        params = tiny_params()
+        state, _ = run(algorithm, params, cohort(config))
+        norms[literal] = float(jnp.linalg.norm(jax.tree.leaves(state.params.router)[0]))
+    assert norms[True] < 0.5 * norms[False]
+
+
+def test_untrained_experts_are_left_alone_by_server_momentum():
+    config, model, algorithm = build(
+        server__optimizer="adam", server__learning_rate=0.1, aggregation__tau=0.0
+    )
+    params = tiny_params()
+    state = algorithm.init(jax.tree.map(jnp.copy, params))
+    for number in range(3):
+        before = jax.tree.map(np.asarray, state.params.experts)
+        state, metrics = algorithm.round(state, cohort(config, (number,)), jax.random.key(number))
+        uploaded = np.asarray(metrics.uploaded)[0]
+        assert 0 < uploaded.sum() < uploaded.size
+        for new, old in zip(*map(jax.tree.leaves, (state.params.experts, before)), strict=True):
+            changed = np.any(np.asarray(new) != old, axis=(-1, -2))
+            np.testing.assert_array_equal(changed, uploaded)
+
+
+def test_local_keeps_a_model_a_client():
+    config, model, algorithm = build(fl__algorithm="local")
+    params = tiny_params()
+    data = cohort(config, (0, 3))
+    updates = one_by_one(config, model, algorithm, params, data)
+    state, _ = run(algorithm, params, data)
+    for client, update in zip((0, 3), updates, strict=True):
+        mine = jax.tree.map(lambda x, c=client: x[c], state.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), mine, update.params)
+    for client in (1, 2, 4):
+        jax.tree.map(lambda x, p, c=client: np.testing.assert_array_equal(x[c], p), state.params, params)
+
+
+def test_the_server_remembers_its_clients():
+    config, model, algorithm = build()
+    state = algorithm.init(tiny_params())
+    state, first = algorithm.round(state, cohort(config, (1, 4)), jax.random.key(1))
+    state, second = algorithm.round(state, cohort(config, (4, 2)), jax.random.key(2))
+    assert np.asarray(state.records.times_ok).tolist() == [0, 1, 1, 0, 2]
+    trained = np.asarray(state.records.times_trained)
+    np.testing.assert_array_equal(trained[4], first.uploaded[1].astype(int) + second.uploaded[0].astype(int))
+    assert trained[[0, 3]].sum() == 0
+
+
+@pytest.mark.parametrize("name", [name for name in algorithms if name != "local"])
+def test_every_algorithm_learns(name):
+    """After a few rounds on the same batches the loss is lower, whatever the algorithm."""
+    rate = 1.0 if compose(tiny_config(fl__algorithm=name)).server_optimizer == "sgd" else 0.03
+    config, model, algorithm = build(
+        fl__algorithm=name, server__learning_rate=rate, client__learning_rate=0.01
+    )
+    state = algorithm.init(tiny_params())
+    losses = []
+    for number in range(6):
+        state, metrics = algorithm.round(state, cohort(config), jax.random.key(number))
+        losses.append(float(jnp.mean(metrics.report.loss)))
+    failed = name == "fedavg_dropout"  # every tiny client activates more than its budget
+    assert losses[-1] == losses[0] if failed else losses[-1] < losses[0] - 0.02
+
+
+def test_parts_named_in_the_config_replace_those_of_the_algorithm():
+    config = tiny_config(fl__score="frequency", fl__gating_rule="mean", server__optimizer="adam")
+    assert compose(config) == Composition("frequency", "dominant", "mean", "adam")
+    assert compose(tiny_config()) == algorithms["hfedmoe"]
+
+
+def test_an_unknown_algorithm_names_the_nearest():
+    with pytest.raises(InputError, match=r"fl\.algorithm='hfedmo': unknown name; did you mean 'hfedmoe'\?"):
+        compose(tiny_config(fl__algorithm="hfedmo"))
