@@ -17,6 +17,7 @@ from hfedmoe_jax.models import (
     ExpertControls,
     MoeModel,
     Params,
+    Routing,
     load_balancing_loss,
     open_controls,
     own_choice,
@@ -195,21 +196,12 @@ def make_client(
                     forward, SCORE_DECAY * running_score + (1 - SCORE_DECAY) * fresh, running_score
                 )
                 eligible = eligible | union(own)
-            measured = dict(
-                upload=(
-                    usage(routing.gates, own, token_mask),
-                    routing_importance(routing.gates, token_mask, importance.lam),
-                ),
-                loss=cross_entropy,
-                accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == labels),
-                union_size=jnp.sum(union(own), dtype=jnp.float32),
-                trained_size=jnp.sum(trained, dtype=jnp.float32),
-                assignments=jnp.sum(routing.chosen, dtype=jnp.float32),
-                trained_assignments=jnp.sum(routing.kept & trained[:, None, :], dtype=jnp.float32),
-                dropped=1 - jnp.sum(routing.kept) / jnp.maximum(jnp.sum(routing.chosen), 1),
-                router_entropy=gate_entropy(routing.gates, token_mask),
+            measured = measure(cross_entropy, logits, labels, routing, own, trained, token_mask)
+            told = (
+                usage(routing.gates, own, token_mask),
+                routing_importance(routing.gates, token_mask, importance.lam),
             )
-            return (params, optimizer_state, running_score, eligible), (measured, trained)
+            return (params, optimizer_state, running_score, eligible), (measured, told, trained)
 
         num_steps = client.tokens.shape[0]
         keys = jax.random.split(key, num_steps)
@@ -219,22 +211,54 @@ def make_client(
             first, eligible = probe(model, start, client.tokens[0], client.labels[0], keys[0])
             running_score = score(first, importance)
         carry = (start, optimizer.init(start), running_score, eligible)
-        (params, *_), (measured, trained) = jax.lax.scan(step, carry, (client.tokens, client.labels, keys))
-        means = jax.tree.map(lambda x: jnp.mean(x, axis=0), measured)
+        batches = (client.tokens, client.labels, keys)
+        (params, *_), (measured, told, trained) = jax.lax.scan(step, carry, batches)
+        mean_usage, mean_importance = (jnp.mean(x, axis=0) for x in told)
+        upload = Upload(mean_usage, mean_importance, jnp.any(trained, axis=0), client.num_examples)
         max_union_size = jnp.max(measured["union_size"])
         over_budget = rule.fail_over_budget & (max_union_size > client.budget)
-        finite = jnp.isfinite(jnp.sum(measured["loss"]))
-        for leaf in jax.tree.leaves(params):
-            finite &= jnp.all(jnp.isfinite(leaf))
+        finite = jnp.isfinite(jnp.sum(measured["loss"])) & all_finite(params)
         status = jnp.select(
             [~client.available, ~finite, over_budget], [DROPPED_OUT, NONFINITE, OVER_BUDGET], OK
         )
-        usage_mean, importance_mean = means.pop("upload")
-        upload = Upload(usage_mean, importance_mean, jnp.any(trained, axis=0), client.num_examples)
+        means = {name: jnp.mean(values, axis=0) for name, values in measured.items()}
         report = ClientReport(status=status, max_union_size=max_union_size, **means)
         return ClientUpdate(params, upload, report)
 
     return train
+
+
+def measure(
+    cross_entropy: Float[Array, ""],
+    logits: Float[Array, "batch classes"],
+    labels: Int[Array, " batch"],
+    routing: Routing,
+    own: Bool[Array, "layers tokens experts"],
+    trained: Bool[Array, "layers experts"],
+    token_mask: Bool[Array, " tokens"],
+) -> dict[str, Float[Array, ""]]:
+    """Returns one step's part of the `ClientReport`, by field.
+
+    Args:
+      routing: of the training pass.
+      own: the tokens' own experts, whatever the controls.
+      trained: experts that this step trained.
+    """
+    return dict(
+        loss=cross_entropy,
+        accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == labels),
+        union_size=jnp.sum(union(own), dtype=jnp.float32),
+        trained_size=jnp.sum(trained, dtype=jnp.float32),
+        assignments=jnp.sum(routing.chosen, dtype=jnp.float32),
+        trained_assignments=jnp.sum(routing.kept & trained[:, None, :], dtype=jnp.float32),
+        dropped=1 - jnp.sum(routing.kept) / jnp.maximum(jnp.sum(routing.chosen), 1),
+        router_entropy=gate_entropy(routing.gates, token_mask),
+    )
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Says whether no number of a tree is NaN or infinite."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def gate_entropy(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.accounting import Ledger, account_round, enter, open_ledger
@@ -139,6 +139,8 @@ class Experiment:
     def init(self) -> RunState:
         """Returns the state before the first round."""
         server = self.algorithm.init(jax.jit(self.model.init)(self.init_key))
+        # On every device from the start, as a round leaves it: otherwise the second round compiles anew.
+        server = jax.device_put(server, NamedSharding(self.mesh, PartitionSpec()))
         best = jax.tree.map(jnp.copy, server.params)
         return RunState(np.int64(0), server, best, np.float64(-1), np.int64(0), open_ledger())
 

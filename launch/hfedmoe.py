@@ -25,7 +25,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written.
     """
-    start_devices()
+    start_devices(most=config.fl.clients_per_round)
     experiment = Experiment(config, make_mesh())
     open_workdir(workdir, config.to_dict())
     (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
