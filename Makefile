@@ -11,7 +11,7 @@ run: $(STAMP)
 	$(BIN)/python -m launch.main --config=configs/hfedmoe.py $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

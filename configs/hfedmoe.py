@@ -48,13 +48,13 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def gradient(config: ConfigDict) -> ConfigDict:
-    """Task information from `jax.grad` contributions, at no pass of their own."""
+    """Task information from `jax.grad` contributions of the training passes (one scoring pass a round)."""
     config.importance.update(estimate="gradient", refresh="previous")
     return config
 
 
 def active(config: ConfigDict) -> ConfigDict:
-    """A quarter of the experts for everyone, forward included: what the smallest devices can run."""
+    """A quarter of the experts for everyone, in the training pass's forward too."""
     config.fl.forward = "active"
     config.budget.fraction = 0.25
     return config
@@ -163,7 +163,7 @@ def get_config(preset: str = "default") -> ConfigDict:
 
     server = config.server = ConfigDict()
     server.optimizer = ""  # replaces the algorithm's own
-    server.learning_rate = 1.0
+    server.learning_rate = 0.0  # 0: 1 for sgd and sgdm, 0.01 for adam and yogi
     server.momentum = 0.9
     server.second_momentum = 0.99
     server.epsilon = 1e-3
@@ -183,7 +183,7 @@ def get_config(preset: str = "default") -> ConfigDict:
 
     evaluation = config.eval = ConfigDict()
     evaluation.every = 2  # rounds
-    evaluation.batch_size = 64
+    evaluation.batch_size = 64  # also the most of a client's own held-out passages that are judged
     evaluation.max_examples = 0  # of the validation split, each time; 0: all
 
     checkpoint = config.checkpoint = ConfigDict()

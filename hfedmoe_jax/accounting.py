@@ -10,7 +10,7 @@ import numpy as np
 
 from hfedmoe_jax.algorithms import RoundMetrics
 from hfedmoe_jax.client import DROPPED_OUT, OK, OVER_BUDGET, STATUS_NAMES
-from hfedmoe_jax.devices import DeviceProfile, round_cost
+from hfedmoe_jax.devices import DeviceProfile, ScoringPasses, round_cost
 from hfedmoe_jax.models import ModelCost
 
 
@@ -57,7 +57,12 @@ def open_ledger() -> Ledger:
 
 
 def account_round(
-    metrics: RoundMetrics, profiles: Sequence[DeviceProfile], cost: ModelCost, steps: int, personal: bool
+    metrics: RoundMetrics,
+    profiles: Sequence[DeviceProfile],
+    cost: ModelCost,
+    steps: int,
+    scoring: ScoringPasses,
+    personal: bool,
 ) -> RoundAccount:
     """Returns the costs of a round.
 
@@ -69,6 +74,7 @@ def account_round(
       profiles: each member's device.
       cost: of the model.
       steps: local steps.
+      scoring: passes beside them.
       personal: nothing is sent at all.
     """
     times, bytes_up, bytes_down = [], 0.0, 0.0
@@ -81,12 +87,15 @@ def account_round(
             float(report.assignments[index]),
             float(report.trained_assignments[index]),
             float(metrics.uploaded[index].sum()),
+            scoring,
         )
         status = report.status[index]
         if personal:
             one = one._replace(bytes_up=0.0, bytes_down=0.0, time_s=one.compute_s)
+        elif status != OK:  # what is not sent takes no time
+            one = one._replace(bytes_up=0.0, time_s=one.time_s - 8 * one.bytes_up / profile.uplink_bps)
         bytes_down += one.bytes_down
-        bytes_up += one.bytes_up if status == OK else 0.0
+        bytes_up += one.bytes_up
         if status not in (DROPPED_OUT, OVER_BUDGET):
             times.append(one.time_s)
     slowest = max(times, default=0.0)

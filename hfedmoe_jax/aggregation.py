@@ -63,7 +63,7 @@ class Upload(NamedTuple):
     """What a client tells the server beside its parameters.
 
     Attributes:
-      usage: float32 [L, E], u_c of (16).
+      usage: float32 [L, E], u_c of (16), over the tokens of the round's batches.
       importance: float32 [L, E], s^c: the routing importance (5), mean over the client's steps.
       trained: bool [L, E], experts that received a gradient in at least one step.
       num_examples: float32 [], |D_c|.
@@ -156,11 +156,6 @@ def mean_accumulate(mean: RunningMean, values: Any, weights: Any) -> RunningMean
 
     totals = jax.tree.map(add, weights, mean.total, values)
     return RunningMean(totals, jax.tree.map(jnp.add, mean.weight, weights))
-
-
-def mean_merge(left: RunningMean, right: RunningMean) -> RunningMean:
-    """Returns the sums of both."""
-    return jax.tree.map(jnp.add, left, right)
 
 
 def mean_finalize(mean: RunningMean, previous: Any) -> Any:

@@ -20,7 +20,16 @@ from hfedmoe_jax.aggregation import (
     mean_finalize,
     routing_consistency,
 )
-from hfedmoe_jax.client import OK, ClientData, ClientReport, LocalRule, make_client
+from hfedmoe_jax.client import (
+    OK,
+    OVER_BUDGET,
+    ClientData,
+    ClientReport,
+    LocalRule,
+    make_client,
+    scoring_passes,
+)
+from hfedmoe_jax.devices import ScoringPasses
 from hfedmoe_jax.models import MoeModel, Params
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import map_population
@@ -49,6 +58,9 @@ class Composition(NamedTuple):
     personal: bool = False
 
 
+SERVER_LEARNING_RATES = {"sgd": 1.0, "sgdm": 1.0, "adam": 0.01, "yogi": 0.01}
+"""A rate of 1 replaces the model by the mean; adaptive steps of 1 a parameter would diverge."""
+
 algorithms = Registry("fl.algorithm")
 """Compositions by name."""
 
@@ -73,15 +85,16 @@ class ClientRecords(NamedTuple):
     """What the server remembers of every client between rounds.
 
     Attributes:
-      usage: float32 [C, L, E], u_c of the client's last round.
+      usage: float32 [C, L, E], u_c of the client's last round; NaN if its update did not count.
       times_trained: int32 [C, L, E], rounds in which an expert of the client was aggregated.
-      times_ok: int32 [C], rounds whose update counted.
+      rounds_measured: int32 [C], rounds in which its batches were routed to the end: those whose
+        update counted, and those that failed for the size of their union.
       union_total: float32 [C], sum over those rounds of the mean union size.
     """
 
     usage: Float[Array, "clients layers experts"]
     times_trained: Int[Array, "clients layers experts"]
-    times_ok: Int[Array, " clients"]
+    rounds_measured: Int[Array, " clients"]
     union_total: Float[Array, " clients"]
 
 
@@ -121,11 +134,13 @@ class FederatedAlgorithm(NamedTuple):
       round: (state, cohort, key) -> (ServerState, RoundMetrics); jitted, the state is donated.
         `cohort` is a `ClientData` with a leading axis M, `key` the key of this round.
       composition: the parts it is made of.
+      scoring: what scoring adds to a client's round.
     """
 
     init: Callable[[Params], ServerState]
     round: Callable[[ServerState, ClientData, jax.Array], tuple[ServerState, RoundMetrics]]
     composition: Composition
+    scoring: ScoringPasses
 
 
 def compose(config: ConfigDict) -> Composition:
@@ -144,6 +159,12 @@ def compose(config: ConfigDict) -> Composition:
     return composition._replace(**{part: name for part, name in chosen.items() if name})
 
 
+def server_section(section: ConfigDict, optimizer: str) -> ConfigDict:
+    """Returns the section `server`, with the rate of the optimizer itself where it gives 0."""
+    rate = section.learning_rate or SERVER_LEARNING_RATES[optimizer]
+    return ConfigDict({**section, "learning_rate": rate})
+
+
 def build_algorithm(
     config: ConfigDict, model: MoeModel, num_clients: int, mesh: Mesh, chunk: int
 ) -> FederatedAlgorithm:
@@ -157,7 +178,9 @@ def build_algorithm(
     """
     parts = compose(config)
     expert_rule, gating_rule = expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
-    server = build_optimizer(config.server, parts.server_optimizer, "server")
+    server = build_optimizer(
+        server_section(config.server, parts.server_optimizer), parts.server_optimizer, "server"
+    )
     rule = LocalRule(
         score=None if parts.score == "none" else parts.score,
         fail_over_budget=parts.fail_over_budget,
@@ -170,9 +193,9 @@ def build_algorithm(
     def init(params: Params) -> ServerState:
         per_expert = (num_clients, model.num_layers, model.num_experts)
         records = ClientRecords(
-            usage=jnp.zeros(per_expert, jnp.float32),
+            usage=jnp.full(per_expert, jnp.nan, jnp.float32),
             times_trained=jnp.zeros(per_expert, jnp.int32),
-            times_ok=jnp.zeros(num_clients, jnp.int32),
+            rounds_measured=jnp.zeros(num_clients, jnp.int32),
             union_total=jnp.zeros(num_clients, jnp.float32),
         )
         if parts.personal:
@@ -203,21 +226,27 @@ def build_algorithm(
         return (), (), (update.upload, update.report, uploaded, kept)
 
     def remember(records: ClientRecords, cohort: ClientData, upload, report, trained) -> ClientRecords:
-        # Members that fail, padding included, write out of bounds, which `drop` ignores.
-        row = jnp.where(report.status == OK, cohort.client, num_clients)
+        # Padding members have the number C: they write out of bounds, which `drop` ignores.
+        row, ok = cohort.client, report.status == OK
+        measured = ok | (report.status == OVER_BUDGET)
+        trained = jnp.where(ok[:, None, None], trained, False).astype(jnp.int32)
         return ClientRecords(
-            usage=records.usage.at[row].set(upload.usage, mode="drop"),
-            times_trained=records.times_trained.at[row].add(trained.astype(jnp.int32), mode="drop"),
-            times_ok=records.times_ok.at[row].add(1, mode="drop"),
-            union_total=records.union_total.at[row].add(report.union_size, mode="drop"),
+            usage=records.usage.at[row].set(jnp.where(ok[:, None, None], upload.usage, jnp.nan), mode="drop"),
+            times_trained=records.times_trained.at[row].add(trained, mode="drop"),
+            rounds_measured=records.rounds_measured.at[row].add(measured.astype(jnp.int32), mode="drop"),
+            union_total=records.union_total.at[row].add(
+                jnp.where(measured, report.union_size, 0.0), mode="drop"
+            ),
         )
 
     def aggregate_round(state: ServerState, cohort: ClientData, key):
         run = map_population(visit, mesh, chunk)
         mean, (upload, report, uploaded) = run((state.params, key), cohort)
         target = mean_finalize(mean, state.params)
+        ok = report.status == OK
+        dominant = dominant_set(upload.usage, upload.trained, config.aggregation.tau) & ok[:, None, None]
         if config.aggregation.literal_gating:
-            union_size = jnp.sum(jnp.any(uploaded, axis=0))
+            union_size = jnp.sum(jnp.any(dominant, axis=0))
             literal = literal_gating(mean._replace(total=mean.total.router), union_size)
             target = target._replace(
                 router=jax.tree.map(
@@ -234,8 +263,7 @@ def build_algorithm(
             lambda new, old: jnp.where(anyone, new, old), (params, optimizer), (state.params, state.optimizer)
         )
         records = remember(state.records, cohort, upload, report, uploaded & upload.trained)
-        dominant = dominant_set(upload.usage, upload.trained, config.aggregation.tau)
-        consistency = routing_consistency(dominant, report.status == OK)
+        consistency = routing_consistency(dominant, ok)
         return ServerState(params, optimizer, records), RoundMetrics(report, uploaded, consistency)
 
     def personal_round(state: ServerState, cohort: ClientData, key):
@@ -245,8 +273,9 @@ def build_algorithm(
         row = jnp.where(report.status == OK, cohort.client, num_clients)
         params = jax.tree.map(lambda x, new: x.at[row].set(new, mode="drop"), state.params, kept)
         records = remember(state.records, cohort, upload, report, upload.trained)
-        consistency = jnp.zeros(report.status.shape, jnp.float32)
+        consistency = jnp.full(report.status.shape, jnp.nan)  # nothing is shared
         return ServerState(params, (), records), RoundMetrics(report, uploaded, consistency)
 
     round_function = personal_round if parts.personal else aggregate_round
-    return FederatedAlgorithm(init, jax.jit(round_function, donate_argnums=0), parts)
+    scoring = scoring_passes(rule, model, config.fl.local_steps, config.importance)
+    return FederatedAlgorithm(init, jax.jit(round_function, donate_argnums=0), parts, scoring)

@@ -81,10 +81,10 @@ def check_config(config: ConfigDict) -> None:
     for field, name in (("client", config.client.optimizer), ("server", parts.server_optimizer)):
         if name not in optimizers:
             raise unknown_name(f"{field}.optimizer", name, list(optimizers))
-    if parts.score == "gradient_norm" and config.importance.refresh != "step":
+    if config.aggregation.literal_gating and parts.gating_rule != "importance":
         raise InputError(
-            "importance.refresh",
-            config.importance.refresh,
-            "the training pass has no gradient of experts that it does not train",
-            "use importance.refresh=step with the score gradient_norm",
+            "aggregation.literal_gating",
+            True,
+            f"equation (21) weighs by importance, and the gating rule is {parts.gating_rule!r}",
+            "use it with fl.algorithm=hfedmoe or fl.gating_rule=importance",
         )

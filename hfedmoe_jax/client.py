@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import Upload
+from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
+from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import (
     ExpertControls,
     MoeModel,
@@ -23,7 +25,15 @@ from hfedmoe_jax.models import (
     own_choice,
 )
 from hfedmoe_jax.optimizers import PerExpertOptimizer
-from hfedmoe_jax.scores import Evidence, expert_contribution, routing_importance, score_rules, union, usage
+from hfedmoe_jax.scores import (
+    Evidence,
+    expert_contribution,
+    gradients_read,
+    routing_importance,
+    score_rules,
+    union,
+    usage,
+)
 from hfedmoe_jax.selection import select
 
 OK, DROPPED_OUT, OVER_BUDGET, NONFINITE = range(4)
@@ -61,8 +71,8 @@ class ClientReport(NamedTuple):
       union_size: experts that the batch's tokens were routed to.
       max_union_size: the largest of these.
       trained_size: experts that were trained.
-      assignments, trained_assignments: token-expert pairs a step over all layers, and those whose expert
-        was trained.
+      assignments, trained_assignments: token-expert pairs computed a step over all layers, and those
+        whose expert was trained.
       dropped: share of assignments that found no room.
       router_entropy: mean entropy of the gates in nats.
     """
@@ -153,17 +163,33 @@ def make_client(
     Each step selects experts for its batch (15) and trains those, the routers and the shared
     parameters. `importance.refresh=step` scores the batch itself with a pass of its own;
     `previous` scores the round's first batch so and then keeps a running score from what the
-    training passes compute anyway. With `previous` the contributions are gradients of the training
-    loss, load balancing included.
+    training passes compute anyway.
+
+    Our decisions: with `previous` the contributions are gradients of the training loss, load
+    balancing included, and E_union is that of the round's batches so far, because a batch's own is
+    known only after its forward pass; usage (16) is over the tokens of the round's batches, not of
+    all of D_c, which would be a pass of its own.
 
     Args:
       config: reads model.load_balance, importance.*, fl.forward.
+
+    Raises:
+      InputError: the score reads what the config's `importance.refresh` cannot give it.
     """
     importance = config.importance
     loss = batch_loss(model, config.model.load_balance)
     everything = open_controls(model.num_layers, model.num_experts)
     score = score_rules[rule.score] if rule.score is not None else None
     score_each_step = score is not None and importance.refresh == "step"
+    reads = gradients_read(score, importance, model.num_layers, model.num_experts) if score else set()
+    reads_contribution = "contribution" in reads
+    if "gradient_norm" in reads and not score_each_step:
+        raise InputError(
+            "importance.refresh",
+            importance.refresh,
+            "the training pass has no gradient of experts that it does not train",
+            f"use importance.refresh=step with the score {rule.score}",
+        )
 
     def objective(params, multiplier, controls, start, tokens, labels):
         total, parts = loss(params, controls._replace(multiplier=multiplier), tokens, labels)
@@ -190,31 +216,37 @@ def make_client(
             params, optimizer_state = optimizer.update(gradient, optimizer_state, params, trained)
             if score is not None and not score_each_step:
                 seen = Evidence(routing.gates, own, token_mask, step_key, lambda: -multiplier_gradient, None)
-                fresh = score(seen, importance)
-                # An expert that the tokens could not reach was not measured and keeps its score.
-                running_score = jnp.where(
-                    forward, SCORE_DECAY * running_score + (1 - SCORE_DECAY) * fresh, running_score
-                )
+                fresh = SCORE_DECAY * running_score + (1 - SCORE_DECAY) * score(seen, importance)
+                # No token reached a closed expert, so its contribution was not measured.
+                measured_now = forward | (not reads_contribution)
+                running_score = jnp.where(measured_now, fresh, running_score)
                 eligible = eligible | union(own)
             measured = measure(cross_entropy, logits, labels, routing, own, trained, token_mask)
             told = (
                 usage(routing.gates, own, token_mask),
                 routing_importance(routing.gates, token_mask, importance.lam),
+                jnp.sum(token_mask, dtype=jnp.float32),
             )
             return (params, optimizer_state, running_score, eligible), (measured, told, trained)
 
         num_steps = client.tokens.shape[0]
-        keys = jax.random.split(key, num_steps)
+        first_key, *keys = jax.random.split(key, num_steps + 1)
+        keys = jnp.stack(keys)
         running_score = jnp.zeros((model.num_layers, model.num_experts), jnp.float32)
         eligible = everything.backward
         if score is not None and not score_each_step:
-            first, eligible = probe(model, start, client.tokens[0], client.labels[0], keys[0])
+            first, eligible = probe(model, start, client.tokens[0], client.labels[0], first_key)
             running_score = score(first, importance)
         carry = (start, optimizer.init(start), running_score, eligible)
         batches = (client.tokens, client.labels, keys)
         (params, *_), (measured, told, trained) = jax.lax.scan(step, carry, batches)
-        mean_usage, mean_importance = (jnp.mean(x, axis=0) for x in told)
-        upload = Upload(mean_usage, mean_importance, jnp.any(trained, axis=0), client.num_examples)
+        usages, importances, num_tokens = told
+        upload = Upload(
+            usage=jnp.einsum("s,sle->le", num_tokens, usages) / jnp.maximum(jnp.sum(num_tokens), 1),
+            importance=jnp.mean(importances, axis=0),
+            trained=jnp.any(trained, axis=0),
+            num_examples=client.num_examples,
+        )
         max_union_size = jnp.max(measured["union_size"])
         over_budget = rule.fail_over_budget & (max_union_size > client.budget)
         finite = jnp.isfinite(jnp.sum(measured["loss"])) & all_finite(params)
@@ -226,6 +258,21 @@ def make_client(
         return ClientUpdate(params, upload, report)
 
     return train
+
+
+def scoring_passes(rule: LocalRule, model: MoeModel, steps: int, importance: ConfigDict) -> ScoringPasses:
+    """Returns what scoring adds to a client's round.
+
+    A pass runs forward; contributions add the product for the inputs, gradient norms of experts those
+    for the inputs and for the experts' weights.
+    """
+    if rule.score is None:
+        return NO_SCORING
+    count = steps if importance.refresh == "step" else 1
+    reads = gradients_read(score_rules[rule.score], importance, model.num_layers, model.num_experts)
+    return ScoringPasses(
+        count, shared=2 if reads else 1, experts=1 + bool(reads) + ("gradient_norm" in reads)
+    )
 
 
 def measure(
@@ -249,7 +296,7 @@ def measure(
         accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == labels),
         union_size=jnp.sum(union(own), dtype=jnp.float32),
         trained_size=jnp.sum(trained, dtype=jnp.float32),
-        assignments=jnp.sum(routing.chosen, dtype=jnp.float32),
+        assignments=jnp.sum(routing.kept, dtype=jnp.float32),
         trained_assignments=jnp.sum(routing.kept & trained[:, None, :], dtype=jnp.float32),
         dropped=1 - jnp.sum(routing.kept) / jnp.maximum(jnp.sum(routing.chosen), 1),
         router_entropy=gate_entropy(routing.gates, token_mask),

@@ -30,6 +30,23 @@ class DeviceProfile(NamedTuple):
     downlink_bps: float
 
 
+class ScoringPasses(NamedTuple):
+    """What scoring adds to a client's round, in forward passes with every expert open.
+
+    Attributes:
+      count: how many batches are scored by a pass of their own.
+      shared, experts: each such pass costs as much as so many forward passes of the shared part
+        and of the experts.
+    """
+
+    count: int
+    shared: int
+    experts: int
+
+
+NO_SCORING = ScoringPasses(0, 0, 0)
+
+
 class RoundCost(NamedTuple):
     """What a round costs one client: bytes each way, seconds of compute and of everything."""
 
@@ -78,7 +95,9 @@ def memory_needed(cost: ModelCost, budget: int, forward: str) -> int:
 
     The shared part and the trained experts are held with gradients, optimizer state and activations.
     `forward=routed` also runs the other experts, so holds their parameters; `active` does not (our
-    decision: the paper's forward may not fit the device it is meant for).
+    decision: the paper's forward may not fit the device it is meant for). A scoring pass keeps neither
+    gradients nor optimizer state and is taken to hold one expert at a time: `round_cost` charges
+    its time, nothing charges its memory.
     """
     resident = cost.num_experts if forward == "routed" else budget
     return (
@@ -130,6 +149,7 @@ def round_cost(
     assignments: float,
     trained_assignments: float,
     uploaded_experts: float,
+    scoring: ScoringPasses,
 ) -> RoundCost:
     """Returns what one round costs a client, a download of the whole model included.
 
@@ -138,12 +158,15 @@ def round_cost(
 
     Args:
       steps: local steps.
-      assignments, trained_assignments: token-expert pairs a step, all and of trained experts.
+      assignments, trained_assignments: token-expert pairs computed a step, all and of trained experts.
       uploaded_experts: experts sent back, beside the shared parameters and routers.
+      scoring: passes beside the training steps.
     """
     bytes_down = cost.shared_parameter_bytes + cost.num_experts * cost.expert_parameter_bytes
     bytes_up = cost.shared_parameter_bytes + uploaded_experts * cost.expert_parameter_bytes
-    flop = steps * (3 * cost.shared_flop + (assignments + 2 * trained_assignments) * cost.assignment_flop)
+    expert_flop = assignments * cost.assignment_flop
+    flop = steps * (3 * cost.shared_flop + expert_flop + 2 * trained_assignments * cost.assignment_flop)
+    flop += scoring.count * (scoring.shared * cost.shared_flop + scoring.experts * expert_flop)
     compute_s = flop / profile.flop_per_s
     transfer_s = 8 * bytes_down / profile.downlink_bps + 8 * bytes_up / profile.uplink_bps
     return RoundCost(bytes_down, bytes_up, compute_s, compute_s + transfer_s)

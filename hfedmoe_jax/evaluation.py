@@ -40,7 +40,8 @@ class BatchScore(NamedTuple):
       correct, loss: of the examples, by weight; loss in nats.
       count: sum of the weights.
       load: tokens that each expert served, [L, E].
-      entropy: of the gates in nats, mean over tokens.
+      entropy: of the gates in nats, sum over tokens of the mean over layers.
+      tokens: real tokens.
     """
 
     correct: Float[Array, ""]
@@ -48,10 +49,11 @@ class BatchScore(NamedTuple):
     count: Float[Array, ""]
     load: Float[Array, "layers experts"]
     entropy: Float[Array, ""]
+    tokens: Float[Array, ""]
 
 
 class Quality(NamedTuple):
-    """What `summarize` makes of batch scores: means over examples; `load` is shares by layer."""
+    """What `summarize` makes of batch scores: means over examples, tokens; `load` is shares by layer."""
 
     accuracy: float
     loss: float
@@ -75,6 +77,8 @@ def make_evaluate(
         if personal:
             params = jax.tree.map(lambda x: x[batch.judge], params)
         tokens = jnp.where(batch.weight[:, None] > 0, batch.tokens, 0)  # padding asks for no expert
+        token_mask = model.token_mask(tokens)
+        num_tokens = jnp.sum(token_mask, dtype=jnp.float32)
         logits, routing = model.apply(params, tokens, controls, training=False)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         right = jnp.argmax(logits, axis=-1) == batch.labels
@@ -83,7 +87,8 @@ def make_evaluate(
             loss=jnp.sum(loss * batch.weight),
             count=jnp.sum(batch.weight),
             load=jnp.sum(routing.kept, axis=1, dtype=jnp.float32),
-            entropy=gate_entropy(routing.gates, model.token_mask(tokens)),
+            entropy=num_tokens * gate_entropy(routing.gates, token_mask),
+            tokens=num_tokens,
         )  # fmt: skip
 
     run = jax.jit(map_population(score, mesh, chunk=1))
@@ -126,9 +131,11 @@ def summarize(scores: BatchScore) -> Quality:
     """Returns means over all examples, summed in float64."""
     total = jax.tree.map(lambda x: np.sum(x, axis=0, dtype=np.float64), scores)
     served = np.maximum(total.load.sum(axis=-1, keepdims=True), 1)
-    entropy = float(np.average(scores.entropy, weights=scores.count))
     return Quality(
-        float(total.correct / total.count), float(total.loss / total.count), total.load / served, entropy
+        accuracy=float(total.correct / total.count),
+        loss=float(total.loss / total.count),
+        load=total.load / served,
+        router_entropy=float(total.entropy / total.tokens),
     )
 
 

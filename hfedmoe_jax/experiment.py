@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.accounting import Ledger, account_round, enter, open_ledger
 from hfedmoe_jax.algorithms import RoundMetrics, ServerState, build_algorithm
 from hfedmoe_jax.checks import check_config
-from hfedmoe_jax.client import NONFINITE, STATUS_NAMES, ClientData
+from hfedmoe_jax.client import NONFINITE, OK, OVER_BUDGET, STATUS_NAMES, ClientData
 from hfedmoe_jax.data import FederatedData, holdout_batches, load_federated, pad_batches, round_batches
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.evaluation import (
@@ -68,8 +68,8 @@ class Outcome(NamedTuple):
       client_accuracy: float [C], of the last model on each client's own held-out examples.
       client_spread: its mean, standard deviation and mean of the worst 10%.
       expert_load: [L, E], share of a layer's validation tokens that each expert served.
-      usage_before, usage_after: [M, L, E], u_c (16) of the last cohort as its members reported it, and
-        under the aggregated model on the same batches.
+      usage_before, usage_after: [M, L, E], u_c (16) of the last cohort as its members reported it while
+        training (NaN where a member failed), and under the aggregated model on the same batches.
     """
 
     final: Quality
@@ -161,7 +161,9 @@ class Experiment:
         sizes = np.array([len(self.data.client_train[c]) for c in clients], np.float32)
         data = ClientData(clients.astype(np.int32), tokens, labels, sizes, self.budgets[clients], available)
         extra = padded_size(len(clients), self.mesh, self.chunk) - len(clients)
-        return jax.tree.map(lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), data)
+        data = jax.tree.map(lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), data)
+        data.client[len(clients) :] = self.num_clients  # nobody
+        return data
 
     def step(self, state: RunState) -> tuple[RunState, dict[str, float], list[str]]:
         """Runs one round; `state` is consumed (its buffers are donated).
@@ -178,7 +180,7 @@ class Experiment:
         metrics = jax.tree.map(lambda x: np.asarray(x)[: len(members)], metrics)
         round_s = time.perf_counter() - began
         profiles = [self.profiles[c] for c in members]
-        account = account_round(metrics, profiles, self.cost, steps, self.personal)
+        account = account_round(metrics, profiles, self.cost, steps, self.algorithm.scoring, self.personal)
         ledger = enter(state.ledger, account, metrics)
         if self._compiled:
             ledger = ledger._replace(
@@ -194,6 +196,7 @@ class Experiment:
             row |= dict(
                 validation_accuracy=quality.accuracy,
                 validation_loss=quality.loss,
+                validation_router_entropy=quality.router_entropy,
                 client_accuracy_mean=mean,
                 client_accuracy_std=deviation,
                 client_accuracy_worst10=worst,
@@ -258,23 +261,23 @@ class Experiment:
 
 
 def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float]:
-    """Returns a round's row of metrics: means over the clients whose update counted, and counts."""
+    """Returns a round's row of metrics: means over the clients whose update counted, and counts.
+
+    `union_share` includes the clients that failed for it.
+    """
     report = metrics.report
-    ok = report.status == 0
+    ok = report.status == OK
 
-    def mean(values: Any) -> float | None:
-        return float(np.mean(np.asarray(values, np.float64)[ok])) if ok.any() else None
-
-    def share(values: Any) -> float | None:
-        value = mean(values)
-        return None if value is None else value / num_experts
+    def mean(values: Any, among: np.ndarray = ok) -> float | None:
+        value = np.mean(np.asarray(values, np.float64)[among]) if among.any() else np.nan
+        return None if np.isnan(value) else float(value)
 
     counts = np.bincount(report.status, minlength=len(STATUS_NAMES))
     return dict(
         train_loss=mean(report.loss),
         train_accuracy=mean(report.accuracy),
-        union_share=share(report.union_size),
-        trained_share=share(report.trained_size),
+        union_share=mean(report.union_size / num_experts, ok | (report.status == OVER_BUDGET)),
+        trained_share=mean(report.trained_size / num_experts),
         routing_consistency=mean(metrics.consistency),
         router_entropy=mean(report.router_entropy),
         dropped_tokens_share=mean(report.dropped),
@@ -288,6 +291,7 @@ COLUMNS = (
     "train_accuracy",
     "validation_accuracy",
     "validation_loss",
+    "validation_router_entropy",
     "client_accuracy_mean",
     "client_accuracy_std",
     "client_accuracy_worst10",

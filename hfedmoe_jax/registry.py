@@ -35,8 +35,7 @@ class Registry:
         def file(part: Any) -> Any:
             taken = self._parts.get(name)
             # A config file may be executed twice in one process; the same definition is no clash.
-            same = taken == part or getattr(taken, "__qualname__", "") == getattr(part, "__qualname__", None)
-            if taken is not None and not same:
+            if taken is not None and taken != part and _definition(taken) != _definition(part):
                 raise ValueError(f"{self.field}: the name {name!r} is already registered")
             self._parts[name] = part
             return part
@@ -50,6 +49,11 @@ class Registry:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
+
+
+def _definition(part: Any) -> tuple[str | None, Any]:
+    """Returns where a part was defined; an object without a name is only ever itself."""
+    return getattr(part, "__module__", None), getattr(part, "__qualname__", part)
 
 
 def unknown_name(field: str, name: str, known: list[str]) -> InputError:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import Registry
 
 Gates = Float[Array, "*layers tokens experts"]
@@ -44,11 +45,20 @@ def routing_importance(gates: Gates, token_mask: TokenMask, lam: float) -> PerEx
 def redundancy(gates: Gates, token_mask: TokenMask) -> PerExpert:
     """Returns KL_b(e) = mean_i G_e(x_i) log(G_e(x_i) / mean_j G_e(x_j)), in nats (10)-(11).
 
-    An upper bound of I(z_e; x); zero when the gate does not depend on the token.
+    An upper bound of I(z_e; x); zero when the gate does not depend on the token. Computed as the
+    mean of G log(G / p) - G + p, whose last two terms cancel: every summand is then positive, and
+    nearly uniform gates lose no digits.
     """
     prior = cumulative(gates, token_mask)[..., None, :]
     safe_prior = jnp.where(prior > 0, prior, 1.0)
-    return mean_over_tokens(jax.scipy.special.xlogy(gates, gates / safe_prior), token_mask)
+    excess = gates - prior
+    near = jnp.abs(excess) < 0.5 * prior
+    log_ratio = jnp.where(
+        near,
+        jnp.log1p(jnp.where(near, excess, 0.0) / safe_prior),
+        jnp.log(jnp.where(gates > 0, gates, 1.0) / safe_prior),
+    )
+    return mean_over_tokens(gates * log_ratio - excess, token_mask)
 
 
 def share_of_total(values: PerExpert) -> PerExpert:
@@ -114,6 +124,43 @@ def expert_contribution(loss: Callable[[PerExpert], jax.Array], multiplier: PerE
       multiplier: where to take the gradient, ones.
     """
     return -jax.grad(loss)(multiplier)
+
+
+def gradients_read(score: Callable, importance: ConfigDict, num_layers: int, num_experts: int) -> set[str]:
+    """Returns which gradients of its evidence a score reads, by calling it once on a stand-in.
+
+    Returns:
+      A subset of {"contribution", "gradient_norm"}.
+
+    Raises:
+      InputError: the score is not one number an expert.
+    """
+    read = set()
+
+    def stand_in(name: str) -> Callable:
+        def compute():
+            read.add(name)
+            return jnp.zeros((num_layers, num_experts))
+
+        return compute
+
+    def call():
+        gates = jnp.full((num_layers, 2, num_experts), 1 / num_experts)
+        names = ("contribution", "gradient_norm")
+        everything = jnp.ones(2, bool)
+        return score(
+            Evidence(gates, gates > 0, everything, jax.random.key(0), *map(stand_in, names)), importance
+        )
+
+    shape = jax.eval_shape(call).shape
+    if shape != (num_layers, num_experts):
+        raise InputError(
+            "fl.score",
+            score.__name__,
+            f"returns an array of shape {shape}",
+            f"return one number an expert, shape {(num_layers, num_experts)}",
+        )
+    return read
 
 
 score_rules = Registry("fl.score")

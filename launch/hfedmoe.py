@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hfedmoe_jax import COLUMNS, Experiment, Outcome, RunState, make_mesh
+from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.client import STATUS_NAMES
 from launch.checkpoints import Checkpoints
 from launch.distributed import start_devices
@@ -25,6 +26,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written.
     """
+    check_config(config)
     start_devices(most=config.fl.clients_per_round)
     experiment = Experiment(config, make_mesh())
     open_workdir(workdir, config.to_dict())
@@ -56,8 +58,11 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
         restored = checkpoints.restore(state)
         if restored:
             state = restored[1]
-            print(f"continuing after round {int(state.round)} of {config.fl.rounds}")
         first = int(state.round)
+        if first == config.fl.rounds:
+            print("this run is finished: its results are written again; another --workdir starts a new one")
+        elif restored:
+            print(f"continuing after round {first} of {config.fl.rounds}")
         writer = MetricWriter(workdir, COLUMNS[1:], resume_after=first if restored else None)
         with writer, Progress(config.fl.rounds, "rounds", initial=first) as progress:
             for number in range(first + 1, config.fl.rounds + 1):
@@ -128,9 +133,8 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
 def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[str, Any]:
     """Returns the arrays that the figures draw, beside the metrics by round."""
     records = state.server.records
-    times_ok = np.asarray(records.times_ok)
-    with np.errstate(invalid="ignore"):
-        union = np.where(times_ok > 0, np.asarray(records.union_total) / np.maximum(times_ok, 1), np.nan)
+    rounds = np.asarray(records.rounds_measured)
+    union = np.where(rounds > 0, np.asarray(records.union_total) / np.maximum(rounds, 1), np.nan)
     return {
         "num_layers": experiment.model.num_layers,
         "num_experts": experiment.model.num_experts,

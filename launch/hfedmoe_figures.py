@@ -49,7 +49,7 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
         ]
 
 
-BEFORE, AFTER = "Before: the client's own router", "After: the aggregated router"
+BEFORE, AFTER = "Before: the client's own model", "After: the aggregated model"
 TEXTS = {
     "learning": (
         "Accuracy and loss by round",
@@ -64,8 +64,8 @@ TEXTS = {
     "expert_usage": (
         "Expert usage before and after aggregation",
         "A row is a client of the last round, a column an expert: the mean gate weight that the client's "
-        "tokens give it, with the client's own router and, on the same batches, with the aggregated one. "
-        "What differs between the two panels is what aggregation did to each client's routing.",
+        "tokens give it, while the client trained and, on the same batches, with the aggregated model. "
+        "White: the client's update did not count.",
     ),
     "expert_choice": (
         "How many clients chose each expert",
@@ -121,7 +121,7 @@ def by_time(rows: Rows, record: Record) -> Figure:
 def _learning(rows: Rows, record: Record, x: np.ndarray, xlabel: str) -> Figure:
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.0)
     mean, spread = column(rows, "client_accuracy_mean"), column(rows, "client_accuracy_std")
-    figures.band(left, x, mean - spread, np.minimum(mean + spread, 1), SKY)
+    figures.band(left, x, np.maximum(mean - spread, 0), np.minimum(mean + spread, 1), SKY)
     line(left, x, mean, "clients, mean", SKY)
     line(left, x, column(rows, "client_accuracy_worst10"), "clients, worst 10%", PINK)
     line(left, x, column(rows, "validation_accuracy"), "validation", BLUE)
@@ -258,7 +258,7 @@ def client_accuracy(record: Record) -> Figure:
         right.scatter(examples[where], accuracy[where], zorder=3, **style)
     if known.any():
         mean, spread = accuracy[known].mean(), accuracy[known].std()
-        worst = np.sort(accuracy[known])[: max(1, round(0.1 * known.sum()))].mean()
+        worst = np.sort(accuracy[known])[: int(np.ceil(0.1 * known.sum()))].mean()
         left.axhspan(max(0, mean - spread), min(1, mean + spread), color=SKY, alpha=0.15, linewidth=0)
         left.axhline(mean, color=BLUE, linewidth=1.5, label=f"mean {mean:.1%} ± {spread:.1%}")
         left.axhline(worst, color=PINK, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")

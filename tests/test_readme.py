@@ -62,7 +62,7 @@ def test_every_config_field_is_documented():
 
 
 @pytest.mark.parametrize(
-    "name", set(re.findall(r"`hfedmoe_jax\.([a-z_.]+)`", README.read_text(encoding="utf-8")))
+    "name", sorted(set(re.findall(r"`hfedmoe_jax\.([a-z_.]+)`", README.read_text(encoding="utf-8"))))
 )
 def test_every_function_that_the_equations_name_exists(name):
     import importlib

@@ -19,6 +19,8 @@ def tiny_config(**fields) -> ConfigDict:
     config.model.update(width=8, num_heads=2, hidden=6, num_experts=3, capacity_factor=3.0)
     config.data.seq_len = TOKENS
     config.fl.update(batch_size=4, local_steps=3)
+    config.client.learning_rate = 0.01
+    config.aggregation.tau = 0.02
     for name, value in fields.items():
         section, _, field = name.partition("__")
         with config.ignore_type():

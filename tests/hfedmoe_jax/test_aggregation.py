@@ -127,22 +127,6 @@ def test_the_order_of_clients_does_not_matter(p, random):
     np.testing.assert_allclose(one, other, **TOLERANCE)
 
 
-@given(populations(), st.integers(0, 4))
-@settings(max_examples=30)
-def test_merged_halves_equal_the_whole(p, cut):
-    values, weights = list(p["experts"]), [jnp.full(p["usage"].shape[1:], s) for s in p["sizes"]]
-    previous = np.zeros(values[0].shape, np.float32)
-    _, whole = streamed(values, weights, previous)
-    empty = a.mean_init(values[0], weights[0])
-    left, right = empty, empty
-    for index, (value, weight) in enumerate(zip(values, weights, strict=True)):
-        if index < cut:
-            left = a.mean_accumulate(left, value, weight)
-        else:
-            right = a.mean_accumulate(right, value, weight)
-    np.testing.assert_allclose(a.mean_finalize(a.mean_merge(left, right), previous), whole, **TOLERANCE)
-
-
 def test_a_zero_weight_hides_even_a_nan():
     mean = a.mean_init(jnp.zeros(2), jnp.zeros(()))
     mean = a.mean_accumulate(mean, jnp.float32([1.0, 2.0]), jnp.float32(3.0))

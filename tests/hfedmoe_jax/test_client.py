@@ -10,6 +10,7 @@ import pytest
 from tiny import tiny_batches, tiny_config, tiny_model, tiny_params
 
 from hfedmoe_jax import client as c
+from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import load_balancing_loss, open_controls, own_choice
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.scores import information_bottleneck_score, redundancy, routing_importance
@@ -101,6 +102,56 @@ def test_one_step_trains_the_selection_of_equation_15(estimate):
     np.testing.assert_array_equal(update.upload.trained, active)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), update.params, expected)
     np.testing.assert_allclose(update.report.loss, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("forward", ["routed", "active"])
+def test_a_running_score_is_half_old_half_new(forward):
+    """`refresh=previous` over two steps, composed by hand: probe, step, running score, step."""
+    config, model, start, train = setup(
+        importance__refresh="previous", fl__local_steps=2, fl__forward=forward, client__optimizer="sgd",
+        client__learning_rate=0.5, importance__beta=2.0,
+    )  # fmt: skip
+    data, budget = member(config, seed=5, budget=2), 2
+    _, _, _, one_step = setup(
+        importance__refresh="previous", fl__local_steps=1, fl__forward=forward, client__optimizer="sgd",
+        client__learning_rate=0.5, importance__beta=2.0,
+    )  # fmt: skip
+
+    def look(params, step, controls):
+        tokens = data.tokens[step]
+        mask = tokens.reshape(-1) != 0
+        _, routing = jax.jit(model.apply, static_argnums=3)(params, tokens, controls, True)
+        information = routing_importance(routing.gates, mask, config.importance.lam)
+        kl = redundancy(routing.gates, mask)
+        own = own_choice(routing.gates, mask, model.top_k)
+        return information_bottleneck_score(information, kl, 2.0), np.asarray(own).any(axis=1), routing
+
+    everything = open_controls(LAYERS, EXPERTS)
+    first, union, _ = look(start, 0, everything)
+    active = select(first, union, budget)
+    # The training pass of step 0 sees the same gates in the first layer, others below closed experts.
+    during = everything._replace(
+        forward=active if forward == "active" else everything.forward, backward=active
+    )
+    fresh, seen, _ = look(start, 0, during)
+    running = 0.5 * np.asarray(first) + 0.5 * np.asarray(fresh)
+    key = jax.random.key(1)
+    after = one_step(start, jax.tree.map(lambda x: x[:1] if x.ndim > 1 else x, data), key).params
+    chosen = np.asarray(select(running, union | seen, budget))
+    during = everything._replace(forward=chosen if forward == "active" else everything.forward)
+    reached = np.asarray(look(after, 1, during)[2].chosen).any(axis=1)
+    update = train(start, data, key)
+    first_trained = np.asarray(active) & np.asarray(
+        look(start, 0, everything._replace(forward=active if forward == "active" else everything.forward))[
+            2
+        ].chosen
+    ).any(axis=1)
+    np.testing.assert_array_equal(update.upload.trained, first_trained | (chosen & reached))
+
+
+def test_gradient_norms_need_a_pass_of_their_own():
+    with pytest.raises(InputError, match=r"importance\.refresh='previous'.*use importance\.refresh=step"):
+        setup(score="gradient_norm", importance__refresh="previous")
 
 
 def test_active_forward_uses_selected_experts_alone():

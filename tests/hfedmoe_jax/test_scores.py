@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from strategies import routings
 
 from hfedmoe_jax import scores as s
+from hfedmoe_jax.errors import InputError
 
 TOLERANCE = dict(rtol=2e-5, atol=2e-6)
 
@@ -161,3 +162,40 @@ def test_random_scores_depend_on_the_key_alone():
     draw = s.score_rules["random"]
     np.testing.assert_array_equal(draw(first, IMPORTANCE), draw(again, IMPORTANCE))
     assert not np.array_equal(draw(first, IMPORTANCE), draw(other, IMPORTANCE))
+
+
+@pytest.mark.parametrize(
+    ("name", "estimate", "reads"),
+    [
+        ("information_bottleneck", "routing", set()),
+        ("information_bottleneck", "gradient", {"contribution"}),
+        ("gradient_norm", "routing", {"gradient_norm"}),
+        ("random", "routing", set()),
+    ],
+)
+def test_what_a_score_reads_is_known_before_the_run(name, estimate, reads):
+    importance = ConfigDict({**IMPORTANCE, "estimate": estimate})
+    assert s.gradients_read(s.score_rules[name], importance, 2, 3) == reads
+
+
+def test_a_score_of_the_wrong_shape_is_refused():
+    def by_token(evidence, importance):
+        return evidence.gates
+
+    with pytest.raises(InputError, match=r"fl\.score='by_token': returns an array of shape \(2, 2, 3\)"):
+        s.gradients_read(by_token, IMPORTANCE, 2, 3)
+
+
+def test_redundancy_keeps_its_digits_when_gates_are_nearly_uniform():
+    rng = np.random.default_rng(0)
+    logits = 1e-4 * rng.standard_normal((1, 50, 4))
+    wide = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    gates = wide.astype(np.float32)
+    result = np.asarray(s.redundancy(gates, np.ones(50, bool)))
+    np.testing.assert_allclose(result, loop(gates, np.ones(50, bool), kl_stable), rtol=0.05)
+    assert np.all(result >= 0)
+
+
+def kl_stable(values):
+    prior = mean(values)
+    return sum(g * math.log1p((g - prior) / prior) - (g - prior) for g in values) / len(values)
