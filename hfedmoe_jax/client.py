@@ -33,6 +33,7 @@ from hfedmoe_jax.scores import (
     score_rules,
     union,
     usage,
+    usage_over_batches,
 )
 from hfedmoe_jax.selection import select
 
@@ -242,7 +243,7 @@ def make_client(
         (params, *_), (measured, told, trained) = jax.lax.scan(step, carry, batches)
         usages, importances, num_tokens = told
         upload = Upload(
-            usage=jnp.einsum("s,sle->le", num_tokens, usages) / jnp.maximum(jnp.sum(num_tokens), 1),
+            usage=usage_over_batches(usages, num_tokens),
             importance=jnp.mean(importances, axis=0),
             trained=jnp.any(trained, axis=0),
             num_examples=client.num_examples,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from hfedmoe_jax.client import ClientData, gate_entropy
 from hfedmoe_jax.models import MoeModel, Params, open_controls
 from hfedmoe_jax.population import map_population, padded_size
-from hfedmoe_jax.scores import usage
+from hfedmoe_jax.scores import usage, usage_over_batches
 
 
 class EvaluationBatches(NamedTuple):
@@ -119,9 +119,11 @@ def make_usage(
 
         def of_batch(tokens):
             _, routing = model.apply(params, tokens, controls, training=True)
-            return usage(routing.gates, routing.chosen, model.token_mask(tokens))
+            token_mask = model.token_mask(tokens)
+            return usage(routing.gates, routing.chosen, token_mask), jnp.sum(token_mask, dtype=jnp.float32)
 
-        return (), (), jnp.mean(jax.lax.map(of_batch, member.tokens), axis=0)
+        usages, num_tokens = jax.lax.map(of_batch, member.tokens)
+        return (), (), usage_over_batches(usages, num_tokens)
 
     run = jax.jit(map_population(visit, mesh, chunk=1))
     return lambda params, cohort: np.asarray(run(params, cohort)[1])

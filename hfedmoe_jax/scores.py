@@ -81,6 +81,11 @@ def usage(gates: Gates, chosen: Bool[Array, "*layers tokens experts"], token_mas
     return mean_over_tokens(jnp.where(chosen, gates, 0.0), token_mask)
 
 
+def usage_over_batches(usages: Float[Array, "batches layers experts"], num_tokens: Float[Array, " batches"]):
+    """Returns u(e) of all batches together from that of each and its number of real tokens."""
+    return jnp.einsum("b,ble->le", num_tokens, usages) / jnp.maximum(jnp.sum(num_tokens), 1)
+
+
 def union(chosen: Bool[Array, "*layers tokens experts"]) -> Bool[Array, "*layers experts"]:
     """Returns E_union, the experts that any token of the batch was sent to."""
     return jnp.any(chosen, axis=-2)

@@ -1,0 +1,287 @@
+"""A whole run without files: rows, totals, cohorts, failures, devices and compilations."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config
+
+from hfedmoe_jax import COLUMNS, Experiment, FederatedData, InputError, make_mesh
+from hfedmoe_jax.client import STATUS_NAMES
+from hfedmoe_jax.data import Examples
+from hfedmoe_jax.devices import memory_needed
+from hfedmoe_jax.models import open_controls
+
+CLIENTS, COHORT, ROUNDS = 6, 3, 5
+RARE, LONER = VOCABULARY - 1, 3  # a token that only one client has
+FIELDS = {
+    "fl__clients": CLIENTS,
+    "fl__clients_per_round": COHORT,
+    "fl__rounds": ROUNDS,
+    "fl__dropout_probability": 0.3,
+    "eval__every": 2,
+    "eval__batch_size": 4,
+    "eval__max_examples": 0,
+    "model__eval_capacity_factor": 3.0,
+    "client__learning_rate": 0.02,
+}
+
+
+def tiny_data() -> FederatedData:
+    """Returns six clients' random passages; client c has 6 + c of them and holds two more out."""
+    sizes = [6 + client for client in range(CLIENTS)]
+    tokens, labels = tiny_batches(1, sum(sizes) + 2 * CLIENTS)
+    owner = np.concatenate([np.repeat(np.arange(CLIENTS), sizes), np.repeat(np.arange(CLIENTS), 2)])
+    tokens = np.where(tokens == RARE, RARE - 1, tokens)
+    tokens[owner == LONER, 0] = RARE
+    held = np.arange(len(owner)) >= sum(sizes)
+
+    def others(seed, count):
+        tokens, labels = tiny_batches(seed, count)
+        return Examples(np.where(tokens == RARE, RARE - 1, tokens), labels)
+
+    return FederatedData(
+        train=Examples(tokens, labels),
+        validation=others(2, 10),
+        test=others(3, 11),
+        client_train=tuple(np.flatnonzero((owner == c) & ~held) for c in range(CLIENTS)),
+        client_holdout=tuple(np.flatnonzero((owner == c) & held) for c in range(CLIENTS)),
+        label_names=tuple("abc")[:CLASSES],
+        client_names=tuple(f"client {c}" for c in range(CLIENTS)),
+        vocab_size=VOCABULARY,
+        tokenizer_json="{}",
+        duplicates_removed=0,
+    )
+
+
+def build(**fields) -> Experiment:
+    return Experiment(tiny_config(**(FIELDS | fields)), make_mesh(jax.devices()[:1]), tiny_data())
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def run(experiment):
+    """The loop of the module's docstring: the states' parameters, the rows, and the last state."""
+    state = experiment.init()
+    rows, params = [], []
+    for _ in range(ROUNDS):
+        state, row, failures = experiment.step(state)
+        assert failures == []
+        rows.append(row)
+        params.append(jax.tree.map(np.array, state.server.params))
+    return rows, params, state
+
+
+def equal(one, other) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
+
+
+def test_every_round_has_a_row_and_some_an_evaluation(run):
+    rows, params, state = run
+    evaluated = {name for name in COLUMNS if name.startswith(("validation_", "client_accuracy_"))}
+    for number, row in enumerate(rows, start=1):
+        expected = set(COLUMNS) if number in (2, 4, 5) else set(COLUMNS) - evaluated
+        assert set(row) == expected
+        assert row["round"] == number
+        assert all(np.isfinite(value) for value in row.values())
+    assert int(state.round) == ROUNDS
+    assert not equal(params[0], params[-1])
+
+
+def test_the_round_compiles_once(experiment, run):
+    assert experiment.algorithm.round._cache_size() == 1
+
+
+def test_totals_are_the_sums_of_the_rows(run):
+    rows, _, state = run
+    ledger = state.ledger
+    for name in ("bytes_up", "bytes_down"):
+        assert getattr(ledger, name) == sum(row[name] for row in rows) > 0
+    assert ledger.simulated_time_s == rows[-1]["simulated_time_s"]
+    assert ledger.simulated_time_s == pytest.approx(sum(row["round_time_s"] for row in rows))
+    assert ledger.wall_s == rows[-1]["wall_s"]
+    counts = [sum(row[f"clients_{name}"] for row in rows) for name in STATUS_NAMES]
+    assert ledger.status_counts.tolist() == counts
+    assert sum(counts) == ROUNDS * COHORT
+    assert ledger.timed_steps == (ROUNDS - 1) * COHORT * 3  # the first round compiles and is not timed
+
+
+def test_clients_drop_out_by_chance_and_are_counted(experiment, run):
+    rows, _, _ = run
+    dropped = [
+        int((~experiment.client_data(number).available[:COHORT]).sum()) for number in range(1, ROUNDS + 1)
+    ]
+    assert [row["clients_dropped_out"] for row in rows] == dropped
+    assert 0 < sum(dropped) < COHORT * ROUNDS
+    available = np.stack([experiment.client_data(number).available[:COHORT] for number in range(500)])
+    assert abs((~available).mean() - 0.3) < 0.05
+    certain = build(fl__dropout_probability=0.0)
+    assert all(certain.client_data(number).available[:COHORT].all() for number in range(50))
+
+
+def test_a_cohort_is_sampled_without_replacement_from_seed_and_round_alone(experiment, run):
+    cohorts = [experiment.cohort(number) for number in range(1, 60)]
+    assert all(len(set(cohort)) == COHORT and set(cohort) <= set(range(CLIENTS)) for cohort in cohorts)
+    assert np.bincount(np.concatenate(cohorts)).min() > 20
+    fresh, other = build(fl__rounds=60), build()
+    other.config.seed = 1
+    # Round 40 without the rounds before it, after a run and before one.
+    np.testing.assert_array_equal(fresh.cohort(40), cohorts[39])
+    assert any((other.cohort(n) != cohorts[n - 1]).any() for n in range(1, 60))
+    jax.tree.map(np.testing.assert_array_equal, fresh.client_data(40), experiment.client_data(40))
+
+
+def test_another_seed_gives_another_run(experiment, run):
+    config = tiny_config(**FIELDS)
+    config.seed = 1
+    other = Experiment(config, experiment.mesh, experiment.data)
+    other.algorithm = experiment.algorithm  # compiled already, and the same for every seed
+    state = other.init()
+    assert not equal(state.best.shared["embed"], experiment.init().best.shared["embed"])
+    assert other.step(state)[1]["train_loss"] != run[0][0]["train_loss"]
+
+
+def test_client_data_hold_what_the_cohort_brings(experiment):
+    data, members = experiment.client_data(3), experiment.cohort(3)
+    np.testing.assert_array_equal(data.client, members)
+    np.testing.assert_array_equal(data.num_examples, 6 + members)
+    assert data.tokens.shape == (COHORT, 3, 4, TOKENS) and data.labels.shape == (COHORT, 3, 4)
+    for index, member in enumerate(members):
+        own = experiment.data.train.tokens[experiment.data.client_train[member]]
+        assert all((own == row).all(axis=1).any() for row in data.tokens[index].reshape(-1, TOKENS))
+
+
+def make_accuracy(experiment):
+    """Returns (params, tokens, labels) -> share of examples that a model gets right, one at a time."""
+    model = experiment.model
+    controls = open_controls(model.num_layers, model.num_experts)
+    answer = jax.jit(lambda params, tokens: model.apply(params, tokens[None], controls, training=False)[0])
+
+    def accuracy(params, tokens, labels):
+        answers = [np.argmax(answer(params, row)) for row in tokens]
+        return float(np.mean(np.array(answers) == labels))
+
+    return accuracy
+
+
+def test_the_end_of_a_run(experiment, run):
+    """Test and client accuracy against single examples; usage as the clients reported it."""
+    rows, params, state = run
+    outcome, data, accuracy = experiment.finish(state), experiment.data, make_accuracy(experiment)
+    assert outcome.final.accuracy == accuracy(params[-1], *data.test)
+    assert outcome.best.accuracy == accuracy(params[int(state.best_round) - 1], *data.test)
+    for client, held in enumerate(data.client_holdout):
+        own = accuracy(params[-1], data.train.tokens[held], data.train.labels[held])
+        assert outcome.client_accuracy[client] == pytest.approx(own)
+    assert outcome.client_spread[0] == pytest.approx(rows[-1]["client_accuracy_mean"])
+    np.testing.assert_allclose(outcome.expert_load.sum(axis=-1), 1)
+    members = experiment.cohort(ROUNDS)
+    np.testing.assert_array_equal(outcome.usage_before, state.server.records.usage[members])
+    assert outcome.usage_after.shape == outcome.usage_before.shape == (COHORT, 2, 3)
+    answer = np.bincount(data.train.labels).argmax()
+    assert experiment.majority_accuracy() == np.mean(data.test.labels == answer)
+
+
+def test_the_best_model_is_that_of_the_best_validation_accuracy(experiment, run):
+    rows, params, state = run
+    scores = {row["round"]: row.get("validation_accuracy", -1) for row in rows}
+    assert state.best_accuracy == max(scores.values())
+    assert state.best_round == max(scores, key=scores.get)  # the first of equals
+    assert equal(state.best, params[int(state.best_round) - 1])
+    level, *_ = experiment.step(experiment.init())
+    level = level._replace(best_accuracy=np.float64(scores[2]), best_round=np.int64(7))
+    before = jax.tree.map(np.array, level.best)
+    after, row, _ = experiment.step(level)
+    assert row["validation_accuracy"] == scores[2] and after.best_round == 7
+    assert equal(after.best, before)
+
+
+def test_a_loss_that_is_not_finite_is_named_and_its_update_dropped(experiment):
+    """A word that only one client has is given an embedding whose square overflows."""
+    state = experiment.init()
+    server = state.server
+    embedding = server.params.shared["embed"]["embedding"].at[RARE].set(1e20)
+    shared = {**server.params.shared, "embed": {"embedding": embedding}}
+    state = state._replace(server=server._replace(params=server.params._replace(shared=shared)))
+    total = 0
+    for number in range(1, ROUNDS + 1):
+        data = experiment.client_data(number)
+        fails = bool(data.available[data.client == LONER].any())
+        state, row, failures = experiment.step(state)
+        assert row["clients_nonfinite"] == fails == len(failures)
+        total += fails
+        if fails:
+            assert failures[0].startswith(f"client {LONER}, round {number}: the loss is not finite")
+        assert row["clients_ok"] > 0 and np.isfinite(row["train_loss"])
+    assert total > 0
+    assert state.ledger.status_counts[STATUS_NAMES.index("nonfinite")] == total
+    assert state.server.records.rounds_measured[LONER] == 0
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.server.params))
+
+
+def test_budgets_follow_devices_or_the_fraction_or_nothing():
+    edge = build(budget__fraction=0.0)
+    for name, experts in (("phone", 1), ("tablet", 3), ("laptop", 6)):
+        edge.config.devices[name].memory_bytes = float(memory_needed(edge.cost, experts, "routed"))
+    by_device = {"phone": 1, "tablet": 3, "laptop": 6}
+    again = Experiment(edge.config, edge.mesh, edge.data)
+    assert again.budgets.tolist() == [by_device[profile.name] for profile in again.profiles]
+    assert sorted(profile.name for profile in again.profiles) == ["laptop", *["phone"] * 3, *["tablet"] * 2]
+    assert build(budget__fraction=0.34).budgets.tolist() == [2] * CLIENTS
+    assert build(fl__algorithm="fedavg").budgets.tolist() == [6] * CLIENTS
+    assert build(fl__algorithm="fedavg_dropout", budget__fraction=0.34).budgets.tolist() == [2] * CLIENTS
+
+
+def test_a_device_one_byte_too_small_is_refused():
+    config = tiny_config(**FIELDS, budget__fraction=0.0)
+    least = memory_needed(build().cost, 1, "routed")
+    config.devices.phone.memory_bytes = float(least - 1)
+    with pytest.raises(InputError, match=r"devices\.phone\.memory_bytes=.* too small by 1 bytes"):
+        Experiment(config, make_mesh(jax.devices()[:1]), tiny_data())
+
+
+DEVICES = """
+import json
+import jax
+from test_experiment import FIELDS, Experiment, make_mesh, tiny_config, tiny_data
+assert jax.device_count() == 2
+results = []
+for devices, chunk in ((2, 1), (1, 2)):
+    config = tiny_config(**FIELDS, fl__chunk=chunk)
+    experiment = Experiment(config, make_mesh(jax.devices()[:devices]), tiny_data())
+    state = experiment.init()
+    for _ in range(2):
+        state, row, _ = experiment.step(state)
+        results.append(row)
+    assert experiment.algorithm.round._cache_size() == 1
+print(json.dumps(results))
+"""
+
+
+def test_two_devices_and_chunks_of_clients_change_nothing(run):
+    """Three clients a round and nine batches to judge: two devices, or a chunk of two, leave one place."""
+    folders = [str(pathlib.Path(__file__).parents[depth]) for depth in (0, 1, 2)]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": os.pathsep.join(folders),
+    }
+    child = subprocess.run(
+        [sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert child.returncode == 0, child.stderr
+    expected = run[0][:2] * 2
+    for row, alone in zip(json.loads(child.stdout), expected, strict=True):
+        assert row.keys() == alone.keys()
+        for name in alone.keys() - {"wall_s"}:
+            assert row[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-4), name

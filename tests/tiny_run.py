@@ -1,0 +1,148 @@
+"""A tiny run of the command line, and what it left, that the end-to-end tests share."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pathlib
+import random
+import struct
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from tensorboardX.proto.event_pb2 import Event
+
+from launch.main import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOPICS = {
+    "law": ["court", "judge", "party", "vote"],
+    "money": ["bank", "market", "price", "stock"],
+    "sport": ["ball", "goal", "match", "team"],
+}
+COMMON = ["and", "in", "of", "the", "to", "with"]
+REAL_TIME = ("wall_s", "client_steps_per_s")
+"""What two equal runs do not share: they are measured with a clock."""
+
+
+def texts(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Returns distinct documents whose label is plain from their words, a third of them each."""
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        label = list(TOPICS)[index % 3]
+        words = [rng.choice(TOPICS[label] + COMMON) for _ in range(12)]
+        rows.append({"text": " ".join([*words, rng.choice(TOPICS[label])]), "label": label})
+    return rows
+
+
+def write_jsonl(path: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def arguments(workdir: pathlib.Path, train_path: pathlib.Path, **fields: Any) -> list[str]:
+    """Returns the command line of a tiny run, with `section__field=value` replaced or added."""
+    fields = {
+        "data__source": "file",
+        "data__train_path": train_path,
+        "data__seq_len": 16,
+        "data__vocab_size": 128,
+        "model__width": 8,
+        "model__num_heads": 2,
+        "model__hidden": 6,
+        "model__num_experts": 3,
+        "fl__batch_size": 4,
+        "client__learning_rate": 0.02,
+        **fields,
+    }
+    overrides = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    return [f"--config={ROOT}/configs/hfedmoe.py:smoke", f"--workdir={workdir}", *overrides]
+
+
+class Screen(NamedTuple):
+    """What a finished command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_here(command: list[str]) -> Screen:
+    """Runs a command line in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(command)
+    return Screen(code, out.getvalue(), err.getvalue())
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """Starts a command line in a process of its own."""
+    # The flag shortens compilation, as tests/conftest.py does here. XLA_FLAGS belong to this process.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.main", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_apart(command: list[str]) -> Screen:
+    """Runs a command line in a process of its own."""
+    child = start(command)
+    out, err = child.communicate(timeout=300)
+    return Screen(child.returncode, out, err)
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, str]]:
+    """Returns the rows of metrics.csv as they are written, without the real time."""
+    with open(workdir / "metrics.csv", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k not in REAL_TIME} for row in csv.DictReader(file)]
+
+
+def summary(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns summary.json without what a clock measured."""
+    content = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if name not in REAL_TIME}
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """Returns the rounds of which there is a checkpoint."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def last_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns every array of the newest checkpoint by its name, without the real times."""
+    leaves = ocp.load(workdir / "checkpoints" / str(steps(workdir)[-1]))["leaves"]
+    real = (".ledger.wall_s", ".ledger.train_s", ".ledger.timed_steps")
+    return {name: np.asarray(leaf) for name, leaf in leaves.items() if name not in real}
+
+
+def assert_same_results(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Fails unless two runs have the same metrics, summary and last state, bit for bit."""
+    assert metrics(one) == metrics(other)
+    assert summary(one) == summary(other)
+    state, expected = last_state(one), last_state(other)
+    assert state.keys() == expected.keys()
+    for name, leaf in state.items():
+        assert (leaf.dtype, leaf.shape) == (expected[name].dtype, expected[name].shape), name
+        assert leaf.tobytes() == expected[name].tobytes(), name
+
+
+def read_events(directory: pathlib.Path) -> list[tuple[int, str, float]]:
+    """Returns the scalars of all TensorBoard files of a directory as (step, name, value)."""
+    scalars = []
+    for path in sorted(directory.iterdir()):
+        content = path.read_bytes()
+        while content:  # records: length, its checksum, data, its checksum
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            content = content[16 + length :]
+    return scalars
