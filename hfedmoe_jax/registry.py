@@ -58,6 +58,6 @@ def _definition(part: Any) -> tuple[str | None, Any]:
 
 def unknown_name(field: str, name: str, known: list[str]) -> InputError:
     """Returns the error for a name that is not among `known`, with the nearest one."""
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     return InputError(field, name, "unknown name", f"{hint}Known: {', '.join(sorted(known))}")

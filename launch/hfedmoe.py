@@ -90,7 +90,12 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
           f"{len(data.label_names)} labels, vocabulary {data.vocab_size:,}")  # fmt: skip
     budgets = budget_by_class(experiment)
     print(f"experts that a client can train, of {experiment.cost.num_experts}: "
-          + ", ".join(f"{name} {budget}" for name, budget in budgets.items()), flush=True)  # fmt: skip
+          + ", ".join(f"{name} {budget}" for name, budget in budgets.items()))  # fmt: skip
+    selects = experiment.algorithm.composition.score != "none"
+    if selects and min(experiment.budgets) == experiment.cost.num_experts:
+        print("note: every client can train all experts, so nothing is selected: give the devices less "
+              "memory, or set budget.fraction, e.g. 0.25")  # fmt: skip
+    print("compiling the first round ...", flush=True)
 
 
 def budget_by_class(experiment: Experiment) -> dict[str, int]:
@@ -106,6 +111,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
     config, ledger = experiment.config, state.ledger
     return {
         "algorithm": config.fl.algorithm,
+        "parts": experiment.algorithm.composition._asdict(),
         "data": config.data.source,
         "seed": config.seed,
         "rounds": int(state.round),

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         where = f" in {workdir}" if workdir else ""
-        print(f"interrupted: the same command continues the run{where}", file=sys.stderr)
+        print(f"interrupted: the same command continues from the last checkpoint{where}", file=sys.stderr)
         return 130
     return 0
 
@@ -103,7 +103,8 @@ def read_command(arguments: list[str]) -> tuple[ConfigDict, pathlib.Path]:
     config = load_config(flag_values.config)
     apply_overrides(config, overrides)
     preset = flag_values.config.partition(":")[2]
-    return config, pathlib.Path(flag_values.workdir or default_workdir(config, preset))
+    name = pathlib.Path(flag_values.config.partition(":")[0]).stem
+    return config, pathlib.Path(flag_values.workdir or default_workdir(config, name, preset))
 
 
 def load_config(file_and_preset: str) -> ConfigDict:

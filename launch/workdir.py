@@ -19,17 +19,22 @@ CONFIG_FILE = "config.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def default_workdir(config: ConfigDict, preset: str = "") -> pathlib.Path:
+def default_workdir(config: ConfigDict, name: str, preset: str = "") -> pathlib.Path:
     """Returns the directory of a run whose user named none: the same config, the same name.
 
-    >>> default_workdir(ConfigDict({"experiment": "hfedmoe", "seed": 0}), "smoke").as_posix()
-    'runs/hfedmoe-smoke-seed0-7508ef4a'
+    >>> default_workdir(ConfigDict({"seed": 0}), "margin", "smoke").as_posix()
+    'runs/margin-smoke-seed0-de7d7744'
+
+    Args:
+      config: of the run.
+      name: of the config file.
+      preset: of the config file; without one the data source stands in its place.
     """
     source = preset or config.get("data", {}).get("source")
     algorithm = config.get("fl", {}).get("algorithm")
     seed = f"seed{config.seed}" if "seed" in config else None
     digest = hashlib.sha256(config.to_json(sort_keys=True).encode()).hexdigest()[:8]
-    parts = [config.get("experiment"), source, algorithm, seed, digest]
+    parts = [name, source, algorithm, seed, digest]
     return pathlib.Path("runs", re.sub(r"[^\w.-]+", "_", "-".join(part for part in parts if part)))
 
 

@@ -73,7 +73,7 @@ def test_default_workdir_follows_the_config(runs):
         assert front_door.main(["--config=config.py:small", *arguments]) == 0
     first, again, other = (str(workdir) for _, workdir in runs)
     assert first == again != other
-    assert first.startswith("runs/hfedmoe-small-hfedmoe-seed0-")
+    assert first.startswith("runs/config-small-hfedmoe-seed0-")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_interrupt_exits_with_130_and_says_how_to_go_on(runs):
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=30)
     assert child.returncode == 130
-    assert error == "interrupted: the same command continues the run in w\n"
+    assert error == "interrupted: the same command continues from the last checkpoint in w\n"
 
 
 WHOLE_RUN = """

@@ -115,16 +115,16 @@ def test_default_workdir_depends_on_every_field_and_only_on_the_config():
             | change
         )
 
-    path = default_workdir(config())
+    path = default_workdir(config(), "hfedmoe")
     assert path.parent == pathlib.Path("runs")
     assert path.name.startswith("hfedmoe-hub_a_b-random-seed1-")
-    assert path == default_workdir(config())
-    assert path != default_workdir(config(rate=0.1))
-    assert default_workdir(config(), "smoke").name.startswith("hfedmoe-smoke-random-seed1-")
+    assert path == default_workdir(config(), "hfedmoe")
+    assert path != default_workdir(config(rate=0.1), "hfedmoe")
+    assert default_workdir(config(), "hfedmoe", "smoke").name.startswith("hfedmoe-smoke-random-seed1-")
 
 
 def test_default_workdir_of_an_experiment_without_data_or_federation():
-    assert default_workdir(ConfigDict({"experiment": "slide", "users": 5})).name.startswith("slide-")
+    assert default_workdir(ConfigDict({"users": 5}), "slide").name.startswith("slide-")
 
 
 def test_versions_are_text():
