@@ -16,6 +16,7 @@ from hfedmoe_jax import COLUMNS, Experiment, FederatedData, InputError, make_mes
 from hfedmoe_jax.client import STATUS_NAMES
 from hfedmoe_jax.data import Examples
 from hfedmoe_jax.devices import memory_needed
+from hfedmoe_jax.experiment import COHORT_STREAM
 from hfedmoe_jax.models import open_controls
 
 CLIENTS, COHORT, ROUNDS = 6, 3, 5
@@ -71,7 +72,7 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def run(experiment):
-    """The loop of the module's docstring: the states' parameters, the rows, and the last state."""
+    """The loop of the module's docstring: every round's row and parameters, and the last state."""
     state = experiment.init()
     rows, params = [], []
     for _ in range(ROUNDS):
@@ -149,6 +150,10 @@ def test_another_seed_gives_another_run(experiment, run):
     state = other.init()
     assert not equal(state.best.shared["embed"], experiment.init().best.shared["embed"])
     assert other.step(state)[1]["train_loss"] != run[0][0]["train_loss"]
+    for number in range(1, 20):
+        one, two = experiment.client_data(number), other.client_data(number)
+        for client in np.intersect1d(one.client, two.client):
+            assert (one.tokens[one.client == client] != two.tokens[two.client == client]).any()
 
 
 def test_client_data_hold_what_the_cohort_brings(experiment):
@@ -161,27 +166,32 @@ def test_client_data_hold_what_the_cohort_brings(experiment):
         assert all((own == row).all(axis=1).any() for row in data.tokens[index].reshape(-1, TOKENS))
 
 
-def make_accuracy(experiment):
-    """Returns (params, tokens, labels) -> share of examples that a model gets right, one at a time."""
+def make_quality(experiment):
+    """Returns (params, tokens, labels) -> accuracy and loss, one example at a time."""
     model = experiment.model
     controls = open_controls(model.num_layers, model.num_experts)
-    answer = jax.jit(lambda params, tokens: model.apply(params, tokens[None], controls, training=False)[0])
+    answer = jax.jit(lambda params, tokens: model.apply(params, tokens[None], controls, training=False)[0][0])
 
-    def accuracy(params, tokens, labels):
-        answers = [np.argmax(answer(params, row)) for row in tokens]
-        return float(np.mean(np.array(answers) == labels))
+    def quality(params, tokens, labels):
+        logits = np.array([answer(params, row) for row in tokens], np.float64)
+        chances = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        loss = -np.mean([np.log(row[label]) for row, label in zip(chances, labels, strict=True)])
+        return float(np.mean(logits.argmax(axis=-1) == labels)), pytest.approx(loss, rel=1e-3)
 
-    return accuracy
+    return quality
 
 
 def test_the_end_of_a_run(experiment, run):
     """Test and client accuracy against single examples; usage as the clients reported it."""
     rows, params, state = run
-    outcome, data, accuracy = experiment.finish(state), experiment.data, make_accuracy(experiment)
-    assert outcome.final.accuracy == accuracy(params[-1], *data.test)
-    assert outcome.best.accuracy == accuracy(params[int(state.best_round) - 1], *data.test)
+    other = jax.tree.map(lambda x: jnp.asarray(x) * 1.5, params[0])
+    outcome = experiment.finish(state._replace(best=other))
+    data, quality = experiment.data, make_quality(experiment)
+    assert (outcome.final.accuracy, outcome.final.loss) == quality(params[-1], *data.test)
+    assert (outcome.best.accuracy, outcome.best.loss) == quality(other, *data.test)
+    assert outcome.best.loss != outcome.final.loss
     for client, held in enumerate(data.client_holdout):
-        own = accuracy(params[-1], data.train.tokens[held], data.train.labels[held])
+        own, _ = quality(params[-1], data.train.tokens[held], data.train.labels[held])
         assert outcome.client_accuracy[client] == pytest.approx(own)
     assert outcome.client_spread[0] == pytest.approx(rows[-1]["client_accuracy_mean"])
     np.testing.assert_allclose(outcome.expert_load.sum(axis=-1), 1)
@@ -190,6 +200,22 @@ def test_the_end_of_a_run(experiment, run):
     assert outcome.usage_after.shape == outcome.usage_before.shape == (COHORT, 2, 3)
     answer = np.bincount(data.train.labels).argmax()
     assert experiment.majority_accuracy() == np.mean(data.test.labels == answer)
+
+
+def test_personal_models_judge_their_own_examples_and_take_turns_at_the_validation():
+    """Client c's model always answers c modulo the number of classes."""
+    experiment = build(fl__algorithm="local")
+    params, data = experiment.init().server.params, experiment.data
+    answers = np.arange(CLIENTS) % CLASSES
+    head = jax.tree.map(jnp.zeros_like, params.shared["head"]) | {"bias": jnp.eye(CLASSES)[answers]}
+    params = params._replace(shared={**params.shared, "head": head})
+    quality, accuracy = experiment.judge(params)
+    own = [np.mean(data.train.labels[rows] == answer)
+           for rows, answer in zip(data.client_holdout, answers, strict=True)]  # fmt: skip
+    np.testing.assert_allclose(accuracy, own)
+    turns = answers[np.arange(10) // 4 % CLIENTS]  # batches of four
+    order = np.random.default_rng([0, COHORT_STREAM]).permutation(10)
+    assert quality.accuracy == np.mean(data.validation.labels[order] == turns)
 
 
 def test_the_best_model_is_that_of_the_best_validation_accuracy(experiment, run):
@@ -262,13 +288,13 @@ for devices, chunk in ((2, 1), (1, 2)):
     state = experiment.init()
     for _ in range(2):
         state, row, _ = experiment.step(state)
-        results.append(row)
+        results.append([row, state.server.records.usage.tolist()])
     assert experiment.algorithm.round._cache_size() == 1
 print(json.dumps(results))
 """
 
 
-def test_two_devices_and_chunks_of_clients_change_nothing(run):
+def test_two_devices_and_chunks_of_clients_change_nothing(experiment):
     """Three clients a round and nine batches to judge: two devices, or a chunk of two, leave one place."""
     folders = [str(pathlib.Path(__file__).parents[depth]) for depth in (0, 1, 2)]
     environment = os.environ | {
@@ -280,8 +306,12 @@ def test_two_devices_and_chunks_of_clients_change_nothing(run):
         [sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True, timeout=300
     )
     assert child.returncode == 0, child.stderr
-    expected = run[0][:2] * 2
-    for row, alone in zip(json.loads(child.stdout), expected, strict=True):
-        assert row.keys() == alone.keys()
-        for name in alone.keys() - {"wall_s"}:
-            assert row[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-4), name
+    alone, state = [], experiment.init()
+    for _ in range(2):
+        state, row, _ = experiment.step(state)
+        alone.append((row, np.array(state.server.records.usage)))
+    for (row, usage), (expected, expected_usage) in zip(json.loads(child.stdout), alone * 2, strict=True):
+        assert row.keys() == expected.keys()
+        for name in expected.keys() - {"wall_s"}:
+            assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
+        np.testing.assert_allclose(usage, expected_usage, rtol=1e-3, atol=1e-4)

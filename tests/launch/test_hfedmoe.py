@@ -9,11 +9,15 @@ import shutil
 from typing import NamedTuple
 
 import matplotlib.image
+import numpy as np
 import pytest
 import tiny_run
 from tokenizers import Tokenizer
 
-from hfedmoe_jax import COLUMNS
+from hfedmoe_jax import COLUMNS, Experiment, Outcome, make_mesh
+from hfedmoe_jax.accounting import Ledger
+from hfedmoe_jax.evaluation import Quality
+from launch.hfedmoe import summarize
 from launch.main import read_command
 from launch.writers import read_metrics
 
@@ -136,6 +140,25 @@ def test_the_summary(finished):
     for which in ("final", "best"):
         assert 0 <= summary[f"test_accuracy_{which}"] <= 1 and summary[f"test_loss_{which}"] > 0
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "device"} <= set(summary["versions"])
+
+
+def test_the_summary_takes_every_figure_from_its_place(finished):
+    command = tiny_run.arguments(finished.workdir, finished.train_path, **FIELDS)
+    experiment = Experiment(read_command(command)[0], make_mesh())
+    numbers = np.arange(10, 17).astype(np.float64)
+    ledger = Ledger(*numbers)._replace(status_counts=np.array([1, 2, 3, 4]))
+    state = experiment.init()._replace(round=5, best_round=3, best_accuracy=0.7, ledger=ledger)
+    final, best = Quality(0.1, 0.2, None, 0.0), Quality(0.3, 0.4, None, 0.0)
+    outcome = Outcome(final, best, None, (0.5, 0.6, 0.7), None, None, None)
+    summary = summarize(experiment, state, outcome)
+    assert [summary[f"test_{name}_final"] for name in ("accuracy", "loss")] == [0.1, 0.2]
+    assert [summary[f"test_{name}_best"] for name in ("accuracy", "loss")] == [0.3, 0.4]
+    assert (summary["rounds"], summary["best_round"], summary["validation_accuracy_best"]) == (5, 3, 0.7)
+    assert summary["client_accuracy"] == {"mean": 0.5, "std": 0.6, "worst10": 0.7}
+    totals = (summary[name] for name in ("simulated_time_s", "bytes_up", "bytes_down", "wall_s"))
+    assert tuple(totals) == (10, 11, 12, 16)
+    assert list(summary["client_rounds"].values()) == [1, 2, 3, 4]
+    assert summary["client_steps_per_s"] == 15 / 14
 
 
 def test_a_run_learns(finished):
