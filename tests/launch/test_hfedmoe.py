@@ -210,11 +210,10 @@ def test_a_finished_run_is_not_trained_again(finished, copy):
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, copy):
     workdir, command = copy
-    files = [path for path in (workdir / "checkpoints" / "6").rglob("*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)  # it holds the arrays
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    # Which file holds what is Orbax's affair, so each loses its second half.
+    for path in (workdir / "checkpoints" / "6").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     screen = tiny_run.run_here(command)
     assert screen.code == 0
     (warning,) = screen.err.splitlines()
