@@ -30,7 +30,8 @@ FIELDS = {
     "eval__batch_size": 4,
     "eval__max_examples": 0,
     "model__eval_capacity_factor": 3.0,
-    "client__learning_rate": 0.02,
+    "client__learning_rate": 0.1,
+    "client__optimizer": "sgd",
 }
 
 

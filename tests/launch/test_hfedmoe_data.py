@@ -61,6 +61,7 @@ def test_local_models_of_owners_from_parquet_run_to_the_end(tmp_path):
     write_parquet(train, [row | {"label": numbers[row["label"]]} for row in real_rows(48)])
     write_parquet(test, [row | {"label": numbers[row["label"]]} for row in tiny_run.texts(9, seed=1)])
     fields = {
+        "client__optimizer": "sgd",
         "data__client_column": "owner",
         "data__test_path": test,
         "fl__algorithm": "local",

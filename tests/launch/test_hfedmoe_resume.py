@@ -7,7 +7,13 @@ import tiny_run
 
 ROUNDS = 20
 # Experts are chosen by chance, so that the keys of every round matter too.
-FIELDS = {"fl__algorithm": "random", "fl__rounds": ROUNDS, "eval__every": 2}
+FIELDS = {
+    "client__learning_rate": 0.1,
+    "client__optimizer": "sgd",
+    "eval__every": 2,
+    "fl__algorithm": "random",
+    "fl__rounds": ROUNDS,
+}
 
 
 def rows_written(workdir) -> int:
