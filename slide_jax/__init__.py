@@ -1,0 +1,1 @@
+"""Simultaneous model downloading and inference (SLIDE, arXiv 2512.20946)."""

@@ -1,0 +1,116 @@
+"""Which layers of a model can decide its latency: the upper-right convex hull of (S_l, W_l).
+
+With a slack (deadline minus start) of T and a speed v a model needs the rate
+
+    v * max_l  S_l / (v T - W_l),
+
+the steepest line from the point (v T, 0) through a point (W_l, S_l), and that touches the convex hull. The
+deciding vertex moves along the hull as v T grows, so it is found by comparing v T with the places where
+neighbours are equally steep: of 64 layers 2 to 10 are left, and no division but the last is needed.
+
+Axes: I models, L layers, H hull vertices (of the model with the most), K users.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Hull(NamedTuple):
+    """The layers that can decide, by model; a model with fewer than H repeats its last.
+
+    Attributes:
+      bits: S at each vertex, rising along H [bits]; 0 for a model without any bits.
+      flop: W at each vertex, falling along H [FLOP].
+      switch_flop: v T beyond which vertex h + 1 decides and no longer h [FLOP].
+      total_bits: of the whole model [bits].
+      total_flop: of the whole model [FLOP].
+    """
+
+    bits: Float[Array, "I H"]
+    flop: Float[Array, "I H"]
+    switch_flop: Float[Array, "I H-1"]
+    total_bits: Float[Array, " I"]
+    total_flop: Float[Array, " I"]
+
+
+def convex_hull(layer_bits: Float[Array, "I L"], layer_flop: Float[Array, "I L"]) -> Hull:
+    """Returns the deciding layers of every model; NumPy float64, on the host, O(I L).
+
+    H is rounded up to a power of two, so that catalogues of a kind share one compiled program.
+    """
+    layer_bits, layer_flop = np.asarray(layer_bits, np.float64), np.asarray(layer_flop, np.float64)
+    received = np.cumsum(layer_bits, axis=1)
+    remaining = np.cumsum(layer_flop[:, ::-1], axis=1)[:, ::-1]
+    vertices = [_vertices(*model) for model in zip(received, remaining, strict=True)]
+    longest = max(len(model) for model in vertices)
+    width = 1 << (longest - 1).bit_length()
+    padded = np.array([model + model[-1:] * (width - len(model)) for model in vertices])
+    bits, flop = padded[:, :, 0], padded[:, :, 1]
+    rise = np.diff(bits, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        switch = (bits[:, 1:] * flop[:, :-1] - bits[:, :-1] * flop[:, 1:]) / rise
+    return Hull(bits, flop, np.where(rise > 0, switch, np.inf), received[:, -1], remaining[:, 0])
+
+
+def _vertices(received: np.ndarray, remaining: np.ndarray) -> list[tuple[float, float]]:
+    """Returns the hull of one model: no vertex lies on or below the line between its neighbours."""
+    chain: list[tuple[float, float]] = []
+    # From the last layer to the first S never rises and W never falls. No bits, no rate.
+    for bits, flop in zip(received[::-1].tolist(), remaining[::-1].tolist(), strict=True):
+        if bits <= 0:
+            break
+        while chain and chain[-1][0] <= bits:
+            chain.pop()
+        if chain and flop <= chain[-1][1]:
+            continue
+        while len(chain) >= 2 and _not_above(chain[-2], chain[-1], (bits, flop)):
+            chain.pop()
+        chain.append((bits, flop))
+    return chain[::-1] or [(0.0, 0.0)]
+
+
+def _not_above(before: tuple, middle: tuple, after: tuple) -> bool:
+    (bits0, flop0), (bits1, flop1), (bits2, flop2) = before, middle, after
+    return (bits1 - bits2) * (flop2 - flop0) <= (bits0 - bits2) * (flop2 - flop1)
+
+
+def least_rate_on_hull(
+    bits: Float[Array, " H"],
+    flop: Float[Array, " H"],
+    switch_flop: Float[Array, " H-1"],
+    total_flop: Float[Array, ""],
+    slack_s: Float[Array, " K"],
+    speed_flop_s: Float[Array, " K"],
+) -> Float[Array, " K"]:
+    """Returns the least rate [bit/s] of one model for many users; infinite if no rate suffices.
+
+    Equal to `latency.least_rate` of all the layers.
+    """
+    workable = speed_flop_s * slack_s
+    decided_bits, decided_flop = bits[0], flop[0]
+    for vertex in range(len(switch_flop)):
+        beyond = workable > switch_flop[vertex]
+        decided_bits = jnp.where(beyond, bits[vertex + 1], decided_bits)
+        decided_flop = jnp.where(beyond, flop[vertex + 1], decided_flop)
+    in_time = (workable >= total_flop) & ((workable > flop[0]) | (bits[0] == 0))
+    spare = jnp.where(in_time & (bits[0] > 0), workable - decided_flop, 1.0)
+    return jnp.where(in_time, speed_flop_s * decided_bits / spare, jnp.inf)
+
+
+def latency_on_hull(
+    bits: Float[Array, " H"],
+    flop: Float[Array, " H"],
+    total_flop: Float[Array, ""],
+    rate_bps: Float[Array, " K"],
+    speed_flop_s: Float[Array, " K"],
+) -> Float[Array, " K"]:
+    """Returns the latency [s], from the start, of one model for many users at positive speeds."""
+    per_bit, per_flop = jnp.where(rate_bps > 0, 1 / rate_bps, jnp.inf), 1 / speed_flop_s
+    slowest = total_flop * per_flop
+    for vertex in range(len(bits)):
+        downloading = jnp.where(bits[vertex] > 0, bits[vertex] * per_bit, 0.0)
+        slowest = jnp.maximum(slowest, downloading + flop[vertex] * per_flop)
+    return slowest

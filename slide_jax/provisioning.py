@@ -1,0 +1,214 @@
+"""Which model a user gets: the admissible one of least bandwidth, with the clock that it runs at.
+
+The least bandwidth of a user does not depend on what others get, so this is K separate problems. Users are
+worked on in blocks that stay in a core's cache; within a block the models are scanned.
+
+Axes: K users, I models, N users of a block.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from slide_jax.device import best_clock, inference_energy
+from slide_jax.hull import Hull, latency_on_hull, least_rate_on_hull
+from slide_jax.problem import REASONS, Catalogue, Users
+from slide_jax.rates import linear_bandwidth, linear_rate, shannon_bandwidth, shannon_rate
+
+BLOCK = 4096
+
+(SERVED, NOT_ADMISSIBLE, NO_MEMORY, NO_ENERGY, TOO_LATE, NO_SIGNAL, NO_RATE, NO_SPECTRUM, CROWDED_OUT) = (
+    range(len(REASONS))
+)
+
+
+class Need(NamedTuple):
+    """What a user needs to be served at the least bandwidth.
+
+    Attributes:
+      model: index of the model; -1: none will do.
+      bandwidth_hz: the least [Hz]; infinite: none will do.
+      frequency_hz: the clock [Hz].
+      reason: code of the constraint that stopped the model that came furthest; `SERVED` if none did.
+    """
+
+    model: Int[Array, " K"]
+    bandwidth_hz: Float[Array, " K"]
+    frequency_hz: Float[Array, " K"]
+    reason: Int[Array, " K"]
+
+
+class Outcome(NamedTuple):
+    """What a share of the spectrum makes of a user: latency [s, from time 0] and energy [J]."""
+
+    latency_s: Float[Array, " K"]
+    energy_j: Float[Array, " K"]
+
+
+def rate_of(bandwidth_hz: Float[Array, " K"], users: Users, rate_model: str) -> Float[Array, " K"]:
+    """Returns the users' rates [bit/s] under the problem's rate model."""
+    if rate_model == "linear":
+        return linear_rate(bandwidth_hz, users.spectral_efficiency_bps_hz)
+    return shannon_rate(bandwidth_hz, users.snr_hz)
+
+
+def bandwidth_of(rate_bps: Float[Array, " K"], users: Users, rate_model: str) -> Float[Array, " K"]:
+    """Returns the least bandwidths [Hz] that carry the users' rates; infinite where none does."""
+    if rate_model == "linear":
+        return linear_bandwidth(rate_bps, users.spectral_efficiency_bps_hz)
+    return shannon_bandwidth(rate_bps, users.snr_hz)
+
+
+def clock_of(total_flop: Float[Array, ""], users: Users) -> Float[Array, " K"]:
+    """Returns the fastest clock [Hz] at which a workload fits each user's energy; 0 where none does."""
+    return best_clock(
+        total_flop / users.flop_per_cycle,
+        users.energy_j,
+        users.f_min_hz,
+        users.f_max_hz,
+        users.kappa_j_per_hz2_cycle,
+        users.static_power_w,
+    )
+
+
+def provision(hull: Hull, catalogue: Catalogue, users: Users, rate_model: str) -> Need:
+    """Returns every user's need; of models that need the same rate the more accurate, then the first."""
+    return by_blocks(lambda block: _provision_block(hull, catalogue, block, rate_model), users)
+
+
+def outcome(
+    hull: Hull,
+    users: Users,
+    model: Int[Array, " K"],
+    frequency_hz: Float[Array, " K"],
+    bandwidth_hz: Float[Array, " K"],
+    rate_model: str,
+) -> Outcome:
+    """Returns latency and energy of users at given models, clocks and bandwidths; nan at model -1."""
+
+    def of_block(block):
+        users, model, frequency_hz, bandwidth_hz = block
+        rate, speed = rate_of(bandwidth_hz, users, rate_model), frequency_hz * users.flop_per_cycle
+
+        def step(found, entry):
+            index, bits, flop, total_flop = entry
+            taking = latency_on_hull(bits, flop, total_flop, rate, speed)
+            energy = inference_energy(
+                frequency_hz,
+                total_flop / users.flop_per_cycle,
+                users.kappa_j_per_hz2_cycle,
+                users.static_power_w,
+            )
+            return Outcome(
+                jnp.where(model == index, users.start_s + taking, found.latency_s),
+                jnp.where(model == index, energy, found.energy_j),
+            ), None
+
+        nothing = jnp.full(model.shape, jnp.nan)
+        models = jnp.arange(len(hull.bits), dtype=jnp.int32)
+        entries = (models, hull.bits, hull.flop, hull.total_flop)
+        return lax.scan(step, Outcome(nothing, nothing), entries)[0]
+
+    return by_blocks(of_block, (users, model, frequency_hz, bandwidth_hz))
+
+
+def bandwidth_by(
+    deadline_s: Float[Array, " K"],
+    hull: Hull,
+    users: Users,
+    model: Int[Array, " K"],
+    frequency_hz: Float[Array, " K"],
+    rate_model: str,
+) -> Float[Array, " K"]:
+    """Returns the least bandwidths [Hz] that meet given deadlines with given models and clocks."""
+
+    def of_block(block):
+        deadline_s, users, model, frequency_hz = block
+        slack, speed = deadline_s - users.start_s, frequency_hz * users.flop_per_cycle
+
+        def step(rate, entry):
+            index, bits, flop, switch_flop, total_flop = entry
+            asked = least_rate_on_hull(bits, flop, switch_flop, total_flop, slack, speed)
+            return jnp.where(model == index, asked, rate), None
+
+        models = jnp.arange(len(hull.bits), dtype=jnp.int32)
+        entries = (models, hull.bits, hull.flop, hull.switch_flop, hull.total_flop)
+        rate, _ = lax.scan(step, jnp.full(model.shape, jnp.inf), entries)
+        return bandwidth_of(rate, users, rate_model)
+
+    return by_blocks(of_block, (deadline_s, users, model, frequency_hz))
+
+
+def _provision_block(hull: Hull, catalogue: Catalogue, users: Users, rate_model: str) -> Need:
+    slack_s = users.deadline_s - users.start_s
+
+    def step(best, entry):
+        rate_best, accuracy_best, model_best, frequency_best, furthest = best
+        index, accuracy, task, bits, flop, switch_flop, total_bits, total_flop, allowed = entry
+        if allowed is None:
+            allowed = (users.task == task) & (accuracy >= users.min_accuracy)
+        clock = clock_of(total_flop, users)
+        rate = least_rate_on_hull(bits, flop, switch_flop, total_flop, slack_s, clock * users.flop_per_cycle)
+        stopped = jnp.select(
+            [~allowed, total_bits > users.memory_bits, clock <= 0, rate == jnp.inf],
+            [NOT_ADMISSIBLE, NO_MEMORY, NO_ENERGY, TOO_LATE],
+            NO_SIGNAL,
+        ).astype(jnp.int32)
+        rate = jnp.where(stopped == NO_SIGNAL, rate, jnp.inf)
+        better = (rate < rate_best) | ((rate == rate_best) & (rate < jnp.inf) & (accuracy > accuracy_best))
+        return (
+            jnp.where(better, rate, rate_best),
+            jnp.where(better, accuracy, accuracy_best),
+            jnp.where(better, index, model_best),
+            jnp.where(better, clock, frequency_best),
+            jnp.maximum(stopped, furthest),
+        ), None
+
+    shape = slack_s.shape
+    first = (
+        jnp.full(shape, jnp.inf),
+        jnp.full(shape, -jnp.inf),
+        jnp.full(shape, -1, jnp.int32),
+        jnp.zeros(shape),
+        jnp.full(shape, NOT_ADMISSIBLE, jnp.int32),
+    )
+    models = jnp.arange(len(hull.bits), dtype=jnp.int32)
+    named = None if users.allowed is None else users.allowed.T
+    entries = (models, catalogue.accuracy, catalogue.task, *hull, named)
+    (rate, _, model, frequency, furthest), _ = lax.scan(step, first, entries)
+    bandwidth = bandwidth_of(rate, users, rate_model)
+    # A rate without a bandwidth: no signal at all, or more than the channel can carry.
+    signal = users.spectral_efficiency_bps_hz if rate_model == "linear" else users.snr_hz
+    unreachable = jnp.where(signal > 0, NO_RATE, NO_SIGNAL)
+    reason = jnp.where(furthest < NO_SIGNAL, furthest, jnp.where(bandwidth < jnp.inf, SERVED, unreachable))
+    model = jnp.where(reason == SERVED, model, -1)
+    return Need(model, bandwidth, frequency, reason.astype(jnp.int32))
+
+
+def by_blocks(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """Returns `function` of arrays [K, ...], computed over blocks of users that fit a cache.
+
+    The last block overlaps the one before it, so that nothing is padded.
+    """
+    count = jax.tree.leaves(arrays)[0].shape[0]
+    if count <= BLOCK:
+        return function(arrays)
+
+    def block(start):
+        return jax.tree.map(lambda array: lax.dynamic_slice_in_dim(array, start, BLOCK), arrays)
+
+    def step(number, results):
+        start = jnp.minimum(number * BLOCK, count - BLOCK)
+        return jax.tree.map(
+            lambda result, part: lax.dynamic_update_slice_in_dim(result, part, start, 0),
+            results,
+            function(block(start)),
+        )
+
+    shapes = jax.eval_shape(lambda: function(block(0)))
+    empty = jax.tree.map(lambda shape: jnp.empty((count, *shape.shape[1:]), shape.dtype), shapes)
+    return lax.fori_loop(0, -(-count // BLOCK), step, empty)
