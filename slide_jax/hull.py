@@ -39,14 +39,14 @@ class Hull(NamedTuple):
 def convex_hull(layer_bits: Float[Array, "I L"], layer_flop: Float[Array, "I L"]) -> Hull:
     """Returns the deciding layers of every model; NumPy float64, on the host, O(I L).
 
-    H is rounded up to a power of two, so that catalogues of a kind share one compiled program.
+    H is rounded up to a multiple of four, so that catalogues of a kind share one compiled program.
     """
     layer_bits, layer_flop = np.asarray(layer_bits, np.float64), np.asarray(layer_flop, np.float64)
     received = np.cumsum(layer_bits, axis=1)
     remaining = np.cumsum(layer_flop[:, ::-1], axis=1)[:, ::-1]
     vertices = [_vertices(*model) for model in zip(received, remaining, strict=True)]
     longest = max(len(model) for model in vertices)
-    width = 1 << (longest - 1).bit_length()
+    width = -(-longest // 4) * 4
     padded = np.array([model + model[-1:] * (width - len(model)) for model in vertices])
     bits, flop = padded[:, :, 0], padded[:, :, 1]
     rise = np.diff(bits, axis=1)

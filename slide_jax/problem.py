@@ -116,7 +116,7 @@ class Users:
       kappa_j_per_hz2_cycle: dynamic energy = kappa * clock^2 * cycles.
       static_power_w: drawn while the device computes [W].
       memory_bits: room for the model [bits]; infinite: no limit.
-      allowed: which models a user names; None: all that solve the task accurately enough.
+      allowed: exactly the admissible models; None: all that solve the task accurately enough.
     """
 
     task: Int[Array, " K"]

@@ -153,11 +153,10 @@ def _provision_block(hull: Hull, catalogue: Catalogue, users: Users, rate_model:
             allowed = (users.task == task) & (accuracy >= users.min_accuracy)
         clock = clock_of(total_flop, users)
         rate = least_rate_on_hull(bits, flop, switch_flop, total_flop, slack_s, clock * users.flop_per_cycle)
-        stopped = jnp.select(
-            [~allowed, total_bits > users.memory_bits, clock <= 0, rate == jnp.inf],
-            [NOT_ADMISSIBLE, NO_MEMORY, NO_ENERGY, TOO_LATE],
-            NO_SIGNAL,
-        ).astype(jnp.int32)
+        stopped = jnp.where(rate < jnp.inf, NO_SIGNAL, TOO_LATE)
+        stopped = jnp.where(clock > 0, stopped, NO_ENERGY)
+        stopped = jnp.where(total_bits <= users.memory_bits, stopped, NO_MEMORY)
+        stopped = jnp.where(allowed, stopped, NOT_ADMISSIBLE).astype(jnp.int32)
         rate = jnp.where(stopped == NO_SIGNAL, rate, jnp.inf)
         better = (rate < rate_best) | ((rate == rate_best) & (rate < jnp.inf) & (accuracy > accuracy_best))
         return (

@@ -1,0 +1,160 @@
+"""The judge: replays an answer from the problem alone and names every constraint it breaks.
+
+Plain NumPy in float64, and independent of the solvers: latency is replayed layer by layer from the
+recursion, never by their closed forms.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from slide_jax.problem import REASONS, Allocation, Problem
+
+TOLERANCE = 1e-9
+"""Relative slack of deadline, energy, clock and memory, and of reported against replayed values."""
+
+SPECTRUM_TOLERANCE = 1e-12
+"""Relative slack of the spectrum's sum: an exact fit is a fit, in whatever order it is summed."""
+
+
+class Violation(NamedTuple):
+    """One broken constraint.
+
+    Attributes:
+      user: the user's id; None where the constraint is one of all users together.
+      constraint: its name, e.g. `deadline_s`.
+      value: what the answer has.
+      limit: what it should have, or keep to.
+
+    >>> print(Violation("u3", "deadline_s", 2.5, 2.0))
+    u3: deadline_s is 2.5, limit 2.0
+    """
+
+    user: str | None
+    constraint: str
+    value: Any
+    limit: Any
+
+    def __str__(self) -> str:
+        who = "all users" if self.user is None else self.user
+        return f"{who}: {self.constraint} is {self.value}, limit {self.limit}"
+
+
+def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
+    """Returns the constraints that an answer breaks, none if it is feasible and says the truth.
+
+    Checked, by constraint name: `model` (exists), `admissible_model` (solves the task accurately enough, or
+    is among those the user allows), `memory_bits`, `f_min_hz`, `f_max_hz`, `energy_j`, `deadline_s`,
+    `bandwidth_hz` (not negative, not nan; nothing for users who are not served; in sum no more than the
+    spectrum), `reported latency_s`, `reported energy_j`, `reason` (`served` for exactly the served) and
+    `upper_bound` (not below the throughput). An answer of the wrong length breaks `shape` alone.
+
+    Args:
+      problem: of K users, arrays of any kind.
+      allocation: arrays of length K.
+    """
+    num_users = problem.num_users
+    columns = ("model", "bandwidth_hz", "frequency_hz", "latency_s", "energy_j", "reason")
+    answer = {name: np.asarray(getattr(allocation, name)) for name in columns}
+    for name, column in answer.items():
+        if column.shape != (num_users,):
+            return [Violation(None, "shape", f"{name} {column.shape}", (num_users,))]
+    catalogue, users = problem.catalogue, problem.users
+    names = problem.labels.users
+    violations = []
+
+    def check(good: np.ndarray, of: np.ndarray, constraint: str, value: Any, limit: Any) -> None:
+        """Notes the users `of` a constraint who are not `good`; nan compares as not good."""
+        value, limit = (np.broadcast_to(x, num_users) for x in (value, limit))
+        for k in np.flatnonzero(of & ~good).tolist():
+            user = f"u{k}" if names is None else names[k]
+            violations.append(Violation(user, constraint, value[k].item(), limit[k].item()))
+
+    everyone = np.ones(num_users, bool)
+    model, bandwidth = answer["model"], answer["bandwidth_hz"].astype(np.float64)
+    exists = (model >= -1) & (model < problem.num_models)
+    check(exists, everyone, "model", model, problem.num_models - 1)
+    check(bandwidth >= 0, everyone, "bandwidth_hz", bandwidth, 0.0)
+    check(bandwidth == 0, model < 0, "bandwidth_hz", bandwidth, 0.0)
+    reason = answer["reason"]
+    fits = np.where(model >= 0, reason == 0, (reason > 0) & (reason < len(REASONS)))
+    check(fits, everyone, "reason", reason, np.where(model >= 0, 0, len(REASONS) - 1))
+
+    served = exists & (model >= 0)
+    chosen = np.where(served, model, 0)
+    check(_is_admissible(problem, chosen), served, "admissible_model", chosen, "an admissible one")
+    bits = np.sum(np.asarray(catalogue.layer_bits, np.float64), axis=1)[chosen]
+    memory = np.asarray(users.memory_bits, np.float64)
+    check(bits <= memory * (1 + TOLERANCE), served, "memory_bits", bits, memory)
+
+    clock = answer["frequency_hz"].astype(np.float64)
+    f_min, f_max = np.asarray(users.f_min_hz, np.float64), np.asarray(users.f_max_hz, np.float64)
+    check(clock >= f_min * (1 - TOLERANCE), served, "f_min_hz", clock, f_min)
+    check(clock <= f_max * (1 + TOLERANCE), served, "f_max_hz", clock, f_max)
+    latency, energy = _replay(problem, chosen, bandwidth, clock)
+    budget, deadline = np.asarray(users.energy_j, np.float64), np.asarray(users.deadline_s, np.float64)
+    check(energy <= budget * (1 + TOLERANCE), served, "energy_j", energy, budget)
+    check(latency <= deadline * (1 + TOLERANCE), served, "deadline_s", latency, deadline)
+    for name, replayed in (("latency_s", latency), ("energy_j", energy)):
+        reported = answer[name].astype(np.float64)
+        same = np.isclose(reported, replayed, rtol=TOLERANCE, atol=0.0)
+        check(same, served, f"reported {name}", reported, replayed)
+
+    spectrum = float(problem.bandwidth_hz)
+    used = math.fsum(np.where(bandwidth >= 0, bandwidth, 0.0))
+    if not used <= spectrum * (1 + SPECTRUM_TOLERANCE):
+        violations.append(Violation(None, "bandwidth_hz", used, spectrum))
+    bound, throughput = float(allocation.upper_bound), allocation.throughput
+    if bound < throughput:
+        violations.append(Violation(None, "upper_bound", bound, throughput))
+    return violations
+
+
+def _is_admissible(problem: Problem, model: np.ndarray) -> np.ndarray:
+    """Returns whether each user's model solves its task accurately enough, or is one that it names."""
+    catalogue, users = problem.catalogue, problem.users
+    if users.allowed is not None:
+        return np.asarray(users.allowed)[np.arange(model.size), model]
+    accuracy = np.asarray(catalogue.accuracy)[model]
+    same_task = np.asarray(catalogue.task)[model] == np.asarray(users.task)
+    return same_task & (accuracy >= np.asarray(users.min_accuracy))
+
+
+def _replay(problem: Problem, model: np.ndarray, bandwidth: np.ndarray, clock: np.ndarray):
+    """Returns when each user's task is finished, from time 0 [s], and what the inference consumes [J].
+
+    D_l = t_0 + (s_1 + ... + s_l) / r, C_l = max(D_l, C_{l-1}) + w_l / v, C_0 = t_0. No bits and no work take
+    no time, even at no rate or clock.
+    """
+    users = problem.users
+    layer_bits, layer_flop = (
+        np.asarray(table, np.float64)
+        for table in (problem.catalogue.layer_bits, problem.catalogue.layer_flop)
+    )
+    start, flop_per_cycle, kappa, static, efficiency, snr = (
+        np.asarray(column, np.float64)
+        for column in (
+            users.start_s,
+            users.flop_per_cycle,
+            users.kappa_j_per_hz2_cycle,
+            users.static_power_w,
+            users.spectral_efficiency_bps_hz,
+            users.snr_hz,
+        )
+    )
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if problem.rate_model == "linear":
+            rate = bandwidth * efficiency
+        else:
+            rate = np.where(bandwidth > 0, bandwidth * np.log1p(snr / bandwidth) / np.log(2), 0.0)
+        received, done = np.zeros_like(start), start
+        for bits, flop in zip(layer_bits.T, layer_flop.T, strict=True):
+            received = received + bits[model]
+            arrival = start + np.where(received > 0, received / rate, 0.0)
+            busy = np.where(flop[model] > 0, flop[model] / (clock * flop_per_cycle), 0.0)
+            done = np.maximum(arrival, done) + busy
+        cycles = np.sum(layer_flop, axis=1)[model] / flop_per_cycle
+        static_j = np.where(static * cycles > 0, static * cycles / clock, 0.0)
+        energy = kappa * clock**2 * cycles + static_j
+    return done, energy
