@@ -11,6 +11,7 @@ neighbours are equally steep: of 64 layers 2 to 10 are left, and no division but
 Axes: I models, L layers, H hull vertices (of the model with the most), K users.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -42,6 +43,13 @@ def convex_hull(layer_bits: Float[Array, "I L"], layer_flop: Float[Array, "I L"]
     H is rounded up to a multiple of four, so that catalogues of a kind share one compiled program.
     """
     layer_bits, layer_flop = np.asarray(layer_bits, np.float64), np.asarray(layer_flop, np.float64)
+    return _hull_of(layer_bits.tobytes(), layer_flop.tobytes(), layer_bits.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _hull_of(layer_bits: bytes, layer_flop: bytes, shape: tuple[int, int]) -> Hull:
+    """`convex_hull` by content: whoever solves many problems has few catalogues."""
+    layer_bits, layer_flop = (np.frombuffer(table).reshape(shape) for table in (layer_bits, layer_flop))
     received = np.cumsum(layer_bits, axis=1)
     remaining = np.cumsum(layer_flop[:, ::-1], axis=1)[:, ::-1]
     vertices = [_vertices(*model) for model in zip(received, remaining, strict=True)]

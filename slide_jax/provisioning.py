@@ -19,7 +19,7 @@ from slide_jax.hull import Hull, latency_on_hull, least_rate_on_hull
 from slide_jax.problem import REASONS, Catalogue, Users
 from slide_jax.rates import linear_bandwidth, linear_rate, shannon_bandwidth, shannon_rate
 
-BLOCK = 4096
+BLOCK = 16384
 
 (SERVED, NOT_ADMISSIBLE, NO_MEMORY, NO_ENERGY, TOO_LATE, NO_SIGNAL, NO_RATE, NO_SPECTRUM, CROWDED_OUT) = (
     range(len(REASONS))

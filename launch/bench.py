@@ -1,0 +1,111 @@
+"""Measures speed: every comparison side by side in one run, as medians with their spread.
+
+    python -m launch.bench --suite=slide
+    python -m launch.bench --suite=slide --workdir=DIR --repeats=3
+
+  --suite=NAME     what is measured
+  --workdir=DIR    where bench.json is written; by default runs/bench-SUITE
+  --repeats=N      repeats of each measurement, at least 3 (default 9)
+
+Exit codes: 0 done, 2 a mistake in the command (one line says which), 130 interrupted.
+"""
+
+import importlib
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.registry import unknown_name
+from launch.main import is_input_error, quiet_libraries
+from launch.timing import Table, as_json, cell
+from launch.workdir import versions, write_json
+
+SUITES = {"slide": "launch.bench_slide"}
+"""Modules with `measure(repeats) -> Iterator[Table]`."""
+
+LEAST_REPEATS = 3
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line `arguments` (without the program's name) and returns the exit code."""
+    if {"--help", "-help", "-h"} & set(arguments):
+        print(__doc__.strip())
+        return 0
+    quiet_libraries()
+    try:
+        suite, workdir, repeats = read_command(arguments)
+        run(suite, workdir, repeats, f"python -m launch.bench {shlex.join(arguments)}")
+    except ValueError as error:
+        if not is_input_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was measured so far stands in bench.json", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_command(arguments: list[str]) -> tuple[str, pathlib.Path, int]:
+    """Returns suite, work directory and repeats.
+
+    Raises:
+      InputError: a flag or a value is wrong.
+    """
+    flag_values = flags.FlagValues()
+    flags.DEFINE_string("suite", None, "what is measured", flag_values=flag_values)
+    flags.DEFINE_string("workdir", None, "work directory", flag_values=flag_values)
+    flags.DEFINE_integer("repeats", 9, "repeats of each", flag_values=flag_values)
+    try:
+        _, *unexpected = flag_values(["launch.bench", *arguments])
+    except flags.Error as error:
+        raise InputError("command", shlex.join(arguments), str(error), "see --help") from None
+    if unexpected:
+        raise InputError("argument", unexpected[0], "is no flag", "see --help")
+    if flag_values.suite not in SUITES:
+        raise unknown_name("suite", flag_values.suite, list(SUITES))
+    if flag_values.repeats < LEAST_REPEATS:
+        problem = f"a median needs at least {LEAST_REPEATS}"
+        raise InputError("repeats", flag_values.repeats, problem, "give e.g. --repeats=9")
+    workdir = pathlib.Path(flag_values.workdir or pathlib.Path("runs", f"bench-{flag_values.suite}"))
+    return flag_values.suite, workdir, flag_values.repeats
+
+
+def run(suite: str, workdir: pathlib.Path, repeats: int, command: str) -> None:
+    """Runs a suite, prints each table when it is there and writes all of them to bench.json."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be created ({error.strerror})"
+        raise InputError("workdir", str(workdir), problem, "give another --workdir") from None
+    module = importlib.import_module(SUITES[suite])
+    record = {"suite": suite, "command": command, "repeats": repeats, "versions": versions(), "tables": []}
+    print(f"{suite}: medians of {repeats} repeats; " + ", ".join(map(" ".join, record["versions"].items())))
+    for table in module.measure(repeats):
+        show(table)
+        record["tables"].append(as_json(table))
+        write_json(workdir / "bench.json", record)
+    print(f"written to {workdir / 'bench.json'}")
+
+
+def show(table: Table) -> None:
+    """Prints a table."""
+    rich = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, name in enumerate(table.columns):
+        rich.add_column(name, justify="right" if number else "left")
+    for row in table.rows:
+        rich.add_row(*map(cell, row))
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    console.print()
+    console.print(rich)
+    if table.note:
+        console.print(table.note, style="dim")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
