@@ -16,13 +16,12 @@ import shlex
 import sys
 
 from absl import flags
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import unknown_name
 from launch.main import is_input_error, quiet_libraries
-from launch.timing import Table, as_json, cell
+from launch.progress import print_table
+from launch.timing import as_json, cell
 from launch.workdir import versions, write_json
 
 SUITES = {"slide": "launch.bench_slide"}
@@ -87,24 +86,11 @@ def run(suite: str, workdir: pathlib.Path, repeats: int, command: str) -> None:
     record = {"suite": suite, "command": command, "repeats": repeats, "versions": versions(), "tables": []}
     print(f"{suite}: medians of {repeats} repeats; " + ", ".join(map(" ".join, record["versions"].items())))
     for table in module.measure(repeats):
-        show(table)
+        print_table(table.title, table.columns, [list(map(cell, row)) for row in table.rows])
+        print(f"  {table.note}" if table.note else "")
         record["tables"].append(as_json(table))
         write_json(workdir / "bench.json", record)
     print(f"written to {workdir / 'bench.json'}")
-
-
-def show(table: Table) -> None:
-    """Prints a table."""
-    rich = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for number, name in enumerate(table.columns):
-        rich.add_column(name, justify="right" if number else "left")
-    for row in table.rows:
-        rich.add_row(*map(cell, row))
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-    console.print()
-    console.print(rich)
-    if table.note:
-        console.print(table.note, style="dim")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m launch.main --config=configs/hfedmoe.py
     python -m launch.main --config=configs/hfedmoe.py:smoke --workdir=DIR --config.seed=1
+    python -m launch.main --config=configs/slide.py --config.scenario.path=cell.json
 
   --config=FILE[:PRESET]   the config file, and a preset of it
   --config.FIELD=VALUE     another value for a field of the config
@@ -32,7 +33,7 @@ from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import unknown_name
 from launch.workdir import default_workdir
 
-EXPERIMENTS = {"hfedmoe": "launch.hfedmoe"}
+EXPERIMENTS = {"hfedmoe": "launch.hfedmoe", "slide": "launch.slide"}
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -55,7 +56,10 @@ def main(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         where = f" in {workdir}" if workdir else ""
-        print(f"interrupted: the same command continues from the last checkpoint{where}", file=sys.stderr)
+        print(
+            f"interrupted: the same command goes on{where}, from a checkpoint if there is one",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

@@ -132,6 +132,19 @@ def print_summary(title: str, rows: Sequence[tuple[str, Any]]) -> None:
             console.print(Text.assemble("  ", (f"{label:<{width}}", "cyan"), f"  {text}"), soft_wrap=True)
 
 
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table of texts: the first column to the left, the others to the right."""
+    console = Console(highlight=False)
+    console.print(f"\n{title}", style="bold", markup=False)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for style, row in [("cyan", header), *(("", row) for row in rows)]:
+        cells = [
+            f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        console.print(Text("  " + "  ".join(cells), style=style), soft_wrap=True)
+
+
 def format_seconds(seconds: float) -> str:
     """Returns a duration as people write it.
 

@@ -5,7 +5,7 @@ import html
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.progress import format_seconds, format_value
 
@@ -30,6 +30,10 @@ table.summary { width: 100%; }
 table.summary > tbody > tr { border-top: 1px solid var(--line); }
 table.summary > tbody > tr > th { width: 16rem; }
 td table th, td table td { padding: 0 1.2rem 0 0; }
+table.comparison th, table.comparison td { text-align: right; padding: .32rem 0 .32rem 1.6rem; }
+table.comparison th:first-child, table.comparison td:first-child { text-align: left; padding-left: 0; }
+table.comparison tbody tr { border-top: 1px solid var(--line); }
+.wide { overflow-x: auto; }
 pre { margin: 0; padding: .85rem 1rem;
   background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
   white-space: pre-wrap; overflow-wrap: anywhere; font: .88rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
@@ -40,6 +44,15 @@ figure img { display: block; width: 100%; height: auto; background: #fff; paddin
 """
 
 
+class Comparison(NamedTuple):
+    """A table: what is compared stands in the first column, numbers right-aligned in the others."""
+
+    title: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 def write_report(
     path: str | os.PathLike,
     title: str,
@@ -47,6 +60,7 @@ def write_report(
     summary: Mapping[str, Any],
     sections: Sequence[tuple[str, str, str | os.PathLike]],
     command: str,
+    tables: Sequence[Comparison] = (),
 ) -> None:
     """Writes the report of a run at once or not at all.
 
@@ -58,6 +72,7 @@ def write_report(
         and `versions` moves to the end of the page.
       sections: (title, caption, PNG file) of each figure.
       command: what the user typed, for copying.
+      tables: shown before the figures.
     """
     versions = summary.get("versions", {})
     top = {name: value for name, value in summary.items() if name != "versions"}
@@ -66,6 +81,7 @@ def write_report(
         f"<p>{_text(introduction)}</p>",
         _table(top, "summary"),
         f"<h2>Command</h2>\n<pre>{_text(command)}</pre>",
+        *[_comparison(*table) for table in tables],
         *[_figure(*section) for section in sections],
         f"<h2>Versions</h2>\n{_table(versions, 'versions')}" if versions else "",
     ]
@@ -113,6 +129,19 @@ def _readable(name: str, value: Any) -> tuple[str, str]:
     if name.endswith("_s") and not name.endswith("_per_s") and value is not None:
         return name.removesuffix("_s"), format_seconds(value)
     return name, _text(format_value(value))
+
+
+def _comparison(title: str, caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
+    lines = "\n".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"""<h2>{_text(title)}</h2>
+<div class="wide"><table class="comparison">
+<thead><tr>{head}</tr></thead>
+<tbody>
+{lines}
+</tbody>
+</table></div>
+<p class="caption">{_text(caption)}</p>"""
 
 
 def _figure(title: str, caption: str, path: str | os.PathLike) -> str:

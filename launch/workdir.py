@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.errors import InputError
 
 CONFIG_FILE = "config.json"
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "numpy", "scipy")
 
 
 def default_workdir(config: ConfigDict, name: str, preset: str = "") -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""Metrics by round: metrics.csv and TensorBoard events."""
+"""Metrics by round, or by whatever an experiment counts: metrics.csv and TensorBoard events."""
 
 import csv
 import math
@@ -20,15 +20,22 @@ class MetricWriter:
 
     Args:
       directory: an existing directory.
-      columns: the columns after `round`.
+      columns: the columns after the first.
       resume_after: the last round that a resumed run keeps; None starts the file anew.
+      index: the first column: what a row is one of.
     """
 
-    def __init__(self, directory: str | os.PathLike, columns: Sequence[str], resume_after: int | None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        columns: Sequence[str],
+        resume_after: int | None,
+        index: str = "round",
+    ):
         self._path = pathlib.Path(directory, "metrics.csv")
-        self._columns = ["round", *columns]
+        self._index, self._columns = index, [index, *columns]
         kept = [] if resume_after is None else _whole_rows(self._path)
-        kept = [row for row in kept if int(row["round"]) <= resume_after]
+        kept = [row for row in kept if int(row[index]) <= resume_after]
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, self._columns, extrasaction="ignore", lineterminator="\n")
@@ -49,11 +56,11 @@ class MetricWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def write(self, round: int, row: Mapping[str, Any]) -> None:
-        """Appends a round, at once visible to readers.
+    def write(self, number: int, row: Mapping[str, Any]) -> None:
+        """Appends a row, at once visible to readers.
 
         Args:
-          round: its number.
+          number: of the round, or of whatever the rows count.
           row: numbers by column; a column that is absent or None stays empty.
 
         Raises:
@@ -62,11 +69,11 @@ class MetricWriter:
         numbers = {name: _number(value) for name, value in row.items()}
         with open(self._path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(
-                {**numbers, "round": int(round)}
+                {**numbers, self._index: int(number)}
             )
         for name, value in numbers.items():
-            if name != "round" and value is not None and math.isfinite(value):
-                self._events.add_scalar(name, value, int(round))
+            if name != self._index and value is not None and math.isfinite(value):
+                self._events.add_scalar(name, value, int(number))
         self._events.flush()
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from slide_jax.admission import admit
+from slide_jax.admission import TOLERANCE, admit
 from slide_jax.errors import unknown_name
 from slide_jax.hull import Hull, convex_hull
 from slide_jax.leftover import LEFT_OVER, share_out
@@ -90,7 +90,8 @@ def settle(
     frequency = jnp.where(served, need.frequency_hz, 0.0)
     bandwidth = jnp.where(served, bandwidth_hz, 0.0)
     result = outcome(hull, problem.users, model, frequency, bandwidth, problem.rate_model)
-    refused = jnp.where(need.bandwidth_hz > problem.bandwidth_hz, NO_SPECTRUM, CROWDED_OUT)
+    alone = need.bandwidth_hz <= problem.bandwidth_hz * (1 + TOLERANCE)
+    refused = jnp.where(alone, CROWDED_OUT, NO_SPECTRUM)
     reason = jnp.where(need.reason == SERVED, jnp.where(served, SERVED, refused), need.reason)
     return Allocation(
         model=model,

@@ -75,11 +75,12 @@ def sample_problem(
     share = uniform(setting.compute_min, setting.compute_max)
     min_accuracy = uniform(setting.accuracy_min, setting.accuracy_max)
     energy = uniform(setting.energy_min, setting.energy_max)
+    models = jax.tree.map(jnp.asarray, catalogue)  # NumPy arrays take no traced index
     # A model drawn at random names the task, so that tasks with more models are asked for more often.
-    task = catalogue.task[jax.random.randint(next(keys), (count,), 0, len(catalogue.task))]
-    admissible = (task[:, None] == catalogue.task) & (catalogue.accuracy >= min_accuracy[:, None])
+    task = models.task[jax.random.randint(next(keys), (count,), 0, len(models.task))]
+    admissible = (task[:, None] == models.task) & (models.accuracy >= min_accuracy[:, None])
     asking = jnp.arange(count) < setting.users
-    total_bits, total_flop = jnp.sum(catalogue.layer_bits, axis=1), jnp.sum(catalogue.layer_flop, axis=1)
+    total_bits, total_flop = jnp.sum(models.layer_bits, axis=1), jnp.sum(models.layer_flop, axis=1)
     reference = jnp.argmin(jnp.where(admissible, total_bits, jnp.inf), axis=1)
     speed = total_flop[reference] / (share * deadline_s)
     flop_per_cycle = speed / setting.f_max_hz

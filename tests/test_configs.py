@@ -1,22 +1,29 @@
-"""Every preset is a config that the package accepts."""
+"""Every preset is a config that its package accepts."""
 
 import pytest
 
-from configs import hfedmoe
-from hfedmoe_jax.checks import check_config
-from hfedmoe_jax.errors import InputError
+import hfedmoe_jax.checks
+import slide_jax.settings
+from configs import hfedmoe, slide
+
+CONFIGS = {hfedmoe: hfedmoe_jax.checks.check_config, slide: slide_jax.settings.check_config}
 
 
-@pytest.mark.parametrize("preset", hfedmoe.PRESETS)
-def test_presets_are_valid_and_share_their_fields(preset):
-    config = hfedmoe.get_config(preset)
-    check_config(config)
-    assert fields(config) == fields(hfedmoe.get_config())
+@pytest.mark.parametrize(
+    ("module", "preset"), [(module, preset) for module in CONFIGS for preset in module.PRESETS]
+)
+def test_presets_are_valid_and_share_their_fields(module, preset):
+    config = module.get_config(preset)
+    CONFIGS[module](config)
+    assert fields(config) == fields(module.get_config())
+    assert f"configs/{config.experiment}.py" in module.__doc__
+    assert preset == "default" or config.to_dict() != module.get_config().to_dict()
 
 
-def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(InputError, match="did you mean 'smoke'"):
-        hfedmoe.get_config("smok")
+@pytest.mark.parametrize("module", CONFIGS)
+def test_an_unknown_preset_names_the_nearest(module):
+    with pytest.raises(ValueError, match="did you mean 'smoke'"):
+        module.get_config("smok")
 
 
 def fields(config) -> set[str]:

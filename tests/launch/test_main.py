@@ -208,7 +208,7 @@ def test_interrupt_exits_with_130_and_says_how_to_go_on(runs):
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=30)
     assert child.returncode == 130
-    assert error == "interrupted: the same command continues from the last checkpoint in w\n"
+    assert error == "interrupted: the same command goes on in w, from a checkpoint if there is one\n"
 
 
 WHOLE_RUN = """

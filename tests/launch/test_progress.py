@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from launch import progress
-from launch.progress import Progress, print_summary
+from launch.progress import Progress, print_summary, print_table
 
 
 @pytest.fixture
@@ -103,3 +103,16 @@ def test_summary_is_plain_and_keeps_paths_whole_when_piped(capsys, monkeypatch):
     assert "  accuracy  0.8123" in lines and "  best      -" in lines
     assert "phone [small] 3" in out
     assert all(len(line) <= 80 for line in lines if path not in line)
+
+
+def test_a_table_is_aligned_and_not_broken(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    rows = [("exact", "1,234", "[red] 0.5 s"), ("milp", "skipped: too many users", "")]
+    print_table("Solvers", ("solver", "served", "mean latency"), rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "Solvers",
+        "  solver                   served  mean latency",
+        "  exact                     1,234   [red] 0.5 s",
+        "  milp    skipped: too many users              ",
+    ]

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from launch.report import write_report
+from launch.report import Comparison, write_report
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -100,3 +100,24 @@ def test_needs_no_other_file_and_no_network(report):
 def test_adapts_to_dark_screens_and_narrow_ones(report):
     assert "prefers-color-scheme: dark" in report
     assert 'name="viewport"' in report
+
+
+def test_a_table_stands_before_the_figures(tmp_path):
+    (tmp_path / "a.png").write_bytes(PIXEL)
+    table = Comparison("Solvers <1>", "What & why.", ("solver", "ms"), [("exact", "0.4"), ("<b>", "-")])
+    sections = [("Usage", "Caption.", tmp_path / "a.png")]
+    write_report(tmp_path / "r.html", "Run", "Text.", {}, sections, "command", tables=[table])
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    cells = [(tag, text) for tag, text in page.cells if text.strip()]
+    assert cells[4:] == [
+        ("h2", "Solvers <1>"),
+        ("th", "solver"),
+        ("th", "ms"),
+        ("td", "exact"),
+        ("td", "0.4"),
+        ("td", "<b>"),
+        ("td", "-"),
+        ("p", "What & why."),
+        ("h2", "Usage"),
+        ("figcaption", "Caption."),
+    ]

@@ -47,6 +47,14 @@ def test_rows_are_visible_at_once(tmp_path):
         assert (tmp_path / "metrics.csv").read_text() == "round,loss,accuracy,count\n1,0.5,,\n"
 
 
+def test_the_first_column_is_what_the_rows_count(tmp_path):
+    for last, resume_after in ((3, None), (2, 1)):
+        with MetricWriter(tmp_path, ["users"], resume_after, index="point") as writer:
+            for number in range((resume_after or 0) + 1, last + 1):
+                writer.write(number, {"users": 10 * number})
+    assert read_metrics(tmp_path / "metrics.csv") == [{"point": n, "users": 10 * n} for n in (1, 2)]
+
+
 def test_unknown_column_is_refused(tmp_path):
     with MetricWriter(tmp_path, COLUMNS, None) as writer, pytest.raises(ValueError, match="los"):
         writer.write(1, {"los": 1.0})

@@ -1,0 +1,170 @@
+"""What SLIDE is compared with: download-then-infer, fixed shares, and orders of first come, first served.
+
+Each user gets the model that needs the least bandwidth, at its best clock (`provisioning`); the baselines
+differ in who gets how much. As in `exact`, `decide_*` are pure functions under `jit` and `vmap` over drops.
+
+Axes: K users, I models, L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from slide_jax.admission import TOLERANCE
+from slide_jax.exact import exact, in_float64, run, settle
+from slide_jax.hull import Hull, convex_hull
+from slide_jax.problem import Allocation, Catalogue, Problem
+from slide_jax.provisioning import Need, bandwidth_of, provision
+
+
+def collapse(catalogue: Catalogue) -> Catalogue:
+    """Returns the catalogue with every model one layer: all bits, then all work."""
+    return dataclasses.replace(
+        catalogue,
+        layer_bits=catalogue.layer_bits.sum(axis=-1, keepdims=True),
+        layer_flop=catalogue.layer_flop.sum(axis=-1, keepdims=True),
+        num_layers=np.ones(np.shape(catalogue.num_layers), np.int32),
+    )
+
+
+def download_then_infer(problem: Problem) -> Problem:
+    """Returns the problem under DAI, the convention: inference begins when the whole model has arrived.
+
+    It is the same problem with models of one layer each, so every solver here solves it too.
+    """
+    return dataclasses.replace(problem, catalogue=collapse(problem.catalogue))
+
+
+def dai(problem: Problem, left_over: str = "none") -> Allocation:
+    """Returns the optimum under DAI.
+
+    It is to be verified against `download_then_infer(problem)`: latencies are those of DAI. Under SLIDE the
+    same users finish sooner, and it bounds nothing.
+
+    Args:
+      left_over: as in `exact`.
+
+    Raises:
+      InputError: an unknown policy.
+    """
+    allocation = exact(download_then_infer(problem), left_over)
+    return dataclasses.replace(allocation, upper_bound=float("nan"), solver="dai")
+
+
+def equal_share(problem: Problem) -> Allocation:
+    """Returns who can be served when all who could be, had they all the spectrum, share it equally."""
+    return _named("equal_share", decide_equal_share, problem)
+
+
+def proportional_share(problem: Problem) -> Allocation:
+    """Returns who can be served when all who could be share the spectrum in proportion to their loads.
+
+    The load is the bandwidth that downloads the user's model in just its time, were there nothing to compute.
+    """
+    return _named("proportional_share", decide_proportional_share, problem)
+
+
+def best_channel_first(problem: Problem) -> Allocation:
+    """Returns the allocation that gives users what they need, best channel first, as long as it fits."""
+    return _named("best_channel_first", decide_best_channel_first, problem)
+
+
+def earliest_deadline_first(problem: Problem) -> Allocation:
+    """Returns the allocation that gives users what they need, earliest deadline first, as long as it fits."""
+    return _named("earliest_deadline_first", decide_earliest_deadline_first, problem)
+
+
+def random_order(problem: Problem, seed: int = 0) -> Allocation:
+    """Returns the allocation that gives users what they need in a random order, as long as it fits."""
+    with jax.enable_x64(True):
+        hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
+        allocation = _random_order(hull, in_float64(problem), jax.random.key(seed))
+        return dataclasses.replace(jax.tree.map(np.asarray, allocation), solver="random_order")
+
+
+def decide_equal_share(hull: Hull, problem: Problem) -> Allocation:
+    """`equal_share` as a pure function of float64 arrays."""
+    need = _needs(hull, problem)
+    return _serve_by_share(hull, problem, need, jnp.ones_like(need.bandwidth_hz))
+
+
+def decide_proportional_share(hull: Hull, problem: Problem) -> Allocation:
+    """`proportional_share` as a pure function of float64 arrays."""
+    users, need = problem.users, _needs(hull, problem)
+    slack_s = users.deadline_s - users.start_s
+    bits = jnp.asarray(hull.total_bits)[need.model]
+    rate = jnp.where(bits > 0, bits / jnp.where(slack_s > 0, slack_s, 1.0), 0.0)
+    return _serve_by_share(hull, problem, need, bandwidth_of(rate, users, problem.rate_model))
+
+
+def decide_best_channel_first(hull: Hull, problem: Problem) -> Allocation:
+    """`best_channel_first` as a pure function of float64 arrays."""
+    users = problem.users
+    signal = users.spectral_efficiency_bps_hz if problem.rate_model == "linear" else users.snr_hz
+    return _serve_in_order(hull, problem, jnp.argsort(-signal))
+
+
+def decide_earliest_deadline_first(hull: Hull, problem: Problem) -> Allocation:
+    """`earliest_deadline_first` as a pure function of float64 arrays."""
+    return _serve_in_order(hull, problem, jnp.argsort(problem.users.deadline_s))
+
+
+def decide_random_order(hull: Hull, problem: Problem, key: jax.Array) -> Allocation:
+    """`random_order` as a pure function of float64 arrays and a key."""
+    return _serve_in_order(hull, problem, jax.random.permutation(key, problem.num_users))
+
+
+def admit_in_order(
+    bandwidth_hz: Float[Array, " K"], order: Int[Array, " K"], spectrum_hz: Float[Array, ""]
+) -> Bool[Array, " K"]:
+    """Returns who is admitted when each user in turn gets what it needs if that still fits.
+
+    Args:
+      bandwidth_hz: what each user needs, at least 0; infinite: cannot be served.
+      order: permutation of the users, the first first.
+      spectrum_hz: what there is.
+
+    >>> admit_in_order(jnp.array([3.0, 2.0, 1.0]), jnp.array([0, 1, 2]), 4.0).tolist()
+    [True, False, True]
+    """
+    limit = spectrum_hz * (1 + TOLERANCE)
+
+    def step(used, needed):
+        fits = used + needed <= limit
+        return jnp.where(fits, used + needed, used), fits
+
+    _, admitted = lax.scan(step, jnp.zeros((), bandwidth_hz.dtype), bandwidth_hz[order])
+    return jnp.zeros(bandwidth_hz.shape, bool).at[order].set(admitted)
+
+
+_random_order = jax.jit(decide_random_order)
+
+
+def _named(name: str, decide: Any, problem: Problem) -> Allocation:
+    return dataclasses.replace(run(decide, problem), solver=name)
+
+
+def _needs(hull: Hull, problem: Problem) -> Need:
+    return provision(hull, problem.catalogue, problem.users, problem.rate_model)
+
+
+def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[Array, " K"]) -> Allocation:
+    """Splits the spectrum in proportion to the loads of all users whose need is within it."""
+    limit = problem.bandwidth_hz * (1 + TOLERANCE)
+    load = jnp.where(need.bandwidth_hz <= limit, load, 0.0)
+    total = jnp.sum(load)
+    share = problem.bandwidth_hz * load / jnp.where(total > 0, total, 1.0)
+    # Half of what the sum of all shares may exceed the spectrum by; the rest is for rounding.
+    served = need.bandwidth_hz <= share * (1 + TOLERANCE / 2)
+    return settle(hull, problem, need, served, jnp.maximum(share, need.bandwidth_hz))
+
+
+def _serve_in_order(hull: Hull, problem: Problem, order: Int[Array, " K"]) -> Allocation:
+    need = _needs(hull, problem)
+    served = admit_in_order(need.bandwidth_hz, order, problem.bandwidth_hz)
+    return settle(hull, problem, need, served, need.bandwidth_hz)

@@ -1,0 +1,179 @@
+"""The same problem as a 0/1 programme for HiGHS: a cross-check of `exact` that shares neither hull nor order.
+
+    maximise sum x_ki   subject to   sum_i x_ki <= 1,   sum b_ki x_ki <= B,   x_ki in {0, 1}
+
+over the pairs of user k and model i, with b_ki the least bandwidth of the pair.
+
+Axes: K users, I models, L layers, N choices.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from slide_jax.admission import TOLERANCE
+from slide_jax.errors import InputError
+from slide_jax.exact import in_float64, run, settle
+from slide_jax.hull import Hull, convex_hull
+from slide_jax.latency import least_rate
+from slide_jax.problem import Allocation, Catalogue, Problem, Users
+from slide_jax.provisioning import Need, bandwidth_of, by_blocks, clock_of, provision
+
+SPECTRUM_UNITS = 1e6
+"""HiGHS keeps constraints to 1e-6: with the spectrum worth this many units, to 1e-12 of the spectrum."""
+
+HIGHS_TOLERANCE = 1e-6
+
+
+class PairNeeds(NamedTuple):
+    """What every pair of model and user needs: least bandwidth [Hz], infinite if none will do, and clock."""
+
+    bandwidth_hz: Float[Array, "I K"]
+    frequency_hz: Float[Array, "I K"]
+
+
+class Packing(NamedTuple):
+    """Which choices a knapsack takes, and the value that no packing exceeds."""
+
+    chosen: Bool[Array, " N"]
+    bound: float
+
+
+def milp(problem: Problem, time_limit_s: float = 60.0) -> Allocation:
+    """Returns an allocation found by branch and bound, with the bound that was proven.
+
+    Args:
+      problem: 1,000 users take a fraction of a second, 10,000 a quarter of a minute.
+      time_limit_s: above 0; when it is over, the best found so far stands, possibly nobody [s].
+
+    Raises:
+      InputError: a time limit that is not above 0.
+    """
+    needs = least_bandwidth_by_model(problem)
+    spectrum = float(problem.bandwidth_hz)
+    model, user = np.nonzero(needs.bandwidth_hz <= spectrum * (1 + TOLERANCE))
+    bandwidth = needs.bandwidth_hz[model, user]
+    packing = pack(np.ones(user.size), bandwidth, user, spectrum, time_limit_s)
+
+    chosen_model, chosen_user = model[packing.chosen], user[packing.chosen]
+    need = run(decide_needs, problem)
+    need = Need(*(column.copy() for column in need))
+    served = np.zeros(problem.num_users, bool)
+    served[chosen_user] = True
+    need.model[chosen_user] = chosen_model
+    need.bandwidth_hz[chosen_user] = bandwidth[packing.chosen]
+    need.frequency_hz[chosen_user] = needs.frequency_hz[chosen_model, chosen_user]
+    allocation = settle_users(problem, need, served)
+    bound = float(np.floor(packing.bound * (1 + HIGHS_TOLERANCE)))
+    return dataclasses.replace(allocation, upper_bound=bound, solver="milp")
+
+
+def least_bandwidth_by_model(problem: Problem) -> PairNeeds:
+    """Returns the least bandwidth and the best clock of every pair, from all layers; NumPy float64."""
+    return run(_decide_pairs, problem)
+
+
+def pairs(catalogue: Catalogue, users: Users, rate_model: str) -> PairNeeds:
+    """`least_bandwidth_by_model` as a pure function of float64 arrays."""
+
+    def of_block(users: Users) -> tuple[Array, Array]:
+        def of_model(entry):
+            layer_bits, layer_flop, accuracy, task, allowed = entry
+            if allowed is None:
+                allowed = (users.task == task) & (accuracy >= users.min_accuracy)
+            clock = clock_of(jnp.sum(layer_flop), users)
+            speed = clock * users.flop_per_cycle
+            rate = least_rate(
+                layer_bits[:, None], layer_flop[:, None], users.deadline_s - users.start_s, speed
+            )
+            possible = allowed & (jnp.sum(layer_bits) <= users.memory_bits) & (clock > 0)
+            return jnp.where(possible, bandwidth_of(rate, users, rate_model), jnp.inf), clock
+
+        named = None if users.allowed is None else users.allowed.T
+        entries = (catalogue.layer_bits, catalogue.layer_flop, catalogue.accuracy, catalogue.task, named)
+        return jax.tree.map(jnp.transpose, lax.map(of_model, entries))
+
+    return PairNeeds(*jax.tree.map(jnp.transpose, by_blocks(of_block, users)))
+
+
+def pack(
+    value: Float[Array, " N"],
+    bandwidth_hz: Float[Array, " N"],
+    user: Int[Array, " N"],
+    spectrum_hz: float,
+    time_limit_s: float = 60.0,
+) -> Packing:
+    """Returns a most valuable set of choices, at most one a user, that fits the spectrum.
+
+    Args:
+      value: of each choice, at least 0.
+      bandwidth_hz: of each choice, within the spectrum.
+      user: whose choice it is.
+      spectrum_hz: what there is.
+      time_limit_s: as in `milp`.
+
+    Raises:
+      InputError: a time limit that is not above 0.
+    """
+    if not time_limit_s > 0:
+        raise InputError("time_limit_s", time_limit_s, "must be above 0", "give seconds, e.g. 60.0")
+    count, largest = value.size, float(np.max(value, initial=0.0))
+    if largest == 0:
+        return Packing(np.zeros(count, bool), 0.0)
+    everyone = largest * np.unique(user).size
+    # Needs within an exact fit of no spectrum at all are 0: then the row is empty.
+    load = bandwidth_hz * (SPECTRUM_UNITS / spectrum_hz if spectrum_hz > 0 else 0.0)
+    _, row = np.unique(user, return_inverse=True)
+    one_each = scipy.sparse.csr_array((np.ones(count), (row, np.arange(count))))
+    result = scipy.optimize.milp(
+        -value / largest,
+        integrality=np.ones(count),
+        bounds=scipy.optimize.Bounds(0, 1),
+        constraints=[
+            scipy.optimize.LinearConstraint(scipy.sparse.csr_array(load[None, :]), ub=SPECTRUM_UNITS),
+            scipy.optimize.LinearConstraint(one_each, ub=1.0),
+        ],
+        options={"time_limit": float(time_limit_s), "mip_rel_gap": 0.0},
+    )
+    chosen = np.zeros(count, bool) if result.x is None else result.x > 0.5
+    bound = result.mip_dual_bound
+    bound = everyone if bound is None or not np.isfinite(bound) else min(-bound * largest, everyone)
+    chosen = _within(chosen, value, bandwidth_hz, spectrum_hz)
+    return Packing(chosen, max(bound, float(np.sum(value[chosen]))))
+
+
+def settle_users(problem: Problem, need: Need, served: Bool[Array, " K"]) -> Allocation:
+    """Returns the allocation that serves these users with what they need, as NumPy arrays."""
+    with jax.enable_x64(True):
+        hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
+        allocation = _settle(hull, in_float64(problem), need, served, need.bandwidth_hz)
+        return jax.tree.map(np.asarray, allocation)
+
+
+def decide_needs(hull: Hull, problem: Problem) -> Need:
+    """Every user's need, for `exact.run`."""
+    return provision(hull, problem.catalogue, problem.users, problem.rate_model)
+
+
+def _decide_pairs(hull: Hull, problem: Problem) -> PairNeeds:
+    return pairs(problem.catalogue, problem.users, problem.rate_model)
+
+
+def _within(chosen, value, bandwidth_hz, spectrum_hz):
+    """Drops what HiGHS' tolerance let in beyond ours, the least valuable and of those the widest first."""
+    for n in np.lexsort((-bandwidth_hz, value)):
+        if np.sum(bandwidth_hz[chosen]) <= spectrum_hz * (1 + TOLERANCE):
+            break
+        if chosen[n] and bandwidth_hz[n] > 0:
+            chosen[n] = False
+    return chosen
+
+
+_settle = jax.jit(settle)
