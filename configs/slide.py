@@ -14,7 +14,7 @@ from slide_jax.errors import unknown_name
 
 
 def default(config: ConfigDict) -> ConfigDict:
-    """The plain setting: every user has compute of 25-55% of its deadline, so rho is about 0.65."""
+    """The plain setting: every user has compute of 25-55% of its deadline, so rho is about 0.6."""
     return config
 
 
@@ -62,7 +62,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     setting.models = ("resnet50", "resnet152", "vit_b16")  # names of slide_jax.profiles
     setting.bits_per_parameter = 8.0
     setting.batch_size = 1  # examples of a task
-    setting.users = 50  # of the drop that is solved
+    setting.users = 100  # of the drop that is solved
     setting.bandwidth_hz = 1e8
     setting.rate_model = "linear"  # linear | shannon
     setting.accuracy_min = 0.7  # the least that a user accepts, uniform between the two
@@ -93,10 +93,10 @@ def get_config(preset: str = "default") -> ConfigDict:
 
     monte_carlo = config.monte_carlo = ConfigDict()
     monte_carlo.drops = 2000  # at every point
-    monte_carlo.users = 50  # in a drop; not those of the drop that is solved
+    monte_carlo.users = 100  # in a drop; not those of the drop that is solved
     monte_carlo.bandwidth_factors = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # of the spectrum
     monte_carlo.patience = (0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)  # factors on the deadlines
-    monte_carlo.user_counts = (10, 20, 35, 50, 75, 100)
+    monte_carlo.user_counts = (10, 20, 40, 70, 100, 150, 200)
     monte_carlo.rhos = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # compute over download
 
     milp = config.milp = ConfigDict()

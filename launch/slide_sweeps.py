@@ -99,29 +99,26 @@ def monte_carlo(config: ConfigDict) -> Study:
         "patience": [plain._replace(patience=x * plain.patience) for x in grids.patience],
         "rho": [_with_rho(plain, rho) for rho in grids.rhos],
     }
-    crowds = [plain._replace(users=count) for count in grids.user_counts]
-    with Progress(sum(map(len, points.values())) + len(crowds) + 1, "points") as progress:
+    points["users"] = [plain._replace(users=count) for count in grids.user_counts]
+    # Drawn for the largest crowd everywhere: one program serves all points.
+    count = max(grids.users, *grids.user_counts)
+    with Progress(sum(map(len, points.values())) + 1, "points") as progress:
         done = 0
 
-        def sweep(settings: list[Setting]) -> Sweep:
+        def sweep(setting: Setting) -> Sweep:
             nonlocal done
-            result = run_sweep(
-                settings, catalogue, grids.drops, config.seed, tuple(METHODS), config.setting.rate_model
-            )
-            done += len(settings)
+            drops, rate_model = grids.drops, config.setting.rate_model
+            result = run_sweep([setting], catalogue, drops, config.seed, tuple(METHODS), rate_model, count)
+            done += 1
             progress.update(done)
             return result
 
-        # Point by point, for whoever waits: one program serves them all.
-        results = {name: [sweep([setting]) for setting in settings] for name, settings in points.items()}
+        results = {name: [sweep(setting) for setting in settings] for name, settings in points.items()}
         served = {method: counts[0] for method, counts in results["plain"][0].served.items()}
         sweeps = {
-            name: [_row(setting, result, 0) for setting, result in zip(points[name], found, strict=True)]
+            name: [_row(setting, result) for setting, result in zip(points[name], found, strict=True)]
             for name, found in results.items()
         }
-        # Another number of users is another shape: its points share one more program.
-        result = sweep(crowds)
-        sweeps["users"] = [_row(setting, result, point) for point, setting in enumerate(crowds)]
         latencies = sample_latencies(plain, catalogue, grids.drops, config.seed, config.setting.rate_model)
         progress.update(done + 1)
     return Study(sweeps, served, latencies)
@@ -225,20 +222,20 @@ def _with_rho(setting: Setting, rho: float) -> Setting:
     return setting._replace(compute_min=share, compute_max=share)
 
 
-def _row(setting: Setting, sweep: Sweep, point: int) -> Row:
-    """Returns means over drops, each with the half-width of its 95% interval."""
+def _row(setting: Setting, sweep: Sweep) -> Row:
+    """Returns means over the drops of a single point, each with the half-width of its 95% interval."""
     numbers = ("bandwidth_hz", "patience", "users", "compute_min", "compute_max")
     row = {name: getattr(setting, name) for name in numbers}
-    row["rho"] = mean(sweep.rho[point])
-    row["latency_saved"], row["latency_saved_ci95"] = _with_interval(sweep.saved[point])
-    best, conventional = (sweep.served[method][point].astype(float) for method in ("exact", "dai"))
+    row["rho"] = mean(sweep.rho[0])
+    row["latency_saved"], row["latency_saved_ci95"] = _with_interval(sweep.saved[0])
+    best, conventional = (sweep.served[method][0].astype(float) for method in ("exact", "dai"))
     # The ratio of two means over the same drops, and its interval to first order.
     ratio = quotient(best.mean(), conventional.mean())
     row["users_gained"] = ratio - 1
     error = best - ratio * conventional
     row["users_gained_ci95"] = quotient(_with_interval(error)[1], conventional.mean())
     for method, served in sweep.served.items():
-        row[f"served_{method}"], row[f"served_{method}_ci95"] = _with_interval(served[point])
+        row[f"served_{method}"], row[f"served_{method}_ci95"] = _with_interval(served[0])
     return row
 
 

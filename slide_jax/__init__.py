@@ -21,10 +21,8 @@ differentiable side, `extensions` what goes beyond the paper.
 
 from slide_jax.checks import make_problem
 from slide_jax.errors import InputError
-from slide_jax.exact import exact
 from slide_jax.experiment import METHODS, Sweep, run_sweep, sample_latencies
 from slide_jax.problem import REASONS, Allocation, Catalogue, Labels, Problem, Users
-from slide_jax.relaxed import relaxed
 from slide_jax.sampling import Setting, sample_problem
 from slide_jax.scenario import read_allocation, read_scenario, write_allocation, write_scenario
 from slide_jax.sensitivity import least_bandwidth, margins, sensitivities, shadow_price
@@ -44,13 +42,11 @@ __all__ = [
     "Sweep",
     "Users",
     "Violation",
-    "exact",
     "least_bandwidth",
     "make_problem",
     "margins",
     "read_allocation",
     "read_scenario",
-    "relaxed",
     "run_sweep",
     "sample_latencies",
     "sample_problem",

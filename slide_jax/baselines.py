@@ -57,12 +57,12 @@ def dai(problem: Problem, left_over: str = "none") -> Allocation:
 
 
 def equal_share(problem: Problem) -> Allocation:
-    """Returns who can be served when all who could be, had they all the spectrum, share it equally."""
+    """Returns the most users of least need who can be served when they share the spectrum equally."""
     return _named("equal_share", decide_equal_share, problem)
 
 
 def proportional_share(problem: Problem) -> Allocation:
-    """Returns who can be served when all who could be share the spectrum in proportion to their loads.
+    """Returns the most users of least need who can be served when they share in proportion to their loads.
 
     The load is the bandwidth that downloads the user's model in just its time, were there nothing to compute.
     """
@@ -106,17 +106,29 @@ def decide_best_channel_first(hull: Hull, problem: Problem) -> Allocation:
     """`best_channel_first` as a pure function of float64 arrays."""
     users = problem.users
     signal = users.spectral_efficiency_bps_hz if problem.rate_model == "linear" else users.snr_hz
-    return _serve_in_order(hull, problem, jnp.argsort(-signal))
+    return serve_in_order(hull, problem, jnp.argsort(-signal))
 
 
 def decide_earliest_deadline_first(hull: Hull, problem: Problem) -> Allocation:
     """`earliest_deadline_first` as a pure function of float64 arrays."""
-    return _serve_in_order(hull, problem, jnp.argsort(problem.users.deadline_s))
+    return serve_in_order(hull, problem, jnp.argsort(problem.users.deadline_s))
 
 
 def decide_random_order(hull: Hull, problem: Problem, key: jax.Array) -> Allocation:
     """`random_order` as a pure function of float64 arrays and a key."""
-    return _serve_in_order(hull, problem, jax.random.permutation(key, problem.num_users))
+    return serve_in_order(hull, problem, jax.random.permutation(key, problem.num_users))
+
+
+def serve_in_order(hull: Hull, problem: Problem, order: Int[Array, " K"]) -> Allocation:
+    """Returns the allocation that gives users what they need in this order, as long as it fits.
+
+    Args:
+      hull, problem: as in `exact.decide`.
+      order: permutation of the users, the first first.
+    """
+    need = _needs(hull, problem)
+    served = admit_in_order(need.bandwidth_hz, order, problem.bandwidth_hz)
+    return settle(hull, problem, need, served, need.bandwidth_hz)
 
 
 def admit_in_order(
@@ -154,17 +166,20 @@ def _needs(hull: Hull, problem: Problem) -> Need:
 
 
 def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[Array, " K"]) -> Allocation:
-    """Splits the spectrum in proportion to the loads of all users whose need is within it."""
-    limit = problem.bandwidth_hz * (1 + TOLERANCE)
-    load = jnp.where(need.bandwidth_hz <= limit, load, 0.0)
-    total = jnp.sum(load)
-    share = problem.bandwidth_hz * load / jnp.where(total > 0, total, 1.0)
+    """Splits the spectrum in proportion to the loads of the n users of least need, n the most that suffices.
+
+    User k is served iff the loads of all n sum to at most B load_k / need_k; the sum rises with n, the
+    least of these limits falls, so the n that suffice are the first ones.
+    """
+    order = jnp.argsort(need.bandwidth_hz)
+    needed, loads = need.bandwidth_hz[order], load[order]
+    reachable = needed < jnp.inf
+    total = jnp.cumsum(jnp.where(reachable, loads, 0.0))
     # Half of what the sum of all shares may exceed the spectrum by; the rest is for rounding.
-    served = need.bandwidth_hz <= share * (1 + TOLERANCE / 2)
+    whole = problem.bandwidth_hz * (1 + TOLERANCE / 2)
+    limit = jnp.where(needed > 0, whole * loads / jnp.where(needed > 0, needed, 1.0), jnp.inf)
+    suffices = reachable & (total <= lax.cummin(limit))
+    served = jnp.zeros(suffices.shape, bool).at[order].set(suffices)
+    shared = jnp.sum(jnp.where(served, load, 0.0))
+    share = problem.bandwidth_hz * load / jnp.where(shared > 0, shared, 1.0)
     return settle(hull, problem, need, served, jnp.maximum(share, need.bandwidth_hz))
-
-
-def _serve_in_order(hull: Hull, problem: Problem, order: Int[Array, " K"]) -> Allocation:
-    need = _needs(hull, problem)
-    served = admit_in_order(need.bandwidth_hz, order, problem.bandwidth_hz)
-    return settle(hull, problem, need, served, need.bandwidth_hz)

@@ -85,6 +85,7 @@ def run_sweep(
     seed: int,
     methods: Sequence[str] = ("exact", "dai"),
     rate_model: str = "linear",
+    count: int | None = None,
 ) -> Sweep:
     """Returns what the methods do at each setting, as NumPy arrays.
 
@@ -95,6 +96,8 @@ def run_sweep(
       seed: of the draws.
       methods: names from `METHODS`.
       rate_model: `linear` or `shannon`.
+      count: users drawn at every point, at least those that ask at any; None: as many. Calls with
+        the same share one program.
 
     Raises:
       InputError: an unknown method.
@@ -102,7 +105,7 @@ def run_sweep(
     for method in methods:
         if method not in METHODS:
             raise unknown_name("methods", method, METHODS)
-    count = max(int(setting.users) for setting in settings)
+    count = count or max(int(setting.users) for setting in settings)
     with jax.enable_x64(True):
         points = jax.tree.map(lambda *values: jnp.asarray(values, jnp.float64), *settings)
         keys = jax.random.split(jax.random.key(seed), drops)

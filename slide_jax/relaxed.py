@@ -12,11 +12,10 @@ number, the price p of the spectrum, is to be found. It is the root of a functio
 Newton iteration finds it from a guess, or from the price of a problem like it. Derivatives are those of the
 implicit function. z_k falls in b_k, so that rounding loses nothing, and Lagrange duality proves it.
 
-Why no descent over shares and clocks: jaxopt's projected gradient (line search) over the raw shares and
-clocks of 24 problems of 20 and 100 users had not converged after 2000 iterations; over shares divided by
-the needs it took 7 from the highest clocks, each with a projection, and more than 300 from the middle ones.
-All of these round to the exact optimum, and so does the price, after 8 evaluations (4 from the price of a
-channel 2% different).
+Why no descent over shares and clocks: on 24 problems of 20 and 100 users jaxopt's projected gradient over the
+raw shares and clocks had not converged after 2000 iterations; over shares divided by the needs it took 7,
+each with a projection, from the highest clocks and hundreds from the middle ones. All round to the exact
+optimum, and so does the price, after 8 evaluations, or 4 from the price of a channel that differs by 2%.
 
 Axis: K users. The functions of arrays take float64.
 """

@@ -39,7 +39,9 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"above {self.low:g} and below {self.high:g}" if self.open else f"{self.low:g} to {self.high:g}"
+            f"above {self.low:g} and below {self.high:g}"
+            if self.open
+            else f"from {self.low:g} to {self.high:g}"
         )
 
 

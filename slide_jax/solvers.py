@@ -43,4 +43,4 @@ def solve(problem: Problem, solver: str = "exact", **options: Any) -> Allocation
         raise unknown_name("solver", solver, SOLVERS)
     begun = time.perf_counter()
     allocation = SOLVERS[solver](problem, **options)
-    return dataclasses.replace(allocation, solve_s=time.perf_counter() - begun)
+    return dataclasses.replace(allocation, solver=solver, solve_s=time.perf_counter() - begun)

@@ -18,7 +18,16 @@ from slide_jax.verify import verify
 
 def drawn(corner="none", rate_model="linear", seed=0, users=6):
     rng = np.random.default_rng([seed, CORNERS.index(corner)])
-    return random_problem(rng, users, 2, 2, rate_model, corner)
+    problem = random_problem(rng, users, 2, 2, rate_model, corner)
+    # Of one shape, for the sake of one compilation.
+    catalogue = problem.catalogue
+    bits, flop = (
+        np.pad(table, ((0, 0), (0, 2 - table.shape[1])))
+        for table in (catalogue.layer_bits, catalogue.layer_flop)
+    )
+    return dataclasses.replace(
+        problem, catalogue=dataclasses.replace(catalogue, layer_bits=bits, layer_flop=flop)
+    )
 
 
 def best_throughput(problem, block_hz):

@@ -74,7 +74,7 @@ def test_fractions_are_those_of_a_projected_gradient_over_shares():
     np.testing.assert_allclose(descended, relax(needs, SPECTRUM_HZ).fraction, atol=2e-2)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problems(users=(5,), models=(3,), layers=(4,)))
 def test_answer_is_feasible_optimal_and_proven_so(problem):
     answer = relaxed(problem)
@@ -83,7 +83,7 @@ def test_answer_is_feasible_optimal_and_proven_so(problem):
 
 
 @pytest.mark.parametrize("rate_model", ["linear", "shannon"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_rounding_equals_the_exact_optimum_of_larger_problems(seed, rate_model):
     problem = random_problem(np.random.default_rng(seed), 100, 3, 4, rate_model)
     answer, best = relaxed(problem), exact(problem)
@@ -170,18 +170,22 @@ def test_fractions_themselves_can_be_differentiated():
     assert derivative == pytest.approx(float(difference), rel=1e-5)
 
 
+@jax.jit
+def solve_batch(hull, problem, spectra):
+    def solve(spectrum_hz):
+        answer = decide(hull, dataclasses.replace(problem, bandwidth_hz=spectrum_hz))
+        return answer.model, answer.upper_bound
+
+    return jax.vmap(solve)(spectra)
+
+
 @pytest.mark.parametrize("corner", CORNERS)
 def test_drops_in_a_batch_are_solved_as_one_by_one_and_without_nan(corner):
     problem = in_float64(random_problem(np.random.default_rng(0), 5, 3, 4, "linear", corner))
     hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
     spectra = np.array([0.3, 1.0, 3.0]) * problem.bandwidth_hz
 
-    def solve(spectrum_hz):
-        changed = dataclasses.replace(problem, bandwidth_hz=spectrum_hz)
-        answer = decide(hull, changed)
-        return answer.model, answer.upper_bound
-
-    models, bounds = jax.jit(jax.vmap(solve))(spectra)
+    models, bounds = solve_batch(hull, problem, spectra)
     for model, bound, spectrum in zip(models, bounds, spectra, strict=True):
         alone = exact(dataclasses.replace(problem, bandwidth_hz=spectrum))
         np.testing.assert_array_equal(model, alone.model)
