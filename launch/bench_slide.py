@@ -1,5 +1,6 @@
 """The suite `slide`: exact optimum, latency kernels and relaxed optimizer, each beside its peers."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,15 +11,30 @@ import numpy as np
 from launch.bench_slide_peers import solve_dense, solve_hull
 from launch.timing import Table, ratio, time_together
 from slide_jax import latency
+from slide_jax.checks import read_models
 from slide_jax.exact import exact
 from slide_jax.milp import milp
 from slide_jax.problem import Catalogue, Problem, Users
+from slide_jax.profiles import profile, to_model
+from slide_jax.quantise import quantise
 from slide_jax.relaxed import relaxed
+from slide_jax.sampling import Setting, sample_problem
 
 MODELS, LAYERS = 8, 64
 USERS = (1_000, 10_000, 100_000, 1_000_000)
 MILP_USERS = 1_000
 SEED = 0
+UNIFORM_BITS = 8
+QUANTISED_USERS = 400
+QUANTISED = (
+    (("resnet50", "vit_b16"), (0.25, 0.55)),
+    (("resnet50", "vit_b16"), (0.85, 0.99)),
+    (("vit_b16",), (0.85, 0.99)),
+    (("gpt2",), (0.25, 0.55)),
+    (("gpt2",), (0.85, 0.99)),
+    (("smollm2_135m",), (0.85, 0.99)),
+)
+"""Models, and compute as a share of the deadline."""
 
 
 def measure(repeats: int) -> Iterator[Table]:
@@ -26,6 +42,7 @@ def measure(repeats: int) -> Iterator[Table]:
     yield exact_table(repeats)
     yield latency_table(repeats)
     yield relaxed_table(repeats)
+    yield quantise_table(repeats)
 
 
 def random_problem(users: int) -> Problem:
@@ -167,3 +184,43 @@ def relaxed_table(repeats: int) -> Table:
         ["users", "served", "gap to exact", "certified gap", "relaxed", "exact", "relaxed / exact"],
         rows,
     )
+
+
+def quantise_table(repeats: int) -> Table:
+    """Compares whole bits for each layer with equal bits of the same noise, by users served."""
+    rows = []
+    for models, share in QUANTISED:
+        gains = np.array([_quantised(models, share, seed) for seed in range(repeats)])
+        uniform, smallest, climbed = gains.mean(axis=0)
+        added = (gains[:, 2] - gains[:, 1]) / gains[:, 0]
+        error = 1.96 * added.std(ddof=1) / np.sqrt(repeats)
+        compute = "-".join(f"{end:.0%}" for end in share)
+        more = [f"{value / uniform - 1:+.1%}" for value in (smallest, climbed)]
+        gradient = f"{added.mean():+.1%} ± {error:.1%}"
+        rows.append([f"{' + '.join(models)}, compute {compute}", f"{uniform:.1f}", *more, gradient])
+    return Table(
+        f"Bits by layer at the noise of {UNIFORM_BITS} everywhere, {QUANTISED_USERS} users; users served",
+        ["models", "equal bits", "smallest model", "by gradient", "what the gradient adds"],
+        rows,
+        f"Means over {repeats} drops of the plain cell with 95% intervals, the spectrum such that half of "
+        "the users fit at equal bits. Noise is the proxy of slide_jax.quantise: no model is run.",
+    )
+
+
+def _quantised(models: tuple[str, ...], share: tuple[float, float], seed: int) -> tuple[int, int, int]:
+    """Returns users served at equal bits, by the smallest models and by bits that follow the gradient."""
+    profiles = [profile(name) for name in models]
+    catalogue, _ = read_models([to_model(found, UNIFORM_BITS) for found in profiles], None)
+    parameters = np.zeros(catalogue.layer_bits.shape, np.int64)
+    for row, found in zip(parameters, profiles, strict=True):
+        row[: len(found.layers)] = [layer.parameters for layer in found.layers]
+    setting = Setting(
+        users=QUANTISED_USERS, compute_min=share[0], compute_max=share[1], bandwidth_hz=np.finfo(float).max
+    )
+    with jax.enable_x64(True):
+        drop = sample_problem(jax.random.key(seed), setting, catalogue, QUANTISED_USERS)
+        drop = jax.tree.map(np.asarray, drop)
+    needs = np.sort(exact(drop).bandwidth_hz)
+    spectrum = needs[: QUANTISED_USERS // 2].sum()
+    found = quantise(dataclasses.replace(drop, bandwidth_hz=np.float64(spectrum)), parameters, UNIFORM_BITS)
+    return found.served_uniform, found.served_smallest, found.served

@@ -11,16 +11,13 @@ noise be spent on what decides. The bits here start from the smallest model, cli
 served along its gradient (`sensitivity`), are rounded so that the budget holds in whole numbers, and are
 judged by `exact` against both.
 
-What that brings depends on which layer decides (400 users, spectrum for 200 of them at equal bits, mean of 6
-drops, 4 and 8 bits; ResNet-50 with ViT-B/16 and EfficientNet-Lite0, ViT-B/16, GPT-2, SmolLM2, both, an LSTM):
-- compute 25 to 55% of the deadline: the last large layer decides; the smallest models serve 0 to 3% more
+What that brings depends on which layer decides (`python -m launch.bench --suite=slide`: 400 users of the
+plain cell, spectrum for half of them at 8 bits):
+- compute 25 to 55% of the deadline: the last large layer decides; the smallest models serve 1 to 3% more
   users than equal bits, and the gradient adds nothing;
-- 60 to 90%: 0 to 8% more, of which the gradient adds 0.1% at most;
-- 85 to 99%: GPT-2 and SmolLM2 wait for their embedding, 8 to 33% more, 1 to 16% more than the smallest; ViT
-  1 to 3%, all of it by the gradient; the vision mix no more than at 25 to 55%, the LSTM nothing.
-The language models take 7 to 22 GHz for that; in 100 MHz at 70 to 95%, which serve 3 to 8 of 200 users, the
-gradient added nobody. With noise weighted by parameters (n_l 4^-q_l, Bennett 1948) equal bits are the
-smallest model, and at 25 to 55% at most 0.5% of a user's bandwidth was to be gained.
+- 85 to 99%: GPT-2 and SmolLM2 wait for their embedding, and the gradient adds 1.4 and 9.4% to what the
+  smallest models bring (6.8 and 7.2%); to ViT-B/16 1.3%, all there is.
+With noise weighted by parameters (n_l 4^-q_l, Bennett 1948) equal bits are the smallest model.
 
 Source of the proxy: Lin, Talathi and Annapureddy, "Fixed point quantization of deep convolutional networks",
 ICML 2016 (arXiv 1511.06393). It is a proxy: no model is run.

@@ -16,14 +16,21 @@ def small(monkeypatch):
     monkeypatch.setattr(bench_slide, "MILP_USERS", 40)
     monkeypatch.setattr(bench_slide, "LAYERS", 5)
     monkeypatch.setattr(bench_slide, "MODELS", 3)
+    monkeypatch.setattr(bench_slide, "QUANTISED", ((("lstm",), (0.3, 0.5)),))
+    monkeypatch.setattr(bench_slide, "QUANTISED_USERS", 8)
 
 
 def test_the_suite_writes_its_tables(small, tmp_path, capsys):
     assert bench.main(["--suite=slide", "--repeats=3", f"--workdir={tmp_path / 'new'}"]) == 0
     record = json.loads((tmp_path / "new" / "bench.json").read_text())
     titles = [table["title"].split(",")[0] for table in record["tables"]]
-    assert titles == ["Exact optimum", "Latency", "Relaxed optimizer"]
-    exact_rows, latency_rows, relaxed_rows = (table["rows"] for table in record["tables"])
+    assert titles == [
+        "Exact optimum",
+        "Latency",
+        "Relaxed optimizer",
+        "Bits by layer at the noise of 8 everywhere",
+    ]
+    exact_rows, latency_rows, relaxed_rows, quantised_rows = (table["rows"] for table in record["tables"])
     assert [row["users"] for row in exact_rows] == [40, 60]
     assert exact_rows[0]["HiGHS"]["median_s"] > 0 and exact_rows[1]["HiGHS"] is None
     row = exact_rows[1]
@@ -35,6 +42,7 @@ def test_the_suite_writes_its_tables(small, tmp_path, capsys):
         "latency_associative",
     }
     assert all(row["certified gap"] >= row["gap to exact"] >= 0 for row in relaxed_rows)
+    assert [row["equal bits"] for row in quantised_rows] == ["4.0"]  # half of the users, by construction
     printed = capsys.readouterr().out
     assert "Exact optimum" in printed and "bench.json" in printed
 

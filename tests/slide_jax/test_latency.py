@@ -360,6 +360,25 @@ def test_least_rate_is_least(chain, slack, speed):
             assert recursion(bits, flop, Fraction(1), speed)[-1][2] <= slack
 
 
+@pytest.mark.parametrize(
+    ("bits", "flop", "slack", "speed", "expected"),
+    [
+        ([0, 0], [1, 2], 3, 1, 0),  # without bits an exact fit of the compute is in time
+        ([0, 0], [1, 2], 2.5, 1, np.inf),
+        ([0, 4], [1, 2], 3, 1, 4),  # the work in front of the bits has all of the slack
+        ([4, 0], [1, 2], 3, 1, np.inf),  # with bits it is late
+        ([4, 0], [1, 2], 5, 1, 2),
+        ([4, 0], [0, 0], 2, 0, 2),
+        ([4, 0], [0, 1], 2, 0, np.inf),
+        ([0, 0], [0, 0], 0, 0, 0),
+        ([0, 0], [0, 0], -1, 1, np.inf),
+        ([1, 0], [0, 0], 0, 1, np.inf),
+    ],
+)
+def test_least_rate_by_hand(bits, flop, slack, speed, expected):
+    assert jitted_least_rate(*floats(bits, flop, slack, speed)) == expected
+
+
 @given(chains(), slacks, slacks, paces, paces)
 def test_more_time_or_speed_never_asks_for_more_rate(chain, slack, other_slack, speed, other_speed):
     tight = jitted_least_rate(*floats(*chain, min(slack, other_slack), min(speed, other_speed)))
