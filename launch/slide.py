@@ -24,7 +24,6 @@ from launch.slide_report import (
 from launch.slide_sweeps import (
     COLUMNS,
     Study,
-    compare,
     latency_saved,
     mean,
     monte_carlo,
@@ -36,6 +35,7 @@ from launch.slide_sweeps import (
 from launch.workdir import open_workdir, versions, write_json
 from launch.writers import MetricWriter
 from slide_jax.baselines import download_then_infer
+from slide_jax.experiment import compare_latencies
 from slide_jax.problem import REASONS, Allocation, Problem
 from slide_jax.scenario import read_scenario, write_allocation, write_scenario
 from slide_jax.settings import ALL, check_config, sample_drop
@@ -141,7 +141,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Returns the content of summary.json, but for the time that everything took."""
     best, conventional = allocations["exact"].throughput, allocations["dai"].throughput
-    latencies, rho = compare(problem, allocations["dai"])
+    latencies = compare_latencies(problem, allocations["dai"])
     counts = np.bincount(chosen.reason, minlength=len(REASONS))
     summary = {
         "seed": config.seed,
@@ -161,7 +161,7 @@ def summarize(
         "against_dai": {
             "users_gained": quotient(best, conventional) - 1,
             "latency_saved": latency_saved(latencies),
-            "rho": mean(rho),
+            "rho": mean(latencies.rho),
         },
         "versions": versions(),
     }

@@ -14,11 +14,9 @@ from ml_collections import ConfigDict
 from launch.progress import Progress
 from slide_jax.baselines import dai
 from slide_jax.exact import exact
-from slide_jax.experiment import METHODS, Latencies, Sweep, run_sweep, sample_latencies
-from slide_jax.hull import convex_hull
+from slide_jax.experiment import METHODS, Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
 from slide_jax.latency import timeline
 from slide_jax.problem import Allocation, Problem
-from slide_jax.provisioning import outcome
 from slide_jax.rates import linear_rate, shannon_rate
 from slide_jax.sampling import Setting
 from slide_jax.settings import read_models_of, read_setting
@@ -130,12 +128,12 @@ def own_scenario(problem: Problem, factors: tuple[float, ...]) -> Study:
     def solved(factor: float) -> tuple[Row, Latencies]:
         changed = dataclasses.replace(problem, bandwidth_hz=factor * problem.bandwidth_hz)
         best, conventional = exact(changed), dai(changed)
-        latencies, rho = compare(changed, conventional)
+        latencies = compare_latencies(changed, conventional)
         served = {"exact": best.throughput, "dai": conventional.throughput}
         row = {
             "bandwidth_hz": float(changed.bandwidth_hz),
             "users": problem.num_users,
-            "rho": mean(rho),
+            "rho": mean(latencies.rho),
             "latency_saved": latency_saved(latencies),
             "users_gained": quotient(served["exact"], served["dai"]) - 1,
             **{f"served_{method}": count for method, count in served.items()},
@@ -144,30 +142,6 @@ def own_scenario(problem: Problem, factors: tuple[float, ...]) -> Study:
 
     row, latencies = solved(1.0)
     return Study({"plain": [row], "bandwidth": [solved(x)[0] for x in factors]}, None, latencies)
-
-
-def compare(problem: Problem, conventional: Allocation) -> tuple[Latencies, np.ndarray]:
-    """Returns the latencies under DAI and under SLIDE, with DAI's spectrum and clocks, and rho.
-
-    Args:
-      problem: of K users.
-      conventional: the allocation of `dai`.
-
-    Returns:
-      Latencies [1, K] and rho [K], nan for users that DAI does not serve.
-    """
-    catalogue, users = problem.catalogue, problem.users
-    decided = (conventional.model, conventional.frequency_hz, conventional.bandwidth_hz)
-    with jax.enable_x64(True):
-        hull = convex_hull(catalogue.layer_bits, catalogue.layer_flop)
-        slide_s = np.asarray(_outcome(hull, users, *decided, problem.rate_model).latency_s) - users.start_s
-    dai_s = conventional.latency_s - users.start_s
-    work = np.sum(catalogue.layer_flop, axis=1)[conventional.model]
-    speed = np.where(conventional.served, conventional.frequency_hz * users.flop_per_cycle, np.nan)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        computing = work / speed
-        rho = computing / (dai_s - computing)
-    return Latencies(dai_s[None], slide_s[None]), rho
 
 
 def latency_saved(latencies: Latencies) -> float:
@@ -185,8 +159,8 @@ def one_user(problem: Problem, conventional: Allocation, best: Allocation) -> Ba
 
     Where DAI serves nobody it is the first that SLIDE serves, and None where that serves nobody either.
     """
-    latencies, _ = compare(problem, conventional)
-    saved = 1 - latencies.slide_s[0] / np.where(latencies.dai_s[0] > 0, latencies.dai_s[0], 1.0)
+    latencies = compare_latencies(problem, conventional)
+    saved = 1 - latencies.slide_s / np.where(latencies.dai_s > 0, latencies.dai_s, 1.0)
     users = np.flatnonzero(np.isfinite(saved))
     if users.size:
         allocation, k = conventional, users[np.argsort(saved[users], kind="stable")[users.size // 2]]
@@ -255,6 +229,3 @@ def mean(values: np.ndarray) -> float:
 def quotient(numerator: float, denominator: float) -> float:
     """Returns a quotient; nan where the denominator is not above 0."""
     return float(numerator / denominator) if denominator > 0 else float("nan")
-
-
-_outcome = jax.jit(outcome, static_argnums=5)

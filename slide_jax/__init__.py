@@ -21,7 +21,7 @@ differentiable side, `extensions` what goes beyond the paper.
 
 from slide_jax.checks import make_problem
 from slide_jax.errors import InputError
-from slide_jax.experiment import METHODS, Sweep, run_sweep, sample_latencies
+from slide_jax.experiment import METHODS, Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
 from slide_jax.problem import REASONS, Allocation, Catalogue, Labels, Problem, Users
 from slide_jax.sampling import Setting, sample_problem
 from slide_jax.scenario import read_allocation, read_scenario, write_allocation, write_scenario
@@ -37,11 +37,13 @@ __all__ = [
     "Catalogue",
     "InputError",
     "Labels",
+    "Latencies",
     "Problem",
     "Setting",
     "Sweep",
     "Users",
     "Violation",
+    "compare_latencies",
     "least_bandwidth",
     "make_problem",
     "margins",

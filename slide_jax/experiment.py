@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from slide_jax import baselines
 from slide_jax.errors import unknown_name
-from slide_jax.exact import decide
+from slide_jax.exact import decide, in_float64
 from slide_jax.hull import Hull, convex_hull
 from slide_jax.problem import Allocation, Catalogue, Problem
 from slide_jax.provisioning import outcome
@@ -72,10 +72,16 @@ class Sweep(NamedTuple):
 
 
 class Latencies(NamedTuple):
-    """Latency of the users that DAI serves, at the spectrum and clocks of DAI [s]; nan for the others."""
+    """The users that DAI serves, at its spectrum and clocks, under DAI and under SLIDE; nan for the others.
 
-    dai_s: Float[Array, "D K"]
-    slide_s: Float[Array, "D K"]
+    Attributes:
+      dai_s, slide_s: latency from the start [s].
+      rho: compute over download under DAI.
+    """
+
+    dai_s: Float[Array, "*D K"]
+    slide_s: Float[Array, "*D K"]
+    rho: Float[Array, "*D K"]
 
 
 def run_sweep(
@@ -117,11 +123,23 @@ def run_sweep(
 def sample_latencies(
     setting: Setting, catalogue: Catalogue, drops: int, seed: int, rate_model: str = "linear"
 ) -> Latencies:
-    """Returns the latencies of the users that DAI serves, under DAI and under SLIDE."""
+    """Returns DAI against SLIDE for the users of many drops, as NumPy arrays [D, K]."""
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(seed), drops)
         arrays = (catalogue, *_hulls(catalogue))
         return jax.tree.map(np.asarray, _latencies(setting, keys, *arrays, int(setting.users), rate_model))
+
+
+def compare_latencies(problem: Problem, dai: Allocation) -> Latencies:
+    """Returns DAI against SLIDE for the users of a problem, as NumPy arrays [K].
+
+    Args:
+      problem: under SLIDE.
+      dai: an allocation of `baselines.dai`.
+    """
+    with jax.enable_x64(True):
+        hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
+        return jax.tree.map(np.asarray, _jitted_compare(hull, in_float64(problem), dai))
 
 
 def _hulls(catalogue: Catalogue) -> tuple[Hull, Catalogue, Hull]:
@@ -138,7 +156,7 @@ def _sweep(points, keys, catalogue, hull, collapsed, collapsed_hull, count, meth
     def of_drop(setting, key):
         drop = _draw(key, setting, catalogue, hull, collapsed, collapsed_hull, count, rate_model)
         served = {method: jnp.sum(METHODS[method](drop).served) for method in methods}
-        dai_s, slide_s, rho = _compare(drop)
+        dai_s, slide_s, rho = _compare(hull, drop.problem, decide(collapsed_hull, drop.collapsed))
         total_dai = jnp.nansum(dai_s)
         saved = jnp.where(total_dai > 0, 1 - jnp.nansum(slide_s) / total_dai, jnp.nan)
         return Sweep(served, saved, jnp.nanmean(rho))
@@ -150,7 +168,7 @@ def _sweep(points, keys, catalogue, hull, collapsed, collapsed_hull, count, meth
 def _latencies(setting, keys, catalogue, hull, collapsed, collapsed_hull, count, rate_model):
     def of_drop(key):
         drop = _draw(key, setting, catalogue, hull, collapsed, collapsed_hull, count, rate_model)
-        return Latencies(*_compare(drop)[:2])
+        return _compare(hull, drop.problem, decide(collapsed_hull, drop.collapsed))
 
     return jax.vmap(of_drop)(keys)
 
@@ -161,12 +179,13 @@ def _draw(key, setting, catalogue, hull, collapsed, collapsed_hull, count, rate_
     return Drop(problem, hull, dataclasses.replace(problem, catalogue=collapsed), collapsed_hull, key_method)
 
 
-def _compare(drop: Drop):
-    """Returns latency under DAI and under SLIDE, and rho, of the users that DAI serves."""
-    dai = decide(drop.collapsed_hull, drop.collapsed)
-    users = drop.problem.users
-    slide = outcome(drop.hull, users, dai.model, dai.frequency_hz, dai.bandwidth_hz, drop.problem.rate_model)
-    speed = jnp.where(dai.served, dai.frequency_hz * users.flop_per_cycle, jnp.nan)
-    computing = drop.hull.total_flop[dai.model] / speed
+def _compare(hull: Hull, problem: Problem, dai: Allocation) -> Latencies:
+    users = problem.users
+    slide = outcome(hull, users, dai.model, dai.frequency_hz, dai.bandwidth_hz, problem.rate_model)
+    speed = jnp.where(dai.model >= 0, dai.frequency_hz * users.flop_per_cycle, jnp.nan)
+    computing = hull.total_flop[dai.model] / speed
     taking = dai.latency_s - users.start_s
-    return taking, slide.latency_s - users.start_s, computing / (taking - computing)
+    return Latencies(taking, slide.latency_s - users.start_s, computing / (taking - computing))
+
+
+_jitted_compare = jax.jit(_compare)

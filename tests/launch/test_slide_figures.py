@@ -50,7 +50,7 @@ def make_study(points=4, drops=20, known=True) -> Study:
     served = {method: random.integers(2, 6, drops) * known for method in METHODS}
     served["exact"] = np.full(drops, 6 * known)
     dai_s = random.uniform(2, 8, (drops, 9)) if known else np.full((drops, 9), np.nan)
-    return Study(sweeps, served, Latencies(dai_s, 0.6 * dai_s))
+    return Study(sweeps, served, Latencies(dai_s, 0.6 * dai_s, 0.7 * np.ones_like(dai_s)))
 
 
 @pytest.mark.parametrize(
