@@ -60,7 +60,10 @@ def _hull_of(layer_bits: bytes, layer_flop: bytes, shape: tuple[int, int]) -> Hu
     rise = np.diff(bits, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         switch = (bits[:, 1:] * flop[:, :-1] - bits[:, :-1] * flop[:, 1:]) / rise
-    return Hull(bits, flop, np.where(rise > 0, switch, np.inf), received[:, -1], remaining[:, 0])
+    hull = Hull(bits, flop, np.where(rise > 0, switch, np.inf), received[:, -1], remaining[:, 0])
+    for array in hull:
+        array.setflags(write=False)
+    return hull
 
 
 def _vertices(received: np.ndarray, remaining: np.ndarray) -> list[tuple[float, float]]:

@@ -34,12 +34,12 @@ def share_out(
 
 
 def _earliest_end(hull, problem, need, served, least):
-    """Bisects the time at which the last task can be finished; each task keeps its own deadline too."""
+    """Bisects the time at which the last task can be finished; nobody gets less than it needs."""
     users = problem.users
 
     def bandwidth_at(end_s):
-        deadline_s = jnp.minimum(users.deadline_s, end_s)
-        asked = bandwidth_by(deadline_s, hull, users, need.model, need.frequency_hz, problem.rate_model)
+        end_s = jnp.full_like(users.deadline_s, end_s)
+        asked = bandwidth_by(end_s, hull, users, need.model, need.frequency_hz, problem.rate_model)
         return jnp.where(served, jnp.maximum(asked, least), 0.0)
 
     def halve(_, bracket):
