@@ -98,6 +98,8 @@ def _recursion_backward(residuals, cotangent):
     ends = downloading + computing < jnp.inf
     per_bit = jnp.where(ends & (rate_bps > 0), cotangent / rate_bps, 0.0)
     per_flop = jnp.where(ends & (speed_flop_s > 0), cotangent / speed_flop_s, 0.0)
+    # Computed once a user, and not again for every layer, as fusion would have it.
+    per_bit, per_flop = lax.optimization_barrier((per_bit, per_flop))
     downloading, computing = jnp.where(ends, downloading, 0.0), jnp.where(ends, computing, 0.0)
     return (
         _sum_to(jnp.where(number <= decider, per_bit, 0.0), layer_bits.shape),
