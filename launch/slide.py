@@ -40,7 +40,7 @@ from slide_jax.problem import REASONS, Allocation, Problem
 from slide_jax.scenario import read_scenario, write_allocation, write_scenario
 from slide_jax.settings import ALL, check_config, sample_drop
 from slide_jax.solvers import SOLVERS, solve
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 MOST_USERS = {"milp": 2000}
 """Solvers whose time grows faster than the users, and the users up to which `all` includes them."""

@@ -27,7 +27,7 @@ from slide_jax.sampling import Setting, sample_problem
 from slide_jax.scenario import read_allocation, read_scenario, write_allocation, write_scenario
 from slide_jax.sensitivity import least_bandwidth, margins, sensitivities, shadow_price
 from slide_jax.solvers import SOLVERS, solve
-from slide_jax.verify import Violation, verify
+from slide_jax.verification import Violation, verify
 
 __all__ = [
     "METHODS",

@@ -22,7 +22,7 @@ from slide_jax.errors import InputError
 from slide_jax.scenario import read_allocation, read_scenario
 from slide_jax.settings import sample_drop
 from slide_jax.solvers import SOLVERS, solve
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 FIGURES = {
     "gap",

@@ -15,7 +15,7 @@ from slide_jax import baselines
 from slide_jax.exact import exact, in_float64
 from slide_jax.hull import convex_hull
 from slide_jax.problem import RATE_MODELS
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 ORDERS = {
     "best_channel_first": lambda p: (

@@ -19,7 +19,7 @@ from slide_jax.leftover import LEFT_OVER
 from slide_jax.problem import Labels, Users
 from slide_jax.provisioning import CROWDED_OUT, NO_SPECTRUM, SERVED
 from slide_jax.scenario import make_problem
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 INTEGERS = ("model", "reason")
 FAMILIES = [pair for pair in itertools.product(CORNERS, RATE_MODELS) if pair != ("shannon cap", "linear")]

@@ -13,7 +13,7 @@ from slide_strategies import CORNERS, random_problem
 from slide_jax.exact import exact
 from slide_jax.extensions import peak_memory, streaming_memory
 from slide_jax.problem import RATE_MODELS, REASONS
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 
 def drawn(corner, rate_model, seed, room):

@@ -13,7 +13,7 @@ from slide_jax.errors import InputError
 from slide_jax.exact import exact
 from slide_jax.extensions import resource_blocks
 from slide_jax.problem import RATE_MODELS
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 
 def drawn(corner="none", rate_model="linear", seed=0, users=6):

@@ -16,7 +16,7 @@ from slide_jax.exact import exact
 from slide_jax.extensions import fractional_bound, weighted, weighted_greedy
 from slide_jax.extensions.weighted import greedy_choice
 from slide_jax.problem import RATE_MODELS
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 
 def drawn(corner="none", rate_model="linear", seed=0, users=6):

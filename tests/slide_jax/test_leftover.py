@@ -13,7 +13,7 @@ from slide_strategies import CORNERS, RATE_MODELS, random_problem
 from slide_jax.errors import InputError
 from slide_jax.exact import exact
 from slide_jax.leftover import LEFT_OVER
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 USERS, MODELS, LAYERS = 5, 3, 4
 families = pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from slide_jax.errors import InputError
 from slide_jax.exact import exact
 from slide_jax.milp import least_bandwidth_by_model, milp, pack
 from slide_jax.problem import RATE_MODELS
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 
 def drawn(corner="none", rate_model="linear", seed=0, users=5, models=3):

@@ -11,7 +11,7 @@ from slide_jax.exact import exact
 from slide_jax.problem import Users
 from slide_jax.quantise import FEWEST_BITS, MOST_BITS, at_bits, noise, quantise
 from slide_jax.scenario import make_problem
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 EMBEDDING_FIRST = np.array([[900_000] + 23 * [30_000], [600_000] + 19 * [40_000] + 4 * [0]])
 FLOP = np.array([[0.0] + 23 * [3 / 23], [0.0] + 19 * [3 / 19] + 4 * [0.0]])

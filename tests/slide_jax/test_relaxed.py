@@ -16,7 +16,7 @@ from slide_jax.errors import InputError
 from slide_jax.exact import exact, in_float64
 from slide_jax.hull import convex_hull
 from slide_jax.relaxed import TAU, _jitted, certificate, decide, relax, relaxed, relaxed_from, rounded
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 SPECTRUM_HZ = 1e7
 

@@ -15,7 +15,7 @@ from slide_jax.exact import decide, exact
 from slide_jax.hull import convex_hull
 from slide_jax.problem import RATE_MODELS, Catalogue
 from slide_jax.sampling import Setting, sample_problem
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 NOT_ADMISSIBLE = 1
 COUNT = 40

@@ -13,7 +13,7 @@ from slide_strategies import delete, problems, put, scenario
 from slide_jax.errors import InputError
 from slide_jax.problem import Allocation, Users
 from slide_jax.scenario import read_allocation, read_scenario, write_allocation, write_scenario
-from slide_jax.verify import verify
+from slide_jax.verification import verify
 
 INF = float("inf")
 

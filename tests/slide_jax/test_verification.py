@@ -12,10 +12,10 @@ from hypothesis import given
 from slide_oracles import best_allocation, best_clock, best_throughput, least_bandwidth
 from slide_strategies import CORNERS, RATE_MODELS, problems, random_problem
 
-from slide_jax import verify as judge
+from slide_jax import verification as judge
 from slide_jax.problem import REASONS, Users
 from slide_jax.scenario import make_problem
-from slide_jax.verify import Violation, verify
+from slide_jax.verification import Violation, verify
 
 TWO_LAYERS = {
     "name": "two",
