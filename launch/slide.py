@@ -1,5 +1,6 @@
 """Solves a cell with every solver, draws thousands more, and writes what there is to see into a directory."""
 
+import hashlib
 import pathlib
 import shlex
 import sys
@@ -46,7 +47,7 @@ MOST_USERS = {"milp": 2000}
 """Solvers whose time grows faster than the users, and the users up to which `all` includes them."""
 
 SCENARIO_USERS = 10_000
-"""The most users of a drawn cell that is written as a scenario file, for editing."""
+"""The most users of a cell that is written as a scenario file, for editing."""
 
 PATIENCE_S = 5.0
 """A solver that took longer, compilation included, is not called again to be timed without."""
@@ -61,14 +62,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     begun = time.perf_counter()
     check_config(config)
     problem = read_scenario(config.scenario.path) if config.scenario.path else sample_drop(config)
-    open_workdir(workdir, config.to_dict())
+    open_workdir(workdir, identity(config))
     print(f"{title(config, problem)}, in {workdir}", flush=True)
-    if not config.scenario.path and problem.num_users <= SCENARIO_USERS:
+    if problem.num_users <= SCENARIO_USERS:
         write_scenario(problem, workdir / "scenario.json")
     print("solving; each solver is compiled first ...", flush=True)
     solutions = solve_all(config, problem)
     table = solver_table(solutions, problem)
     print_table(table.title, table.header, table.rows)
+    print(
+        "\n  gap: to exact; dai solves another problem; whoever gets just what it needs ends at its deadline"
+    )
     allocations = {found.solver: found.allocation for found in solutions if found.allocation}
     chosen = allocations["exact" if config.solver == ALL else config.solver]
     write_allocation(problem, chosen, workdir / "allocation.json")
@@ -98,6 +102,15 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     )
     write_json(workdir / "summary.json", {**summary, "wall_s": time.perf_counter() - begun})
     print_summary("Summary", [*lines, ("report", workdir / "report.html"), ("everything", workdir)])
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """Returns what a work directory belongs to: the config, and the content of the scenario file."""
+    fields = config.to_dict()
+    if config.scenario.path:
+        content = pathlib.Path(config.scenario.path).read_bytes()
+        fields["scenario"]["sha256"] = hashlib.sha256(content).hexdigest()
+    return fields
 
 
 def solve_all(config: ConfigDict, problem: Problem) -> list[Solution]:

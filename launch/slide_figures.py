@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFor
 from launch import figures
 from launch.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, FigureEntry, column, finish
 from launch.slide_sweeps import Bars, Row, Study
-from slide_jax.experiment import Latencies
+from slide_jax.experiment import METHODS, Latencies
 
 Rows = Sequence[Row]
 
@@ -41,6 +41,9 @@ LOOKS = {
     "equal_share": {"color": SKY, "marker": "X"},
 }
 """Curves of the sweeps; `relaxed` would hide under `exact`."""
+
+OWN_LOOK = {"color": "black", "marker": "*", "linestyle": "--"}
+"""Of methods that a user added."""
 
 PUBLISHED_SAVING = 0.325
 PUBLISHED_GAIN = (0.4, 0.6)
@@ -99,7 +102,7 @@ def by_rho(rows: Rows) -> Figure:
     """Draws users served, users gained and latency saved by compute over download."""
     figure, ((left, middle, right),) = figures.new_figure(1, 3, height_in=4.0)
     rho = column(rows, "rho")
-    _served(left, rows, rho, ("exact", "dai"))
+    _served(left, rows, rho, ["exact", "dai"])
     _gained(middle, rows, rho)
     middle.axhspan(*PUBLISHED_GAIN, color=GREY, alpha=0.15, linewidth=0, label="published: 40-60%")
     _with_band(right, rho, rows, "latency_saved", "measured", color=BLUE, marker="o")
@@ -134,7 +137,7 @@ def latency_cdf(latencies: Latencies) -> Figure:
         with np.errstate(divide="ignore", invalid="ignore"):
             saved = np.where(before > 0, 1 - after / before, 0.0)
         _distribution(right, saved, "", GREEN)
-        right.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        right.xaxis.set_major_formatter(PercentFormatter(1))
         right.set_xlim(left=0)
         left.set_xlim(left=0)
     for axes in (left, right):
@@ -202,7 +205,7 @@ def gap(served: dict[str, np.ndarray]) -> Figure:
             fontsize=9,
         )
     if axes.has_data():
-        axes.set_yticks(range(len(order)), [NAMES[method].removeprefix("SLIDE, ") for method in order])
+        axes.set_yticks(range(len(order)), [_name(method).removeprefix("SLIDE, ") for method in order])
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 1.55)
         axes.set_xticks(np.linspace(0, 1, 6))
@@ -213,7 +216,7 @@ def gap(served: dict[str, np.ndarray]) -> Figure:
 
 def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.5, width_ratios=[3, 2])
-    _served(left, rows, x, LOOKS)
+    _served(left, rows, x, [*LOOKS, *(method for method in METHODS if method not in NAMES)])
     _gained(right, rows, x)
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figures.from_zero(right)
@@ -222,9 +225,14 @@ def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
     return figure
 
 
-def _served(axes: Axes, rows: Rows, x: np.ndarray, methods: Any) -> None:
+def _name(method: str) -> str:
+    """Returns what a curve is called; a method of the user's own goes by its name."""
+    return NAMES.get(method, f"SLIDE, {method.replace('_', ' ')}")
+
+
+def _served(axes: Axes, rows: Rows, x: np.ndarray, methods: Sequence[str]) -> None:
     for method in methods:
-        _with_band(axes, x, rows, f"served_{method}", NAMES[method], **LOOKS[method])
+        _with_band(axes, x, rows, f"served_{method}", _name(method), **LOOKS.get(method, OWN_LOOK))
     figures.from_zero(axes)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 

@@ -109,11 +109,12 @@ def introduction(config: ConfigDict, study: Study) -> str:
     low, high = (end(rows, key=lambda row: row["compute_min"]) for end in (min, max))
     low_gain, high_gain = PUBLISHED_GAIN
     return opening + (
-        f"In the plain setting SLIDE brings {_gain(plain)} at a mean rho, compute over download under DAI, "
-        f"of {_number(plain['rho'])}; the paper is quoted with {low_gain:.0%} to {high_gain:.0%} more "
-        f"users and {PUBLISHED_SAVING:.1%} less latency (arXiv 2512.20946). The gain is a matter of rho: "
-        f"with a rho of {_number(half['rho'])} for everyone it is {_gain(half)}, at {_number(low['rho'])}, "
-        f"where a task is nearly all download, {_gain(low)}, and at {_number(high['rho'])} {_gain(high)}."
+        f"Over {config.monte_carlo.drops:,} drops of {config.monte_carlo.users:,} users SLIDE brings "
+        f"{_gain(plain)} at a mean rho, compute over download under DAI, of {_number(plain['rho'])}; the "
+        f"paper is quoted with {low_gain:.0%} to {high_gain:.0%} more users and {PUBLISHED_SAVING:.1%} "
+        "less latency (arXiv 2512.20946). The gain is a matter of rho: with a rho of "
+        f"{_number(half['rho'])} for everyone it is {_gain(half)}, at {_number(low['rho'])} {_gain(low)}, "
+        f"and at {_number(high['rho'])} {_gain(high)}."
     )
 
 
@@ -200,7 +201,10 @@ def overview(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         drops, half = summary["monte_carlo"]["drops"], summary["monte_carlo"]["rho_half"]
         plain = summary["monte_carlo"]["plain"]
         lines += [
-            (f"{drops:,} drops", f"{_gain(plain)} (rho {_number(plain['rho'])})"),
+            (
+                f"{drops:,} drops",
+                f"of {plain['users']:,} users: {_gain(plain)} (rho {_number(plain['rho'])})",
+            ),
             (f"at rho {_number(half['rho'])}", f"{_gain(half)}"),
         ]
     return lines

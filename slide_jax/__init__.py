@@ -19,6 +19,7 @@ differentiable side, `extensions` what goes beyond the paper.
 'needs more than the whole spectrum'
 """
 
+from slide_jax import extensions, profiles, quantise
 from slide_jax.checks import make_problem
 from slide_jax.errors import InputError
 from slide_jax.experiment import METHODS, Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
@@ -44,9 +45,12 @@ __all__ = [
     "Users",
     "Violation",
     "compare_latencies",
+    "extensions",
     "least_bandwidth",
     "make_problem",
     "margins",
+    "profiles",
+    "quantise",
     "read_allocation",
     "read_scenario",
     "run_sweep",

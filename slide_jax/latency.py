@@ -122,7 +122,7 @@ def latency(
     """Returns C_L by the recursion, a scan over layers; the fastest to differentiate.
 
     The gradient is that of the deciding layer in (*), the last one that is waited for: a subgradient
-    where several decide.
+    where several decide; 0 where the latency is infinite. For forward mode take `latency_closed_form`.
 
     >>> bits, flop = jnp.array([2.0, 2.0]), jnp.array([1.0, 1.0])
     >>> float(latency(bits, flop, 1.0, 1.0)), float(dai_latency(bits, flop, 1.0, 1.0))

@@ -64,15 +64,34 @@ def shannon_rate(bandwidth_hz: Float[Array, "..."], snr_hz: Float[Array, "..."])
       snr_hz: received power over noise density, P g / N0, at least 0 and finite [Hz].
 
     Returns:
-      Rate [bit/s], 0 for no band. The slope in b, infinite at b = 0, is that of a band of
-      1e-18 (1 + snr_hz) Hz below it: steep, but a number.
+      Rate [bit/s], 0 for no band. The slope in b, infinite at b = 0, is there that of the narrowest band
+      that has a normal number: steep, but finite.
     """
-    bandwidth, snr = _floats(bandwidth_hz, snr_hz)
+    return _shannon_rate(*jnp.broadcast_arrays(*_floats(bandwidth_hz, snr_hz)))
+
+
+@jax.custom_jvp
+def _shannon_rate(bandwidth, snr):
     finite = bandwidth < jnp.inf
-    bandwidth = jnp.where(finite, bandwidth, 1)
-    # The square of the floor, in the derivative of the quotient, must not vanish in float32.
-    rate = bandwidth * jnp.log1p(snr / jnp.maximum(bandwidth, 1e-18 * (1 + snr)))
-    return jnp.where(finite, rate, snr) / LN2
+    return jnp.where(finite, jnp.where(finite, bandwidth, 0) * _nats(bandwidth, snr), snr) / LN2
+
+
+@_shannon_rate.defjvp
+def _shannon_rate_jvp(primals, tangents):
+    (bandwidth, snr), (bandwidth_dot, snr_dot) = primals, tangents
+    total = bandwidth + snr
+    some, finite = total > 0, bandwidth < jnp.inf
+    signal = jnp.where(some & finite, snr / jnp.where(some, total, 1), 0)  # as a part of what is received
+    by_bandwidth = jnp.where(finite, _nats(bandwidth, snr) - signal, 0)
+    by_snr = jnp.where(bandwidth > 0, 1 - signal, 0)
+    return _shannon_rate(*primals), (by_bandwidth * bandwidth_dot + by_snr * snr_dot) / LN2
+
+
+def _nats(bandwidth, snr):
+    """Returns ln(1 + snr / b), also where the quotient overflows; of the narrowest band at b = 0."""
+    bandwidth = jnp.maximum(bandwidth, jnp.finfo(bandwidth.dtype).tiny)
+    ratio = snr / bandwidth
+    return jnp.where(ratio < jnp.inf, jnp.log1p(ratio), jnp.log(snr) - jnp.log(bandwidth))
 
 
 def shannon_bandwidth(rate_bps: Float[Array, "..."], snr_hz: Float[Array, "..."]) -> Float[Array, "..."]:

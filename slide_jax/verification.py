@@ -50,6 +50,10 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     spectrum), `reported latency_s`, `reported energy_j`, `reason` (`served` for exactly the served) and
     `upper_bound` (not below the throughput). An answer of the wrong length breaks `shape` alone.
 
+    The judge replays this problem. What solves another is to be judged by that: an answer of `dai` against
+    `baselines.download_then_infer(problem)`; clocks by layer, spectrum that is released and memory that
+    is freed (`extensions`) break rules of this problem on purpose.
+
     Args:
       problem: of K users, arrays of any kind.
       allocation: arrays of length K.

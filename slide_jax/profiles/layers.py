@@ -149,12 +149,14 @@ def to_model(profile: Profile, bits_per_parameter: float = 16, batch_size: int =
       `{"name", "task", "accuracy", "layers": [{"bits", "flop"}, ...]}`.
 
     Raises:
-      InputError: a precision or batch that is not above 0.
+      InputError: no profile, or a precision or batch that is not above 0.
 
     >>> tiny = Profile("tiny", "vision", 0.5, (Layer("stem", 10, 1000), Layer("pool", 0, 4)))
     >>> to_model(tiny, bits_per_parameter=8, batch_size=2)["layers"]
     [{'bits': 80.0, 'flop': 4000.0}, {'bits': 0.0, 'flop': 16.0}]
     """
+    if not isinstance(profile, Profile):
+        raise InputError("profile", profile, "is no Profile", 'give e.g. profile("resnet50")')
     is_number = isinstance(bits_per_parameter, numbers.Real) and not isinstance(bits_per_parameter, bool)
     if not (is_number and 0 < bits_per_parameter < math.inf):
         raise InputError("bits_per_parameter", bits_per_parameter, "must be above 0", "give e.g. 16")

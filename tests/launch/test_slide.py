@@ -11,10 +11,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import slide_run
+import slide_strategies
 import tiny_run
 
 from launch import slide
-from launch.main import read_command
+from launch.main import main, read_command
 from launch.slide_sweeps import COLUMNS
 from launch.writers import read_metrics
 from slide_jax.baselines import download_then_infer
@@ -218,7 +219,8 @@ def test_a_scenario_of_ones_own_is_solved_as_it_stands(finished, own):
         "served_by_bandwidth",
         "timeline",
     }
-    assert not (own.workdir / "scenario.json").exists()
+    kept = [(run.workdir / "scenario.json").read_bytes() for run in (finished, own)]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize(
@@ -311,3 +313,28 @@ def test_a_wrong_file_of_the_user_is_the_users_affair(tmp_path):
     with pytest.raises(InputError, match=r"scenario='none.json': no such file"):
         slide.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_work_directory_belongs_to_the_scenario_files_content(tmp_path, capsys):
+    path, workdir = tmp_path / "cell.json", tmp_path / "run"
+    arguments = [
+        "--config=configs/slide.py:smoke",
+        f"--config.scenario.path={path}",
+        "--config.solver=exact",
+        f"--workdir={workdir}",
+    ]
+    path.write_text(json.dumps(slide_strategies.scenario()))
+    assert main(arguments) == 0
+    answer = (workdir / "allocation.json").read_text()
+    path.write_text(json.dumps({**slide_strategies.scenario(), "bandwidth_hz": 1.0}))
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "scenario.sha256" in capsys.readouterr().err
+    assert (workdir / "allocation.json").read_text() == answer
+    # What was solved can be solved again.
+    again = [argument.replace(str(path), str(workdir / "scenario.json")) for argument in arguments[:-1]]
+    assert main([*again, f"--workdir={tmp_path / 'again'}"]) == 0
+    served = [
+        json.loads((tmp_path / name / "summary.json").read_text())["served"] for name in ("run", "again")
+    ]
+    assert served[0] == served[1]

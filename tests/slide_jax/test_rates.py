@@ -84,6 +84,16 @@ def test_shannon_rate_is_the_formula(bandwidth, snr):
     np.testing.assert_allclose(shannon_rate(bandwidth, snr), expected, rtol=1e-12, atol=1e-3)
 
 
+@pytest.mark.parametrize("snr", [1e25, 1e150, 1e300])
+def test_shannon_rate_and_its_inverse_agree_at_any_power(snr):
+    rate = 1e6
+    bandwidth = shannon_bandwidth(rate, snr)
+    np.testing.assert_allclose(
+        bandwidth * (math.log(snr) - math.log(bandwidth)), rate * math.log(2), rtol=1e-12
+    )
+    np.testing.assert_allclose(shannon_rate(bandwidth, snr), rate, rtol=1e-12)
+
+
 shannon_gradients = jax.jit(jax.grad(rates.shannon_bandwidth, (0, 1)))
 
 
