@@ -110,7 +110,7 @@ def by_rho(rows: Rows) -> Figure:
     if known.size:
         fine = np.geomspace(known.min(), known.max(), 200)
         ideal = np.minimum(fine, 1) / (1 + fine)
-        right.plot(fine, ideal, color=GREY, linestyle="--", label="many even layers: min(ρ, 1) / (1 + ρ)")
+        right.plot(fine, ideal, color=GREY, linestyle="--", label="most for any model: min(ρ, 1) / (1 + ρ)")
     right.axhline(PUBLISHED_SAVING, color=AMBER, linewidth=1.4, label="published: 32.5%")
     for axes in (middle, right):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

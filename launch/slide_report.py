@@ -70,7 +70,7 @@ def sweep_tables(study: Study) -> list[Comparison]:
     """Returns the table of the gain by rho, if that was swept."""
     if "rho" not in study.sweeps:
         return []
-    header = ("rho", "SLIDE serves", "DAI serves", "more users", "less latency", "many even layers")
+    header = ("rho", "SLIDE serves", "DAI serves", "more users", "less latency", "at most")
     rows = []
     for row in study.sweeps["rho"]:
         rho = row["rho"]
@@ -87,7 +87,8 @@ def sweep_tables(study: Study) -> list[Comparison]:
     caption = (
         "Means over all drops. Rho is compute over download of the users whom DAI serves, with DAI's "
         "spectrum and clocks; less latency is what SLIDE saves these users with the same spectrum and "
-        "clocks. The last column is what infinitely many equal layers would save, min(rho, 1) / (1 + rho)."
+        "clocks. The last column is the most that any model could save, for neither download nor compute "
+        "gets shorter, min(rho, 1) / (1 + rho); infinitely many equal layers would."
     )
     return [Comparison("How the gain depends on rho", caption, header, rows)]
 
@@ -146,10 +147,11 @@ def figure_texts(
         deadlines += f" times {setting.patience:g}"
     compute = f"compute {setting.compute_min:.0%} to {setting.compute_max:.0%} of them ({mean_rho})"
     models = f"{', '.join(model_names(config))} at {setting.bits_per_parameter:g} bits a parameter"
-    rest = f"{models}; {_channel(config.cell)}; {drops}"
+    accuracy = f"accuracy of at least {setting.accuracy_min:g} to {setting.accuracy_max:g}"
+    rest = f"{models}, {accuracy}; {_channel(config.cell)}; {drops}"
     means = "Means over drops with 95% intervals, shaded."
     return {
-        "timeline": ("Time line of one user", f"{one_user}{_cell(problem)}; {deadlines}."),
+        "timeline": ("Time line of one user", f"{one_user}{_cell(problem)}; {deadlines}; {models}."),
         "served_by_rho": (
             "What SLIDE gains, by compute over download",
             f"{means} Latency is that of the users whom DAI serves, with its spectrum and clocks. Grey and "
@@ -177,7 +179,8 @@ def figure_texts(
         "gap": (
             "Optimality gap of every heuristic",
             "Of the users whom the optimum serves, how many fewer: mean (bars), 5% to 95% of the drops "
-            f"(lines). Setting: {users}, {spectrum}, {deadlines}, {compute}; {rest}.",
+            "(lines). Both shares take the users of least need first, as the optimum does, and give them "
+            f"more than that. Setting: {users}, {spectrum}, {deadlines}, {compute}; {rest}.",
         ),
     }
 

@@ -17,7 +17,7 @@ from slide_jax.exact import exact
 from slide_jax.experiment import METHODS, Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
 from slide_jax.latency import timeline
 from slide_jax.problem import Allocation, Problem
-from slide_jax.rates import linear_rate, shannon_rate
+from slide_jax.provisioning import rate_of
 from slide_jax.sampling import Setting
 from slide_jax.settings import read_models_of, read_setting
 
@@ -57,7 +57,8 @@ class Study(NamedTuple):
 
     @property
     def rows(self) -> list[Row]:
-        return [row for rows in self.sweeps.values() for row in rows]
+        """Rows of metrics.csv: a point that several sweeps share stands there once."""
+        return list({id(row): row for rows in self.sweeps.values() for row in rows}.values())
 
 
 class Bars(NamedTuple):
@@ -100,26 +101,18 @@ def monte_carlo(config: ConfigDict) -> Study:
     points["users"] = [plain._replace(users=count) for count in grids.user_counts]
     # Drawn for the largest crowd everywhere: one program serves all points.
     count = max(grids.users, *grids.user_counts)
-    with Progress(sum(map(len, points.values())) + 1, "points") as progress:
-        done = 0
-
-        def sweep(setting: Setting) -> Sweep:
-            nonlocal done
-            drops, rate_model = grids.drops, config.setting.rate_model
-            result = run_sweep([setting], catalogue, drops, config.seed, tuple(METHODS), rate_model, count)
-            done += 1
-            progress.update(done)
-            return result
-
-        results = {name: [sweep(setting) for setting in settings] for name, settings in points.items()}
-        served = {method: counts[0] for method, counts in results["plain"][0].served.items()}
-        sweeps = {
-            name: [_row(setting, result) for setting, result in zip(points[name], found, strict=True)]
-            for name, found in results.items()
-        }
-        latencies = sample_latencies(plain, catalogue, grids.drops, config.seed, config.setting.rate_model)
-        progress.update(done + 1)
-    return Study(sweeps, served, latencies)
+    drawn = (catalogue, grids.drops, config.seed)
+    settings = dict.fromkeys(setting for several in points.values() for setting in several)
+    with Progress(len(settings) + 1, "points") as progress:
+        results = {}
+        for setting in settings:
+            results[setting] = run_sweep([setting], *drawn, tuple(METHODS), config.setting.rate_model, count)
+            progress.update(len(results))
+        latencies = sample_latencies(plain, *drawn, config.setting.rate_model)
+        progress.update(len(settings) + 1)
+    rows = {setting: _row(setting, result) for setting, result in results.items()}
+    served = {method: counts[0] for method, counts in results[plain].served.items()}
+    return Study({name: [rows[x] for x in several] for name, several in points.items()}, served, latencies)
 
 
 def own_scenario(problem: Problem, factors: tuple[float, ...]) -> Study:
@@ -141,7 +134,8 @@ def own_scenario(problem: Problem, factors: tuple[float, ...]) -> Study:
         return row, latencies
 
     row, latencies = solved(1.0)
-    return Study({"plain": [row], "bandwidth": [solved(x)[0] for x in factors]}, None, latencies)
+    sweep = [row if factor == 1 else solved(factor)[0] for factor in factors]
+    return Study({"plain": [row], "bandwidth": sweep}, None, latencies)
 
 
 def latency_saved(latencies: Latencies) -> float:
@@ -170,9 +164,7 @@ def one_user(problem: Problem, conventional: Allocation, best: Allocation) -> Ba
         return None
     catalogue, users = problem.catalogue, problem.users
     with jax.enable_x64(True):
-        signal = users.spectral_efficiency_bps_hz if problem.rate_model == "linear" else users.snr_hz
-        rate_of = linear_rate if problem.rate_model == "linear" else shannon_rate
-        rate = np.asarray(rate_of(allocation.bandwidth_hz[k], signal[k]))
+        rate = np.asarray(rate_of(allocation.bandwidth_hz, users, problem.rate_model))[k]
         speed = allocation.frequency_hz[k] * users.flop_per_cycle[k]
         model = allocation.model[k]
         layers = slice(0, catalogue.num_layers[model])

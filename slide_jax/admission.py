@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 TOLERANCE = 1e-12
-"""An exact fit is a fit: the sum may exceed the spectrum by this part of it."""
+"""An exact fit is a fit: what is used may exceed what there is by this part of it."""
 
 
 def admit(bandwidth_hz: Float[Array, " K"], spectrum_hz: Float[Array, ""]) -> Bool[Array, " K"]:

@@ -19,7 +19,7 @@ from slide_jax.admission import TOLERANCE
 from slide_jax.exact import exact, in_float64, run, settle
 from slide_jax.hull import Hull, convex_hull
 from slide_jax.problem import Allocation, Catalogue, Problem
-from slide_jax.provisioning import Need, bandwidth_of, provision
+from slide_jax.provisioning import Need, bandwidth_of, provision, signal_of
 
 
 def collapse(catalogue: Catalogue) -> Catalogue:
@@ -104,9 +104,7 @@ def decide_proportional_share(hull: Hull, problem: Problem) -> Allocation:
 
 def decide_best_channel_first(hull: Hull, problem: Problem) -> Allocation:
     """`best_channel_first` as a pure function of float64 arrays."""
-    users = problem.users
-    signal = users.spectral_efficiency_bps_hz if problem.rate_model == "linear" else users.snr_hz
-    return serve_in_order(hull, problem, jnp.argsort(-signal))
+    return serve_in_order(hull, problem, jnp.argsort(-signal_of(problem.users, problem.rate_model)))
 
 
 def decide_earliest_deadline_first(hull: Hull, problem: Problem) -> Allocation:
@@ -147,7 +145,7 @@ def admit_in_order(
     limit = spectrum_hz * (1 + TOLERANCE)
 
     def step(used, needed):
-        fits = used + needed <= limit
+        fits = (used + needed <= limit) & (needed < jnp.inf)
         return jnp.where(fits, used + needed, used), fits
 
     _, admitted = lax.scan(step, jnp.zeros((), bandwidth_hz.dtype), bandwidth_hz[order])

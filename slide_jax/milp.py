@@ -24,12 +24,13 @@ from slide_jax.exact import in_float64, run, settle
 from slide_jax.hull import Hull, convex_hull
 from slide_jax.latency import least_rate
 from slide_jax.problem import Allocation, Catalogue, Problem, Users
-from slide_jax.provisioning import Need, bandwidth_of, by_blocks, clock_of, provision
+from slide_jax.provisioning import Need, bandwidth_of, by_blocks, clock_of, is_admissible, named_by, provision
 
 SPECTRUM_UNITS = 1e6
 """HiGHS keeps constraints to 1e-6: with the spectrum worth this many units, to 1e-12 of the spectrum."""
 
 HIGHS_TOLERANCE = 1e-6
+"""To which HiGHS proves its bound, relative to the largest value and to the bound itself."""
 
 
 class PairNeeds(NamedTuple):
@@ -71,8 +72,7 @@ def milp(problem: Problem, time_limit_s: float = 60.0) -> Allocation:
     need.bandwidth_hz[chosen_user] = bandwidth[packing.chosen]
     need.frequency_hz[chosen_user] = needs.frequency_hz[chosen_model, chosen_user]
     allocation = settle_users(problem, need, served)
-    bound = float(np.floor(packing.bound * (1 + HIGHS_TOLERANCE)))
-    return dataclasses.replace(allocation, upper_bound=bound, solver="milp")
+    return dataclasses.replace(allocation, upper_bound=float(np.floor(packing.bound)), solver="milp")
 
 
 def least_bandwidth_by_model(problem: Problem) -> PairNeeds:
@@ -86,8 +86,7 @@ def pairs(catalogue: Catalogue, users: Users, rate_model: str) -> PairNeeds:
     def of_block(users: Users) -> tuple[Array, Array]:
         def of_model(entry):
             layer_bits, layer_flop, accuracy, task, allowed = entry
-            if allowed is None:
-                allowed = (users.task == task) & (accuracy >= users.min_accuracy)
+            allowed = is_admissible(users, accuracy, task, allowed)
             clock = clock_of(jnp.sum(layer_flop), users)
             speed = clock * users.flop_per_cycle
             rate = least_rate(
@@ -96,8 +95,13 @@ def pairs(catalogue: Catalogue, users: Users, rate_model: str) -> PairNeeds:
             possible = allowed & (jnp.sum(layer_bits) <= users.memory_bits) & (clock > 0)
             return jnp.where(possible, bandwidth_of(rate, users, rate_model), jnp.inf), clock
 
-        named = None if users.allowed is None else users.allowed.T
-        entries = (catalogue.layer_bits, catalogue.layer_flop, catalogue.accuracy, catalogue.task, named)
+        entries = (
+            catalogue.layer_bits,
+            catalogue.layer_flop,
+            catalogue.accuracy,
+            catalogue.task,
+            named_by(users),
+        )
         return jax.tree.map(jnp.transpose, lax.map(of_model, entries))
 
     return PairNeeds(*jax.tree.map(jnp.transpose, by_blocks(of_block, users)))
@@ -144,7 +148,10 @@ def pack(
     )
     chosen = np.zeros(count, bool) if result.x is None else result.x > 0.5
     bound = result.mip_dual_bound
-    bound = everyone if bound is None or not np.isfinite(bound) else min(-bound * largest, everyone)
+    if bound is None or not np.isfinite(bound):
+        bound = everyone
+    else:
+        bound = min(largest * (-bound + HIGHS_TOLERANCE * (1 - bound)), everyone)
     chosen = _within(chosen, value, bandwidth_hz, spectrum_hz)
     return Packing(chosen, max(bound, float(np.sum(value[chosen]))))
 

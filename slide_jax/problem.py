@@ -9,7 +9,6 @@ Axes: K users, I models, L layers (of the longest model).
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,11 +30,9 @@ REASONS = (
 """What became of a user, by code; of several models the one that came furthest names the reason."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Labels:
-    """Names beside the numbers: they travel with a pytree and take no part in any computation.
-
-    Any two are equal and hash alike, so that a program compiled for one problem serves all of its shape.
+    """Names beside the numbers: for who reads and writes, and no part of the pytree.
 
     Attributes:
       models: I names.
@@ -46,12 +43,6 @@ class Labels:
     models: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     users: tuple[str, ...] | None = None
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Labels)
-
-    def __hash__(self) -> int:
-        return 0
 
 
 @functools.partial(
@@ -138,7 +129,8 @@ class Users:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["catalogue", "users", "bandwidth_hz"],
-    meta_fields=["rate_model", "labels"],
+    meta_fields=["rate_model"],
+    drop_fields=["labels"],
 )
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -151,7 +143,8 @@ class Problem:
       catalogue, users: see there.
       bandwidth_hz: the downlink spectrum [Hz].
       rate_model: `linear` or `shannon`.
-      labels: names of models, tasks and users.
+      labels: names of models, tasks and users; a problem that comes out of `jit`, `vmap` or `jax.tree.map`
+        has the default ones.
     """
 
     catalogue: Catalogue

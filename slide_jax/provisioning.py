@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.device import best_clock, inference_energy
 from slide_jax.hull import Hull, latency_on_hull, least_rate_on_hull
@@ -49,18 +49,24 @@ class Outcome(NamedTuple):
     energy_j: Float[Array, " K"]
 
 
+def signal_of(users: Users, rate_model: str) -> Float[Array, " K"]:
+    """Returns what a rate model knows of the channel: spectral efficiency [bit/s/Hz] or snr_hz [Hz]."""
+    return users.spectral_efficiency_bps_hz if rate_model == "linear" else users.snr_hz
+
+
+RATES = {"linear": linear_rate, "shannon": shannon_rate}
+BANDWIDTHS = {"linear": linear_bandwidth, "shannon": shannon_bandwidth}
+"""From bandwidth and signal to rate, and back."""
+
+
 def rate_of(bandwidth_hz: Float[Array, " K"], users: Users, rate_model: str) -> Float[Array, " K"]:
     """Returns the users' rates [bit/s] under the problem's rate model."""
-    if rate_model == "linear":
-        return linear_rate(bandwidth_hz, users.spectral_efficiency_bps_hz)
-    return shannon_rate(bandwidth_hz, users.snr_hz)
+    return RATES[rate_model](bandwidth_hz, signal_of(users, rate_model))
 
 
 def bandwidth_of(rate_bps: Float[Array, " K"], users: Users, rate_model: str) -> Float[Array, " K"]:
     """Returns the least bandwidths [Hz] that carry the users' rates; infinite where none does."""
-    if rate_model == "linear":
-        return linear_bandwidth(rate_bps, users.spectral_efficiency_bps_hz)
-    return shannon_bandwidth(rate_bps, users.snr_hz)
+    return BANDWIDTHS[rate_model](rate_bps, signal_of(users, rate_model))
 
 
 def clock_of(total_flop: Float[Array, ""], users: Users) -> Float[Array, " K"]:
@@ -73,6 +79,21 @@ def clock_of(total_flop: Float[Array, ""], users: Users) -> Float[Array, " K"]:
         users.kappa_j_per_hz2_cycle,
         users.static_power_w,
     )
+
+
+def named_by(users: Users) -> Bool[Array, "I K"] | None:
+    """Returns which users name each model; None: task and accuracy decide."""
+    return None if users.allowed is None else users.allowed.T
+
+
+def is_admissible(
+    users: Users,
+    accuracy: Float[Array, ""],
+    task: Int[Array, ""],
+    named: Bool[Array, " K"] | None,
+) -> Bool[Array, " K"]:
+    """Returns for whom a model will do; `named` is its row of `named_by`."""
+    return (users.task == task) & (accuracy >= users.min_accuracy) if named is None else named
 
 
 def provision(hull: Hull, catalogue: Catalogue, users: Users, rate_model: str) -> Need:
@@ -149,8 +170,7 @@ def _provision_block(hull: Hull, catalogue: Catalogue, users: Users, rate_model:
     def step(best, entry):
         rate_best, accuracy_best, model_best, frequency_best, furthest = best
         index, accuracy, task, bits, flop, switch_flop, total_bits, total_flop, allowed = entry
-        if allowed is None:
-            allowed = (users.task == task) & (accuracy >= users.min_accuracy)
+        allowed = is_admissible(users, accuracy, task, allowed)
         clock = clock_of(total_flop, users)
         rate = least_rate_on_hull(bits, flop, switch_flop, total_flop, slack_s, clock * users.flop_per_cycle)
         stopped = jnp.where(rate < jnp.inf, NO_SIGNAL, TOO_LATE)
@@ -176,13 +196,11 @@ def _provision_block(hull: Hull, catalogue: Catalogue, users: Users, rate_model:
         jnp.full(shape, NOT_ADMISSIBLE, jnp.int32),
     )
     models = jnp.arange(len(hull.bits), dtype=jnp.int32)
-    named = None if users.allowed is None else users.allowed.T
-    entries = (models, catalogue.accuracy, catalogue.task, *hull, named)
+    entries = (models, catalogue.accuracy, catalogue.task, *hull, named_by(users))
     (rate, _, model, frequency, furthest), _ = lax.scan(step, first, entries)
     bandwidth = bandwidth_of(rate, users, rate_model)
     # A rate without a bandwidth: no signal at all, or more than the channel can carry.
-    signal = users.spectral_efficiency_bps_hz if rate_model == "linear" else users.snr_hz
-    unreachable = jnp.where(signal > 0, NO_RATE, NO_SIGNAL)
+    unreachable = jnp.where(signal_of(users, rate_model) > 0, NO_RATE, NO_SIGNAL)
     reason = jnp.where(furthest < NO_SIGNAL, furthest, jnp.where(bandwidth < jnp.inf, SERVED, unreachable))
     model = jnp.where(reason == SERVED, model, -1)
     return Need(model, bandwidth, frequency, reason.astype(jnp.int32))

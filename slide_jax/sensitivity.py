@@ -24,12 +24,8 @@ from slide_jax.exact import in_float64, run
 from slide_jax.hull import Hull
 from slide_jax.latency import latency, least_rate
 from slide_jax.problem import RATE_MODELS, Allocation, Problem
-from slide_jax.provisioning import clock_of, provision
-from slide_jax.rates import linear_bandwidth, linear_rate, shannon_bandwidth, shannon_rate
+from slide_jax.provisioning import BANDWIDTHS, RATES, clock_of, provision, signal_of
 from slide_jax.relaxed import Relaxation, relax
-
-_RATE = {"linear": linear_rate, "shannon": shannon_rate}
-_BANDWIDTH = {"linear": linear_bandwidth, "shannon": shannon_bandwidth}
 
 
 class Sensitivities(NamedTuple):
@@ -162,10 +158,15 @@ def _bandwidth_of_models(problem, model):
 
 def _bandwidth_at(problem, layer_bits, layer_flop, deadline_s, clock_hz):
     users = problem.users
-    signal = users.spectral_efficiency_bps_hz if problem.rate_model == "linear" else users.snr_hz
     speed = jnp.where(clock_hz > 0, clock_hz, 1.0) * users.flop_per_cycle
     return least_bandwidth(
-        layer_bits, layer_flop, deadline_s, users.start_s, speed, signal, problem.rate_model
+        layer_bits,
+        layer_flop,
+        deadline_s,
+        users.start_s,
+        speed,
+        signal_of(users, problem.rate_model),
+        problem.rate_model,
     )
 
 
@@ -212,7 +213,7 @@ def _with_axes(array, axes):
 
 def _closed_form(rate_model, layer_bits, layer_flop, deadline_s, start_s, speed_flop_s, signal):
     rate = least_rate(layer_bits, layer_flop, deadline_s - start_s, speed_flop_s)
-    return _BANDWIDTH[rate_model](rate, signal)
+    return BANDWIDTHS[rate_model](rate, signal)
 
 
 _least_bandwidth = jax.custom_vjp(_closed_form, nondiff_argnums=(0,))
@@ -229,7 +230,7 @@ def _backward(rate_model, residuals, cotangent):
     rooted = (bandwidth > 0) & (bandwidth < jnp.inf)
 
     def lateness(bandwidth_hz, layer_bits, layer_flop, deadline_s, start_s, speed_flop_s, signal):
-        rate = _RATE[rate_model](bandwidth_hz, jnp.where(rooted, signal, 1.0))
+        rate = RATES[rate_model](bandwidth_hz, jnp.where(rooted, signal, 1.0))
         speed = jnp.where(speed_flop_s > 0, speed_flop_s, 1.0)
         return latency(layer_bits, layer_flop, rate, speed, start_s) - deadline_s
 

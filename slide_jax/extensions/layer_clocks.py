@@ -31,17 +31,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from slide_jax.admission import admit
+from slide_jax.admission import TOLERANCE, admit
 from slide_jax.device import inference_energy
 from slide_jax.exact import run, settle
 from slide_jax.hull import Hull
 from slide_jax.latency import duration, least_rate, prefix_bits, suffix_flop
 from slide_jax.problem import Allocation, Problem, Users
-from slide_jax.provisioning import SERVED, bandwidth_of, clock_of, provision, rate_of
+from slide_jax.provisioning import SERVED, bandwidth_of, clock_of, is_admissible, provision, rate_of
 
 HALVINGS = 60
-TOLERANCE = 1e-12
-"""Relative slack of energy and clock: a budget that is just met is met."""
 
 USERS_AT_ONCE = 64
 """Of L^2 slopes each: what stays in a cache."""
@@ -83,8 +81,7 @@ def decide_layer_clocks(hull: Hull, problem: Problem) -> LayerClocks:
     def of_user(user: Users) -> tuple[Array, Array]:
         def step(best, entry):
             index, bits, flop, accuracy, task, total_bits, allowed = entry
-            if allowed is None:
-                allowed = (user.task == task) & (accuracy >= user.min_accuracy)
+            allowed = is_admissible(user, accuracy, task, allowed)
             allowed &= total_bits <= user.memory_bits
             rate = jnp.where(allowed, _least_rate(bits, flop, user), jnp.inf)
             better = (rate < best[0]) | ((rate == best[0]) & (rate < jnp.inf) & (accuracy > best[1]))

@@ -21,13 +21,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from slide_jax.admission import TOLERANCE
 from slide_jax.exact import decide, run
 from slide_jax.hull import Hull
 from slide_jax.latency import duration, least_rate, prefix_bits
 from slide_jax.problem import Allocation, Catalogue, Problem, Users
-from slide_jax.provisioning import NO_MEMORY, NOT_ADMISSIBLE, by_blocks, clock_of
-
-TOLERANCE = 1e-12
+from slide_jax.provisioning import NO_MEMORY, NOT_ADMISSIBLE, by_blocks, clock_of, is_admissible, named_by
 
 
 def streaming_memory(problem: Problem) -> Allocation:
@@ -86,14 +85,18 @@ def _room(catalogue: Catalogue, users: Users) -> tuple[Bool[Array, "K I"], Bool[
 
     def of_model(entry):
         layer_bits, layer_flop, accuracy, task, allowed = entry
-        if allowed is None:
-            allowed = (users.task == task) & (accuracy >= users.min_accuracy)
+        allowed = is_admissible(users, accuracy, task, allowed)
         speed = clock_of(jnp.sum(layer_flop), users) * users.flop_per_cycle
         bits, flop = layer_bits[:, None], layer_flop[:, None]
         rate = least_rate(bits, flop, users.deadline_s - users.start_s, speed)
         peak = peak_memory(bits, flop, jnp.where(rate < jnp.inf, rate, 0.0), speed)
         return allowed, (rate == jnp.inf) | (peak <= users.memory_bits * (1 + TOLERANCE))
 
-    named = None if users.allowed is None else users.allowed.T
-    entries = (catalogue.layer_bits, catalogue.layer_flop, catalogue.accuracy, catalogue.task, named)
+    entries = (
+        catalogue.layer_bits,
+        catalogue.layer_flop,
+        catalogue.accuracy,
+        catalogue.task,
+        named_by(users),
+    )
     return jax.tree.map(jnp.transpose, lax.map(of_model, entries))

@@ -45,7 +45,7 @@ from slide_jax.problem import Allocation, Problem
 from slide_jax.provisioning import CROWDED_OUT, SERVED
 
 TOLERANCE = 1e-10
-"""Part of its deadline by which a layer may come late: a tenth of what `verify` allows."""
+"""Part of its time by which a layer may come late: a tenth of what `verify` allows."""
 
 
 class Download(NamedTuple):
@@ -116,7 +116,7 @@ def _pieces(problem: Problem, needs: PairNeeds, k: int, i: int) -> Piece:
     flop = problem.catalogue.layer_flop[i]
     left = np.cumsum(flop[::-1])[::-1] / (needs.frequency_hz[i, k] * users.flop_per_cycle[k])
     layer = np.flatnonzero(bits > 0)
-    due = users.deadline_s[k] - left[layer] + TOLERANCE * users.deadline_s[k]
+    due = users.deadline_s[k] - left[layer] + TOLERANCE * (users.deadline_s[k] - users.start_s[k])
     return Piece(
         bits[layer] / users.spectral_efficiency_bps_hz[k], np.full(layer.size, users.start_s[k]), due, layer
     )
@@ -214,7 +214,7 @@ def _settle(problem, static, needs, models, received_s, pieces, bound) -> Alloca
     model = np.full(problem.num_users, -1, np.int32)
     bandwidth, frequency = np.zeros((2, problem.num_users))
     latency, energy = np.full((2, problem.num_users), np.nan)
-    horizon = users.deadline_s.max() - users.start_s.min()
+    horizon = users.deadline_s.max(initial=-np.inf) - users.start_s.min(initial=np.inf)
     for k, i in models.items():
         model[k], frequency[k] = i, needs.frequency_hz[i, k]
         area, now, done = pieces[k, i].area.sum(), users.start_s[k], users.start_s[k]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from slide_jax.admission import TOLERANCE
+from slide_jax.admission import TOLERANCE, first_of
 from slide_jax.baselines import admit_in_order
 from slide_jax.errors import InputError
 from slide_jax.exact import run
@@ -93,7 +93,7 @@ def fractional_bound(
     weights, bandwidth = weights[order], bandwidth[order]
     left = limit - (jnp.cumsum(bandwidth) - bandwidth)
     part = jnp.where(bandwidth > 0, left / jnp.where(bandwidth > 0, bandwidth, 1.0), 1.0)
-    return jnp.sum(weights * jnp.clip(part, 0.0, 1.0))
+    return jnp.sum(weights * jnp.clip(part, 0.0, 1.0)) * (1 + TOLERANCE)  # what the sum may have lost
 
 
 def greedy_choice(
@@ -102,8 +102,8 @@ def greedy_choice(
     """Returns whom `weighted_greedy` serves, given what each user needs."""
     fits = bandwidth_hz <= spectrum_hz * (1 + TOLERANCE)
     dense = admit_in_order(bandwidth_hz, _densest_first(weights, bandwidth_hz), spectrum_hz)
-    heaviest = jnp.argmax(jnp.where(fits, weights, -1.0))
-    alone = fits & (jnp.arange(weights.size) == heaviest)
+    heaviest = jnp.max(jnp.where(fits, weights, -1.0), initial=-1.0)
+    alone = first_of(fits & (weights == heaviest), 1)
     return jnp.where(jnp.sum(weights * dense) >= jnp.sum(weights * alone), dense, alone)
 
 

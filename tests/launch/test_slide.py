@@ -76,7 +76,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
         "ms",
     ]
     assert [line.split()[0] for line in table[1:]] == list(SOLVERS)
-    assert "points 10/10" in out and str(finished.workdir / "report.html") in out
+    assert re.search(r"points (\d+)/\1 ", out) and str(finished.workdir / "report.html") in out
     assert {path.name for path in finished.workdir.iterdir()} == {
         "allocation.json",
         "config.json",
@@ -133,14 +133,12 @@ def test_the_gain_over_dai_is_that_of_the_same_users_at_the_same_spectrum(finish
 
 def test_metrics_have_a_row_a_point(finished):
     rows = read_metrics(finished.workdir / "metrics.csv")
-    assert [tuple(row) for row in rows] == [("point", *COLUMNS)] * 9
-    assert [row["point"] for row in rows] == list(range(1, 10))
-    plain, bandwidth, patience, rho, users = rows[0], rows[1:3], rows[3:4], rows[4:7], rows[7:]
-    assert [row["bandwidth_hz"] for row in bandwidth] == [5e7, 1e8]
-    assert [row["users"] for row in users] == [3, 6]
-    # The points of a sweep that are the plain setting see the same drops.
-    for row in (bandwidth[1], patience[0], users[1]):
-        assert {**row, "point": 1} == plain
+    assert [tuple(row) for row in rows] == [("point", *COLUMNS)] * 6
+    assert [row["point"] for row in rows] == list(range(1, 7))
+    # The plain setting, which is a point of three sweeps, stands there once.
+    plain, bandwidth, *rho, users = rows
+    assert (plain["bandwidth_hz"], plain["patience"], plain["users"]) == (1e8, 1.0, 6)
+    assert (bandwidth["bandwidth_hz"], users["users"]) == (5e7, 3)
     for row in rows:
         assert row["served_exact"] == row["served_relaxed"] >= row["served_random_order"]
         assert row["served_exact"] >= row["served_dai"]
@@ -183,7 +181,7 @@ def test_figures_open_and_the_report_needs_no_other_file(finished):
     assert all("Setting" in caption and "rho" in caption and "users" in caption for caption in captions)
     addresses = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]+)|url\(([^)]+)""", html)
     assert all(address.startswith("data:image/png;base64,") for address, _ in addresses)
-    for text in ("40% to 60% more users", "32.5% less latency", "How the gain depends on rho", "jaxopt"):
+    for text in ("40% to 60% more users", "32.5% less latency", "How the gain depends on rho"):
         assert text in html
 
 
@@ -212,7 +210,7 @@ def test_a_scenario_of_ones_own_is_solved_as_it_stands(finished, own):
     allocation = slide_run.read(own.workdir, "allocation")
     assert allocation["throughput"] == drawn["served"]["best_channel_first"]
     rows = read_metrics(own.workdir / "metrics.csv")
-    assert [row["bandwidth_hz"] for row in rows] == [1e8, 5e7, 1e8]
+    assert [row["bandwidth_hz"] for row in rows] == [1e8, 5e7]
     assert rows[0]["served_exact"] == drawn["served"]["exact"] >= rows[1]["served_exact"]
     assert {path.stem for path in (own.workdir / "figures").iterdir()} == {
         "latency_cdf",

@@ -191,6 +191,18 @@ def test_a_user_who_is_due_soon_interrupts():
     assert result.download.user.tolist() == [0, 1, 0]
 
 
+def test_who_is_served_by_constant_shares_may_have_to_go():
+    """User 0 asks for little bandwidth but for long: with it nobody else than user 3 has room."""
+    layers_of = [[(10, 1)], [(6, 1)], [(6, 1)], [(6, 1)]]
+    problem = own_models(layers_of, [0.0] * 4, [22.0, 7.1, 13.1, 19.1], 1.0)
+    # Insertion keeps these two and finds no third; by deadline, the largest goes.
+    assert exact(problem).served.tolist() == [True, False, False, True]
+    result = released_spectrum(problem)
+    assert result.allocation.served.tolist() == [False, True, True, True]
+    assert result.allocation.throughput == best_throughput(problem) == 3
+    check_replay(problem, result)
+
+
 @pytest.mark.parametrize(("numbers", "partition"), [((1, 2, 3, 4), True), ((1, 2, 2, 7), False)])
 def test_partitions_are_told_apart_by_how_many_can_be_served(numbers, partition):
     """The construction of the module's proof that the problem is NP-hard."""

@@ -51,6 +51,19 @@ def test_it_serves_the_best_of_all_subsets(corner, rate_model):
     assert best <= greedy.bound * (1 + 1e-9) <= 2 * greedy.value * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("rate_model", RATE_MODELS)
+def test_the_bound_holds_to_the_last_digit_for_weights_of_any_size(rate_model):
+    rng = np.random.default_rng(39)
+    for seed in range(20):
+        problem = drawn("none", rate_model, seed)
+        weights = 10 ** rng.uniform(-6, 6, problem.num_users)
+        best = best_value(weights, least_bandwidth(problem).min(axis=1), problem.bandwidth_hz)
+        for result in (weighted(problem, weights), weighted_greedy(problem, weights)):
+            assert best <= result.bound
+            assert result.value <= best
+            assert verify(problem, result.allocation) == []
+
+
 def test_equal_weights_count_users():
     for seed in range(4):
         problem = drawn(seed=seed, users=7)

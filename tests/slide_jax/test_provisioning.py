@@ -5,7 +5,6 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import slide_oracles as oracles
@@ -367,100 +366,3 @@ def test_bandwidth_by_the_deadline_is_the_need(corner, rate_model):
         met = np.isfinite(more) & (more > 0)
         taken = outcome(hull, users, need.model, need.frequency_hz, np.where(met, more, 1.0), rate_model)
         np.testing.assert_allclose(taken.latency_s[met], sooner[met], rtol=1e-8)
-
-
-# ------------------------------------------------------------------ blocks, batches, gradients
-
-
-@pytest.mark.parametrize(
-    ("users", "corner"), [(4, "none"), (7, "none"), (8, "none"), (5, "named models"), (11, "static power")]
-)
-def test_overlapping_blocks_change_nothing(users, corner, monkeypatch):
-    problem = next(problems_of(corner, "shannon", 1, users))
-    hull, rate_model = hull_of(problem), problem.rate_model
-
-    def everything(users):
-        need = provisioning.provision(hull, problem.catalogue, users, rate_model)
-        chosen = (need.model, need.frequency_hz)
-        least = provisioning.bandwidth_by(users.deadline_s * 0.9, hull, users, *chosen, rate_model)
-        return need, least, provisioning.outcome(hull, users, *chosen, 1e6 + least, rate_model)
-
-    whole = jax.jit(lambda users: everything(users))(problem.users)
-    monkeypatch.setattr(provisioning, "BLOCK", 4)
-    in_blocks = jax.jit(lambda users: everything(users))(problem.users)
-    for ours, expected in zip(jax.tree.leaves(in_blocks), jax.tree.leaves(whole), strict=True):
-        assert ours.dtype == expected.dtype
-        np.testing.assert_allclose(ours, expected, rtol=1e-15)
-
-
-@pytest.mark.parametrize("count", range(10))
-def test_a_function_is_computed_for_every_user_once(count, monkeypatch):
-    monkeypatch.setattr(provisioning, "BLOCK", 4)
-    sizes = []
-
-    def function(arrays):
-        sizes.append(arrays[0].shape[0])
-        return {"twice": 2 * arrays[0], "sum": arrays[0] + arrays[1].sum(axis=1)}
-
-    values, table = np.arange(1.0, count + 1), np.arange(3.0 * count).reshape(count, 3)
-    result = provisioning.by_blocks(function, (values, table))
-    np.testing.assert_array_equal(result["twice"], 2 * values)
-    np.testing.assert_array_equal(result["sum"], values + table.sum(axis=1))
-    assert set(sizes) == {min(count, 4)}
-
-
-def test_models_of_equal_shape_share_a_program():
-    problems = list(problems_of("none", "linear", 8))
-    need_of(problems[0])
-    compiled = provision._cache_size()
-    for problem in problems:
-        need_of(problem)
-    assert provision._cache_size() == compiled
-
-
-def test_drops_are_mapped():
-    problems = list(problems_of("clock limits", "linear", 6))
-    users = jax.tree.map(lambda *columns: np.stack(columns), *(problem.users for problem in problems))
-    # The drops share a catalogue.
-    hull, catalogue = hull_of(problems[0]), problems[0].catalogue
-    mapped = jax.vmap(lambda users: provision(hull, catalogue, users, "linear"))(users)
-    for drop, problem in enumerate(problems):
-        one = provision(hull, catalogue, problem.users, "linear")
-        for ours, expected in zip(mapped, one, strict=True):
-            np.testing.assert_array_equal(ours[drop], expected)
-
-
-@pytest.mark.parametrize("rate_model", RATE_MODELS)
-def test_gradients_agree_with_finite_differences(rate_model):
-    """Needs of different users are separate, so one step in a column moves all of them at once."""
-    names = (
-        "deadline_s",
-        "start_s",
-        "energy_j",
-        "f_max_hz",
-        "spectral_efficiency_bps_hz",
-        "snr_hz",
-        "kappa_j_per_hz2_cycle",
-    )
-    problem = next(
-        p for p in problems_of("none", rate_model, 50) if np.isfinite(need_of(p).bandwidth_hz).sum() > 3
-    )
-    users, hull = problem.users, hull_of(problem)
-    columns = {name: getattr(users, name) for name in names}
-    columns["energy_j"] = np.where(np.isinf(columns["energy_j"]), 1e6, columns["energy_j"])
-
-    def needs(scales):
-        scaled = {name: columns[name] * scales[name] for name in names}
-        bandwidth = provision(
-            hull, problem.catalogue, dataclasses.replace(users, **scaled), rate_model
-        ).bandwidth_hz
-        return jnp.where(jnp.isfinite(bandwidth), bandwidth, 0.0)
-
-    ones = {name: np.ones(USERS) for name in names}
-    gradients = jax.grad(lambda scales: jnp.sum(needs(scales)))(ones)
-    sizes = np.asarray(needs(ones))
-    for name in names:
-        above, below = (needs(ones | {name: np.full(USERS, 1 + step)}) for step in (1e-6, -1e-6))
-        slope = np.asarray(above - below) / 2e-6
-        np.testing.assert_allclose(gradients[name] / sizes.max(), slope / sizes.max(), rtol=1e-5, atol=1e-7)
-    assert np.any(gradients["deadline_s"] < 0) and np.any(gradients["f_max_hz"] < 0)

@@ -187,6 +187,28 @@ def test_the_tight_answer_is_feasible():
     assert verify(problem, allocation) == []
 
 
+@pytest.mark.parametrize("epoch_s", [0.0, 1.7e9])
+def test_seconds_count_whatever_the_clock_counts_from(epoch_s):
+    """Times of today as seconds since 1970: what slack a relative tolerance gave would be 1.7 s."""
+    problem, allocation = tight()
+    users = problem.users
+    start, deadline = users.start_s + epoch_s, users.deadline_s + epoch_s
+    shifted = dataclasses.replace(
+        problem, users=dataclasses.replace(users, start_s=start, deadline_s=deadline)
+    )
+    answer = dataclasses.replace(allocation, latency_s=allocation.latency_s + epoch_s)
+    assert verify(shifted, answer) == []
+
+    late = np.array([4.5, 4.0, math.nan]) + epoch_s
+    # 4e6 bits in 3 - 0.5 s of which 1 s, at half the clock, is for the last layer.
+    slower = np.array([4e6 / 2.5 / 2, *allocation.bandwidth_hz[1:]])
+    violations = verify(shifted, dataclasses.replace(answer, bandwidth_hz=slower, latency_s=late))
+    assert [(v.user, v.constraint) for v in violations] == [("u0", "deadline_s")]
+    # To say that it was in time is another lie.
+    violations = verify(shifted, dataclasses.replace(answer, bandwidth_hz=slower))
+    assert [v.constraint for v in violations] == ["deadline_s", "reported latency_s"]
+
+
 @pytest.mark.parametrize(
     ("field", "k", "value", "constraint"),
     [
