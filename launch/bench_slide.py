@@ -90,13 +90,14 @@ def exact_table(repeats: int) -> Table:
         served = exact(problem).throughput
         peers = {"dense": lambda p=problem: solve_dense(p), "hull": lambda p=problem: solve_hull(p)}
         answers = {name: peer()[0] for name, peer in peers.items()}
+        highs = None
         if users <= MILP_USERS:
-            peers["highs"] = lambda p=problem: milp(p)
             answers["highs"] = milp(problem).throughput
+            highs = time_together(3, highs=lambda p=problem: milp(p))["highs"]
         if set(answers.values()) != {served}:
             raise AssertionError(f"exact serves {served} of {users} users, its peers {answers}")
         times = time_together(repeats, ours=lambda p=problem: exact(p), **peers)
-        ours, highs = times["ours"], times.get("highs")
+        ours = times["ours"]
         fastest = min(times["dense"], times["hull"])
         against = [ratio(fastest, ours), highs and ratio(highs, ours)]
         rows.append([users, served, ours, times["dense"], times["hull"], highs, *against])
@@ -115,8 +116,9 @@ def exact_table(repeats: int) -> Table:
         rows,
         "From NumPy arrays to NumPy arrays. exact also gives latencies, energies and the reason for every "
         "user that is not served; NumPy gives model, clock, bandwidth and who is served; NumPy / exact takes "
-        f"the faster of the two. HiGHS solves the pair knapsack, up to {MILP_USERS:,} users. The hull of a "
-        "catalogue is kept between calls, for both.",
+        f"the faster of the two. HiGHS solves the pair knapsack, up to {MILP_USERS:,} users, and is timed "
+        "before the others, whose caches it would empty. The hull of a catalogue is kept between calls, for "
+        "both.",
     )
 
 

@@ -1,17 +1,21 @@
 """The exact optimum in plain NumPy, twice: what `slide_jax.exact` is measured against.
 
 Both give what the exact solver decides (served, model, clock, bandwidth), without latencies, energies and
-reasons, and take the linear rate model without static power. Written to be fast: users in vectors.
+reasons, and take the linear rate model without static power. Written to be fast: vectors of users, in blocks.
 
 Axes: K users, I models, L layers.
 """
 
 from collections.abc import Callable, Iterable
 
+import jax
 import numpy as np
 
 from slide_jax.hull import convex_hull
 from slide_jax.problem import Problem
+
+BLOCK = 16384
+"""Users at once, as in `slide_jax.provisioning`: what stays in a cache."""
 
 Answer = tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Number of users served; who; model, clock and least bandwidth of each user."""
@@ -36,12 +40,26 @@ def solve_hull(problem: Problem) -> Answer:
 
 
 def _solve(problem: Problem, points: Callable[[int], Iterable[tuple[float, float]]]) -> Answer:
-    users, catalogue = problem.users, problem.catalogue
-    count = len(users.deadline_s)
+    count = problem.num_users
+    vertices = [list(points(model)) for model in range(problem.num_models)]
+    best, clock = np.full(count, np.inf), np.zeros(count)
+    chosen = np.full(count, -1)
+    for begin in range(0, count, BLOCK):
+        block = slice(begin, begin + BLOCK)
+        users = jax.tree.map(lambda column, block=block: column[block], problem.users)
+        _provision(problem.catalogue, users, vertices, best[block], chosen[block], clock[block])
+    bandwidth = best / problem.users.spectral_efficiency_bps_hz
+    order = np.argsort(bandwidth, kind="stable")
+    fits = np.cumsum(bandwidth[order]) <= problem.bandwidth_hz * (1 + 1e-12)
+    served = np.zeros(count, bool)
+    served[order[fits]] = True
+    return int(fits.sum()), served, chosen, clock, bandwidth
+
+
+def _provision(catalogue, users, vertices, best, chosen, clock):
+    """Fills in least rate, model and clock of a block of users."""
     slack = users.deadline_s - users.start_s
     total = catalogue.layer_flop.sum(axis=1)
-    best = np.full(count, np.inf)
-    chosen, clock = np.full(count, -1), np.zeros(count)
     # More accurate models first, so that a strict comparison keeps them where rates are equal.
     for model in np.argsort(-catalogue.accuracy, kind="stable"):
         cycles = total[model] / users.flop_per_cycle
@@ -49,9 +67,9 @@ def _solve(problem: Problem, points: Callable[[int], Iterable[tuple[float, float
             np.sqrt(users.energy_j / (users.kappa_j_per_hz2_cycle * cycles)), users.f_max_hz
         )
         per_flop = 1 / (frequency * users.flop_per_cycle)
-        rate = np.zeros(count)
-        late = np.zeros(count, bool)
-        for bits, flop in points(model):
+        rate = np.zeros(len(slack))
+        late = np.zeros(len(slack), bool)
+        for bits, flop in vertices[model]:
             spare = slack - flop * per_flop
             late |= spare <= 0
             with np.errstate(divide="ignore"):
@@ -67,9 +85,3 @@ def _solve(problem: Problem, points: Callable[[int], Iterable[tuple[float, float
         best[better] = rate[better]
         chosen[better] = model
         clock[better] = frequency[better]
-    bandwidth = best / users.spectral_efficiency_bps_hz
-    order = np.argsort(bandwidth, kind="stable")
-    fits = np.cumsum(bandwidth[order]) <= problem.bandwidth_hz * (1 + 1e-12)
-    served = np.zeros(count, bool)
-    served[order[fits]] = True
-    return int(fits.sum()), served, chosen, clock, bandwidth

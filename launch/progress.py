@@ -135,7 +135,7 @@ def print_summary(title: str, rows: Sequence[tuple[str, Any]]) -> None:
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a table of texts: the first column to the left, the others to the right."""
     console = Console(highlight=False)
-    console.print(f"\n{title}", style="bold", markup=False)
+    console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for style, row in [("cyan", header), *(("", row) for row in rows)]:
         cells = [

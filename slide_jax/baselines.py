@@ -16,8 +16,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE
-from slide_jax.exact import exact, in_float64, run, settle
-from slide_jax.hull import Hull, convex_hull
+from slide_jax.exact import exact, run, settle
+from slide_jax.hull import Hull
 from slide_jax.problem import Allocation, Catalogue, Problem
 from slide_jax.provisioning import Need, bandwidth_of, provision, signal_of
 
@@ -81,10 +81,8 @@ def earliest_deadline_first(problem: Problem) -> Allocation:
 
 def random_order(problem: Problem, seed: int = 0) -> Allocation:
     """Returns the allocation that gives users what they need in a random order, as long as it fits."""
-    with jax.enable_x64(True):
-        hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
-        allocation = _random_order(hull, in_float64(problem), jax.random.key(seed))
-        return dataclasses.replace(jax.tree.map(np.asarray, allocation), solver="random_order")
+    allocation = run(decide_random_order, problem, jax.random.key(seed))
+    return dataclasses.replace(allocation, solver="random_order")
 
 
 def decide_equal_share(hull: Hull, problem: Problem) -> Allocation:
@@ -150,9 +148,6 @@ def admit_in_order(
 
     _, admitted = lax.scan(step, jnp.zeros((), bandwidth_hz.dtype), bandwidth_hz[order])
     return jnp.zeros(bandwidth_hz.shape, bool).at[order].set(admitted)
-
-
-_random_order = jax.jit(decide_random_order)
 
 
 def _named(name: str, decide: Any, problem: Problem) -> Allocation:

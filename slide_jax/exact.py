@@ -57,19 +57,20 @@ def decide(hull: Hull, problem: Problem, left_over: str = "none") -> Allocation:
     return settle(hull, problem, need, served, bandwidth)
 
 
-def run(decide: Callable[..., Allocation], problem: Problem, **options: Any) -> Allocation:
-    """Returns what `decide(hull, problem, **options)` makes of a problem, as NumPy arrays.
+def run(decide: Callable[..., Any], problem: Problem, *arrays: Any, **options: Any) -> Any:
+    """Returns what `decide(hull, problem, *arrays, **options)` makes of a problem, as NumPy arrays.
 
     It is jitted, with the options static, and computes in float64 whatever the caller's setting.
     """
     with jax.enable_x64(True):
         hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
-        return jax.tree.map(np.asarray, _jitted(decide, hull, in_float64(problem), tuple(options.items())))
+        decided = _jitted(decide, hull, in_float64(problem), arrays, tuple(options.items()))
+        return jax.tree.map(np.asarray, decided)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _jitted(decide, hull, problem, options):
-    return decide(hull, problem, **dict(options))
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _jitted(decide, hull, problem, arrays, options):
+    return decide(hull, problem, *arrays, **dict(options))
 
 
 def in_float64(problem: Problem) -> Problem:

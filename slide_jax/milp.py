@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE
 from slide_jax.errors import InputError
-from slide_jax.exact import in_float64, run, settle
-from slide_jax.hull import Hull, convex_hull
+from slide_jax.exact import run, settle
+from slide_jax.hull import Hull
 from slide_jax.latency import least_rate
 from slide_jax.problem import Allocation, Catalogue, Problem, Users
 from slide_jax.provisioning import Need, bandwidth_of, by_blocks, clock_of, is_admissible, named_by, provision
@@ -158,10 +158,7 @@ def pack(
 
 def settle_users(problem: Problem, need: Need, served: Bool[Array, " K"]) -> Allocation:
     """Returns the allocation that serves these users with what they need, as NumPy arrays."""
-    with jax.enable_x64(True):
-        hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
-        allocation = _settle(hull, in_float64(problem), need, served, need.bandwidth_hz)
-        return jax.tree.map(np.asarray, allocation)
+    return run(settle, problem, need, served, need.bandwidth_hz)
 
 
 def decide_needs(hull: Hull, problem: Problem) -> Need:
@@ -181,6 +178,3 @@ def _within(chosen, value, bandwidth_hz, spectrum_hz):
         if chosen[n] and bandwidth_hz[n] > 0:
             chosen[n] = False
     return chosen
-
-
-_settle = jax.jit(settle)

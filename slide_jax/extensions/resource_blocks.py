@@ -6,15 +6,14 @@ bandwidth, and the exchange argument of `admission` holds for blocks as it does 
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from slide_jax.admission import TOLERANCE, admit
 from slide_jax.errors import InputError
-from slide_jax.exact import in_float64, settle
-from slide_jax.hull import Hull, convex_hull
+from slide_jax.exact import run, settle
+from slide_jax.hull import Hull
 from slide_jax.problem import Allocation, Problem
 from slide_jax.provisioning import provision
 
@@ -31,10 +30,7 @@ def resource_blocks(problem: Problem, block_hz: float) -> Allocation:
     """
     if not 0 < block_hz < float("inf"):
         raise InputError("block_hz", block_hz, "must be a finite number above 0", "give hertz, e.g. 180e3")
-    with jax.enable_x64(True):
-        hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
-        allocation = _jitted(hull, in_float64(problem), np.float64(block_hz))
-        allocation = jax.tree.map(np.asarray, allocation)
+    allocation = run(decide_resource_blocks, problem, np.float64(block_hz))
     bound = float(allocation.throughput)
     return dataclasses.replace(allocation, upper_bound=bound, solver="resource_blocks")
 
@@ -47,6 +43,3 @@ def decide_resource_blocks(hull: Hull, problem: Problem, block_hz: Float[Array, 
     available = jnp.floor(problem.bandwidth_hz / block_hz * (1 + TOLERANCE))
     need = need._replace(bandwidth_hz=blocks * block_hz)
     return settle(hull, problem, need, admit(blocks, available), need.bandwidth_hz)
-
-
-_jitted = jax.jit(decide_resource_blocks)

@@ -13,9 +13,9 @@ from slide_oracles import best_throughput
 from slide_strategies import CORNERS, problems, random_problem
 
 from slide_jax.errors import InputError
-from slide_jax.exact import exact, in_float64
+from slide_jax.exact import _jitted, exact, in_float64
 from slide_jax.hull import convex_hull
-from slide_jax.relaxed import TAU, _jitted, certificate, decide, relax, relaxed, relaxed_from, rounded
+from slide_jax.relaxed import TAU, certificate, decide, relax, relaxed, relaxed_from, rounded
 from slide_jax.verification import verify
 
 SPECTRUM_HZ = 1e7
