@@ -151,7 +151,10 @@ def figure_texts(
     rest = f"{models}, {accuracy}; {_channel(config.cell)}; {drops}"
     means = "Means over drops with 95% intervals, shaded."
     return {
-        "timeline": ("Time line of one user", f"{one_user}{_cell(problem)}; {deadlines}; {models}."),
+        "timeline": (
+            "Time line of one user",
+            f"{one_user}{_cell(problem)} at {setting.bits_per_parameter:g} bits a parameter; {deadlines}.",
+        ),
         "served_by_rho": (
             "What SLIDE gains, by compute over download",
             f"{means} Latency is that of the users whom DAI serves, with its spectrum and clocks. Grey and "
