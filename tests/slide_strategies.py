@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 from slide_oracles import least_bandwidth
 
+from slide_jax.hull import Hull, convex_hull
 from slide_jax.problem import RATE_MODELS, Problem, Users
 from slide_jax.scenario import make_problem
 
@@ -280,3 +281,18 @@ def put(content: dict, path: tuple, value) -> None:
 
 def delete():
     """Stands for the removal of an entry; it is never called."""
+
+
+def with_layers(problem: Problem, layers: int) -> Problem:
+    """Pads the layers to a number, so that one compiled program serves."""
+    padding = ((0, 0), (0, layers - problem.catalogue.layer_bits.shape[1]))
+    catalogue = dataclasses.replace(
+        problem.catalogue,
+        layer_bits=np.pad(problem.catalogue.layer_bits, padding),
+        layer_flop=np.pad(problem.catalogue.layer_flop, padding),
+    )
+    return dataclasses.replace(problem, catalogue=catalogue)
+
+
+def hull_of(problem: Problem) -> Hull:
+    return convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)

@@ -10,7 +10,7 @@ import pytest
 import slide_oracles as oracles
 from hypothesis import given
 from hypothesis import strategies as st
-from slide_strategies import CORNERS, RATE_MODELS, random_problem
+from slide_strategies import CORNERS, RATE_MODELS, random_problem, with_layers
 
 from slide_jax import provisioning
 from slide_jax.exact import decide, exact, run
@@ -29,13 +29,7 @@ families = pytest.mark.parametrize(("corner", "rate_model"), FAMILIES)
 def problem_of(seed, corner="none", rate_model="linear", users=5, models=3, layers=4):
     """Returns a random problem, padded to that many layers so that one compiled program serves."""
     problem = random_problem(np.random.default_rng(seed), users, models, layers, rate_model, corner)
-    padding = ((0, 0), (0, layers - problem.catalogue.layer_bits.shape[1]))
-    catalogue = dataclasses.replace(
-        problem.catalogue,
-        layer_bits=np.pad(problem.catalogue.layer_bits, padding),
-        layer_flop=np.pad(problem.catalogue.layer_flop, padding),
-    )
-    return dataclasses.replace(problem, catalogue=catalogue)
+    return with_layers(problem, layers)
 
 
 def with_users(problem, **columns):

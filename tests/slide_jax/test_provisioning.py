@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 import slide_oracles as oracles
-from slide_strategies import CORNERS, RATE_MODELS, random_problem
+from slide_strategies import CORNERS, RATE_MODELS, hull_of, random_problem, with_layers
 
 from slide_jax import provisioning
-from slide_jax.hull import convex_hull
 from slide_jax.problem import REASONS, Users
 from slide_jax.scenario import make_problem
 
@@ -44,10 +43,6 @@ def bandwidth_by(deadline_s, hull, users, model, frequency_hz, rate_model):
     return provisioning.bandwidth_by(deadline_s, hull, users, model, frequency_hz, rate_model)
 
 
-def hull_of(problem):
-    return convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
-
-
 def need_of(problem):
     need = provision(hull_of(problem), problem.catalogue, problem.users, problem.rate_model)
     return jax.tree.map(np.asarray, need)
@@ -57,17 +52,6 @@ def problems_of(corner, rate_model, count, users=USERS):
     for seed in range(count):
         problem = random_problem(np.random.default_rng(seed), users, MODELS, LAYERS, rate_model, corner)
         yield with_layers(problem, LAYERS)
-
-
-def with_layers(problem, layers):
-    """Pads the layers to a number, so that one compiled program serves."""
-    padding = ((0, 0), (0, layers - problem.catalogue.layer_bits.shape[1]))
-    catalogue = dataclasses.replace(
-        problem.catalogue,
-        layer_bits=np.pad(problem.catalogue.layer_bits, padding),
-        layer_flop=np.pad(problem.catalogue.layer_flop, padding),
-    )
-    return dataclasses.replace(problem, catalogue=catalogue)
 
 
 def with_users(problem, **columns):

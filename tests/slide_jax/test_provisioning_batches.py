@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slide_strategies import RATE_MODELS, random_problem
+from slide_strategies import RATE_MODELS, hull_of, random_problem, with_layers
 
 from slide_jax import provisioning
-from slide_jax.hull import convex_hull
 
 USERS, MODELS, LAYERS = 5, 3, 4
 
@@ -26,10 +25,6 @@ def provision(hull, catalogue, users, rate_model):
     return provisioning.provision(hull, catalogue, users, rate_model)
 
 
-def hull_of(problem):
-    return convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
-
-
 def need_of(problem):
     need = provision(hull_of(problem), problem.catalogue, problem.users, problem.rate_model)
     return jax.tree.map(np.asarray, need)
@@ -39,17 +34,6 @@ def problems_of(corner, rate_model, count, users=USERS):
     for seed in range(count):
         problem = random_problem(np.random.default_rng(seed), users, MODELS, LAYERS, rate_model, corner)
         yield with_layers(problem, LAYERS)
-
-
-def with_layers(problem, layers):
-    """Pads the layers to a number, so that one compiled program serves."""
-    padding = ((0, 0), (0, layers - problem.catalogue.layer_bits.shape[1]))
-    catalogue = dataclasses.replace(
-        problem.catalogue,
-        layer_bits=np.pad(problem.catalogue.layer_bits, padding),
-        layer_flop=np.pad(problem.catalogue.layer_flop, padding),
-    )
-    return dataclasses.replace(problem, catalogue=catalogue)
 
 
 @pytest.mark.parametrize(
