@@ -65,16 +65,6 @@ def db_to_linear(value_db: Float[Array, "..."]) -> Float[Array, "..."]:
     return 10.0 ** (value_db / 10)
 
 
-def dbm_to_w(power_dbm: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns watts."""
-    return 10.0 ** (power_dbm / 10 - 3)
-
-
-def noise_density_w_per_hz(noise_figure_db: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns N0 [W/Hz], thermal noise at 290 K and what the receiver adds (its noise figure)."""
-    return dbm_to_w(THERMAL_NOISE_DBM_PER_HZ + noise_figure_db)
-
-
 def path_loss_db(
     distance_m: Float[Array, "..."],
     constant_db: float = 128.1,

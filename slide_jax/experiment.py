@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from slide_jax import baselines
-from slide_jax.errors import unknown_name
-from slide_jax.exact import decide, in_float64
+from slide_jax.errors import InputError, unknown_name
+from slide_jax.exact import decide, run
 from slide_jax.hull import Hull, convex_hull
 from slide_jax.problem import Allocation, Catalogue, Problem
 from slide_jax.provisioning import outcome
@@ -106,17 +106,22 @@ def run_sweep(
         the same share one program.
 
     Raises:
-      InputError: an unknown method.
+      InputError: an unknown method, or fewer users drawn than ask.
     """
     for method in methods:
         if method not in METHODS:
             raise unknown_name("methods", method, METHODS)
-    count = count or max(int(setting.users) for setting in settings)
+    most = max(int(setting.users) for setting in settings)
+    count = most if count is None else count
+    if count < most:
+        raise InputError("count", count, f"{most} users ask", "draw at least as many")
     with jax.enable_x64(True):
         points = jax.tree.map(lambda *values: jnp.asarray(values, jnp.float64), *settings)
         keys = jax.random.split(jax.random.key(seed), drops)
         arrays = (catalogue, *_hulls(catalogue))
-        result = _sweep(points, keys, *arrays, count, tuple(methods), rate_model)
+        # The functions and not their names, so that a method defined anew is compiled anew.
+        chosen = tuple((method, METHODS[method]) for method in methods)
+        result = _sweep(points, keys, *arrays, count, chosen, rate_model)
         return jax.tree.map(np.asarray, result)
 
 
@@ -137,9 +142,7 @@ def compare_latencies(problem: Problem, dai: Allocation) -> Latencies:
       problem: under SLIDE.
       dai: an allocation of `baselines.dai`.
     """
-    with jax.enable_x64(True):
-        hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
-        return jax.tree.map(np.asarray, _jitted_compare(hull, in_float64(problem), dai))
+    return run(_compare, problem, dai)
 
 
 def _hulls(catalogue: Catalogue) -> tuple[Hull, Catalogue, Hull]:
@@ -155,7 +158,7 @@ def _hulls(catalogue: Catalogue) -> tuple[Hull, Catalogue, Hull]:
 def _sweep(points, keys, catalogue, hull, collapsed, collapsed_hull, count, methods, rate_model):
     def of_drop(setting, key):
         drop = _draw(key, setting, catalogue, hull, collapsed, collapsed_hull, count, rate_model)
-        served = {method: jnp.sum(METHODS[method](drop).served) for method in methods}
+        served = {name: jnp.sum(method(drop).served) for name, method in methods}
         dai_s, slide_s, rho = _compare(hull, drop.problem, decide(collapsed_hull, drop.collapsed))
         total_dai = jnp.nansum(dai_s)
         saved = jnp.where(total_dai > 0, 1 - jnp.nansum(slide_s) / total_dai, jnp.nan)
@@ -186,6 +189,3 @@ def _compare(hull: Hull, problem: Problem, dai: Allocation) -> Latencies:
     computing = hull.total_flop[dai.model] / speed
     taking = dai.latency_s - users.start_s
     return Latencies(taking, slide.latency_s - users.start_s, computing / (taking - computing))
-
-
-_jitted_compare = jax.jit(_compare)

@@ -126,3 +126,18 @@ def test_random_orders_differ_between_drops_and_repeat_with_the_seed():
 def test_an_unknown_method_is_named():
     with pytest.raises(InputError, match="did you mean 'exact'"):
         run_sweep([SETTING], CATALOGUE, DROPS, SEED, ["exakt"])
+
+
+def test_fewer_users_drawn_than_ask_are_refused():
+    with pytest.raises(InputError, match="12 users ask"):
+        run_sweep([SETTING], CATALOGUE, DROPS, SEED, count=11)
+
+
+def test_a_method_defined_anew_is_compiled_anew(monkeypatch):
+    served = []
+    for method in (METHODS["exact"], METHODS["dai"]):
+        monkeypatch.setitem(METHODS, "mine", method)
+        served.append(run_sweep([SETTING], CATALOGUE, DROPS, SEED, ["mine"]).served["mine"])
+    expected = run_sweep([SETTING], CATALOGUE, DROPS, SEED).served
+    np.testing.assert_array_equal(served, [expected["exact"], expected["dai"]])
+    assert (served[0] != served[1]).any()
