@@ -56,6 +56,7 @@ def gradient(config: ConfigDict) -> ConfigDict:
 def active(config: ConfigDict) -> ConfigDict:
     """A quarter of the experts for everyone, in the training pass's forward too."""
     config.fl.forward = "active"
+    config.importance.refresh = "previous"
     config.budget.fraction = 0.25
     return config
 
@@ -124,10 +125,11 @@ def get_config(preset: str = "default") -> ConfigDict:
     model.hidden = 256  # of each expert
     model.num_experts = 8  # in each layer
     model.top_k = 1  # experts of a token
-    model.dispatch = "capacity"  # capacity | dense
     model.capacity_factor = 1.5  # slots of an expert in training, over an even share of the tokens
     model.eval_capacity_factor = 2.0
     model.load_balance = 0.01  # weight of the load-balancing loss
+    model.precision = "float32"  # of the products: float32 | bfloat16
+    model.remat = False  # keep a layer's input alone and compute the rest again in the backward pass
 
     fl = config.fl = ConfigDict()
     fl.algorithm = "hfedmoe"  # see hfedmoe_jax/algorithms.py
@@ -145,7 +147,7 @@ def get_config(preset: str = "default") -> ConfigDict:
 
     importance = config.importance = ConfigDict()
     importance.estimate = "routing"  # of the task information: routing | gradient
-    importance.refresh = "step"  # step | previous
+    importance.refresh = "step"  # step | previous | round
     importance.lam = 0.5  # (5)
     importance.beta = 0.1  # (14)
 
@@ -170,6 +172,7 @@ def get_config(preset: str = "default") -> ConfigDict:
 
     budget = config.budget = ConfigDict()
     budget.fraction = 0.0  # of all experts, the same for every client; 0: from the devices
+    budget.tiers = 3  # most compiled programs that clients of unlike budgets are spread over
 
     # Memory free for training. The classes stand to this small model as phones, tablets and laptops
     # stand to a large one: the first cannot train all experts, the last can.

@@ -10,7 +10,7 @@ from hfedmoe_jax.algorithms import Composition, FederatedAlgorithm
 from hfedmoe_jax.data import FederatedData, load_federated
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experiment import COLUMNS, Experiment, Outcome, RunState
-from hfedmoe_jax.population import make_mesh, map_population
+from hfedmoe_jax.population import make_mesh
 from hfedmoe_jax.scores import Evidence, estimates, score_rules
 
 __all__ = [
@@ -29,6 +29,5 @@ __all__ = [
     "gating_rules",
     "load_federated",
     "make_mesh",
-    "map_population",
     "score_rules",
 ]

@@ -6,14 +6,17 @@ running sums, never copies of the clients' models.
 Axes: C clients, L MoE layers, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.models import Params
 from hfedmoe_jax.registry import Registry
+from hfedmoe_jax.sums import Fixed, add_rows, add_terms, fixed_zeros, from_fixed, merge_over_devices, settle
 
 
 def dominant_set(
@@ -109,21 +112,35 @@ def mean_gating(upload: Upload, aggregation: ConfigDict) -> Float[Array, ""]:
     return upload.num_examples
 
 
-def literal_gating(mean: "RunningMean", union_size: Float[Array, ""]) -> Any:
-    """Returns sum_c alpha(c) G_c of (21) as printed, whose weights do not sum to one.
-
-    Args:
-      mean: the running mean of the routers, weighted by `gating_weight`.
-      union_size: |S_global|.
-    """
-    return jax.tree.map(lambda total: total / jnp.maximum(union_size, 1), mean.total)
-
-
 class RunningMean(NamedTuple):
-    """Sums of a weighted mean: `total` like the values, `weight` like the weights."""
+    """Exact sums of a weighted mean of what clients changed (see `sums`).
 
-    total: Any
-    weight: Any
+    Attributes:
+      total: like the parameters; sums of weight * (new - old).
+      weight: sums of the weights: experts [L, E], router [], shared [].
+      dominant: int32 [L, E], how many clients had the expert in their dominant set.
+    """
+
+    total: Params
+    weight: Params
+    dominant: Int[Array, "layers experts"]
+
+
+class Contribution(NamedTuple):
+    """What one client adds to a running mean.
+
+    Attributes:
+      params: as in `ClientUpdate`: experts a row each, and rows of the embedding table.
+      expert, token: whose row each is; None if there is one for each, in order.
+      weights: experts [L, E], router [], shared []; a client that does not count has zeros.
+      dominant: bool [L, E].
+    """
+
+    params: Params
+    expert: Int[Array, " rows"] | None
+    token: Int[Array, " table_rows"] | None
+    weights: Params
+    dominant: Bool[Array, "layers experts"]
 
 
 def widen(weight: jax.Array, like: jax.Array) -> jax.Array:
@@ -131,41 +148,132 @@ def widen(weight: jax.Array, like: jax.Array) -> jax.Array:
     return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim))
 
 
-def mean_init(values: Any, weights: Any) -> RunningMean:
-    """Returns empty sums.
+def mean_init(params: Params) -> RunningMean:
+    """Returns empty sums for parameters (arrays or shapes)."""
+    num_layers, num_experts = jax.tree.leaves(params.experts)[0].shape[:2]
+    weight = Params(fixed_zeros((num_layers, num_experts)), fixed_zeros(()), fixed_zeros(()))
+    dominant = jnp.zeros((num_layers, num_experts), jnp.int32)
+    return RunningMean(jax.tree.map(lambda x: fixed_zeros(x.shape), params), weight, dominant)
+
+
+def mean_accumulate(
+    mean: RunningMean, start: Params, clients: Contribution, unit: Float[Array, ""], table: str
+) -> RunningMean:
+    """Adds clients, stacked on a leading axis M of at most `sums.MOST_TERMS` since the last `mean_settle`.
+
+    A zero weight adds nothing, whatever the value (NaN included).
 
     Args:
-      values: a tree of arrays (or shapes).
-      weights: a prefix tree of `values`; each leaf's shape is a prefix of its values' shapes.
+      start: the parameters that the clients started from.
+      unit: one over the largest weight, a power of two, so that scaling loses nothing.
+      table: the name in `shared` of the table that clients hold rows of.
     """
-    return RunningMean(
-        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), values),
-        jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights),
+    weights = jax.tree.map(lambda w: w * unit, clients.weights)
+
+    def change(weight, new, old):
+        weight = widen(weight, new)
+        return jnp.where(weight > 0, weight * (new.astype(jnp.float32) - old.astype(jnp.float32)), 0.0)
+
+    def dense(total, new, old, weight):
+        return add_terms(total, change(weight, new, old))
+
+    def by_row(total, new, old, weight, index):
+        """Adds [M, rows, ...] at index [M, rows]; `weight` has the shape of `index`."""
+        index = index.reshape(-1)
+        new = new.reshape(-1, *new.shape[2:])
+        return add_rows(total, index, change(weight.reshape(-1), new, old.at[index].get(mode="clip")))
+
+    expert_weight = weights.experts.reshape(weights.experts.shape[0], -1)
+    row_weight = expert_weight
+    if clients.expert is not None:
+        row_weight = jnp.take_along_axis(expert_weight, clients.expert, axis=1, mode="fill", fill_value=0)
+
+    def add_expert(total, new, old):
+        def flat(x):
+            return x.reshape(-1, *old.shape[2:])
+
+        sums = Fixed(*map(flat, total))
+        if clients.expert is None:
+            sums = dense(sums, new, flat(old), row_weight)
+        else:
+            sums = by_row(sums, new, flat(old), row_weight, clients.expert)
+        return Fixed(*(x.reshape(old.shape) for x in sums))
+
+    def add_shared(path, total, new, old):
+        if clients.token is not None and path[0].key == table:
+            weight = jnp.broadcast_to(weights.shared[:, None], clients.token.shape)
+            return by_row(total, new, old, weight, clients.token)
+        return dense(total, new, old, weights.shared)
+
+    total = Params(
+        map_totals(add_expert, mean.total.experts, clients.params.experts, start.experts),
+        map_totals(
+            lambda total, new, old: dense(total, new, old, weights.router),
+            mean.total.router, clients.params.router, start.router,
+        ),
+        map_totals(add_shared, mean.total.shared, clients.params.shared, start.shared, with_path=True),
+    )  # fmt: skip
+    weight = Params(*(add_terms(total, w) for total, w in zip(mean.weight, weights, strict=True)))
+    return RunningMean(total, weight, mean.dominant + jnp.sum(clients.dominant, axis=0, dtype=jnp.int32))
+
+
+def map_totals(function: Callable, totals: Any, *trees: Any, with_path: bool = False) -> Any:
+    """Maps over trees of arrays beside a tree of `Fixed`."""
+
+    def is_fixed(node: Any) -> bool:
+        return isinstance(node, Fixed)
+
+    mapped = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
+    return mapped(function, totals, *trees, is_leaf=is_fixed)
+
+
+def mean_settle(mean: RunningMean) -> RunningMean:
+    """Makes room for `sums.MOST_TERMS` more terms."""
+    return mean._replace(total=map_totals(settle, mean.total), weight=map_totals(settle, mean.weight))
+
+
+def mean_merge(mean: RunningMean) -> RunningMean:
+    """Adds settled sums over their leading axis, one place a device."""
+    total, weight = (map_totals(merge_over_devices, tree) for tree in (mean.total, mean.weight))
+    return RunningMean(total, weight, jnp.sum(mean.dominant, axis=0, dtype=jnp.int32))
+
+
+def mean_finalize(mean: RunningMean, like: Params) -> Params:
+    """Returns the mean change, zero where nothing was added (an expert nobody trained).
+
+    Args:
+      like: the parameters, for their shapes and types.
+    """
+
+    def divide(weight):
+        weight = from_fixed(weight)
+
+        def divide_leaf(total, leaf):
+            w = widen(weight, leaf)
+            total = from_fixed(total).reshape(leaf.shape)
+            return jnp.where(w > 0, total / jnp.where(w > 0, w, 1.0), 0.0).astype(leaf.dtype)
+
+        return divide_leaf
+
+    return Params(
+        *(map_totals(divide(w), t, p) for w, t, p in zip(mean.weight, mean.total, like, strict=True))
     )
 
 
-def mean_accumulate(mean: RunningMean, values: Any, weights: Any) -> RunningMean:
-    """Adds one client. A zero weight adds nothing, whatever the value (NaN included)."""
+def literal_gating(
+    mean: RunningMean, router: Any, unit: Float[Array, ""], union_size: Float[Array, ""]
+) -> Any:
+    """Returns sum_c alpha(c) G_c of (21) as printed, whose weights do not sum to one.
 
-    def add(weight, totals, leaves):
-        def add_leaf(total, leaf):
-            w = widen(weight, leaf)
-            return total + jnp.where(w > 0, w * leaf.astype(jnp.float32), 0.0)
+    Args:
+      mean: merged sums; the routers' are weighted by `gating_weight` * `unit`.
+      router: the routers that the clients started from.
+      unit: see `mean_accumulate`.
+      union_size: |S_global|.
+    """
+    weight = from_fixed(mean.weight.router)
 
-        return jax.tree.map(add_leaf, totals, leaves)
+    def printed(total, old):
+        return (from_fixed(total) + weight * old) / unit / jnp.maximum(union_size, 1)
 
-    totals = jax.tree.map(add, weights, mean.total, values)
-    return RunningMean(totals, jax.tree.map(jnp.add, mean.weight, weights))
-
-
-def mean_finalize(mean: RunningMean, previous: Any) -> Any:
-    """Returns total / weight, and `previous` where nothing was added (an expert nobody trained)."""
-
-    def divide(weight, totals, old):
-        def divide_leaf(total, old_leaf):
-            w = widen(weight, total)
-            return jnp.where(w > 0, total / jnp.where(w > 0, w, 1.0), old_leaf).astype(old_leaf.dtype)
-
-        return jax.tree.map(divide_leaf, totals, old)
-
-    return jax.tree.map(divide, mean.weight, mean.total, previous)
+    return map_totals(printed, mean.total.router, router)

@@ -3,37 +3,25 @@
 Axes: C clients in all, M clients of a round's cohort, L MoE layers, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.aggregation import (
-    dominant_set,
-    expert_rules,
-    gating_rules,
-    literal_gating,
-    mean_finalize,
-    routing_consistency,
-)
-from hfedmoe_jax.client import (
-    OK,
-    OVER_BUDGET,
-    ClientData,
-    ClientReport,
-    LocalRule,
-    make_client,
-    scoring_passes,
-)
-from hfedmoe_jax.devices import ScoringPasses
+from hfedmoe_jax.aggregation import dominant_set, routing_consistency
+from hfedmoe_jax.client import OK, OVER_BUDGET, ClientData, ClientReport, LocalRule, make_client
+from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
+from hfedmoe_jax.engines import Clients, PersonalEngine, SharedEngine
 from hfedmoe_jax.models import MoeModel, Params
-from hfedmoe_jax.optimizers import build_optimizer
-from hfedmoe_jax.population import map_population
+from hfedmoe_jax.optimizers import build_optimizer, per_expert
+from hfedmoe_jax.population import Block, place_of, plan_blocks, put_members, unstack_members
+from hfedmoe_jax.refresh import Scoring
 from hfedmoe_jax.registry import Registry
+from hfedmoe_jax.tiers import choose_tiers, tier_of
 
 
 class Composition(NamedTuple):
@@ -126,21 +114,34 @@ class RoundMetrics(NamedTuple):
     consistency: Float[Array, " members"]
 
 
+class Portion(NamedTuple):
+    """A block of a cohort with its data on the devices."""
+
+    block: Block
+    data: ClientData
+
+
 class FederatedAlgorithm(NamedTuple):
-    """A pair of pure functions.
+    """A pair of pure functions, and what they are made of.
 
     Attributes:
       init: params -> ServerState.
-      round: (state, cohort, key) -> (ServerState, RoundMetrics); jitted, the state is donated.
-        `cohort` is a `ClientData` with a leading axis M, `key` the key of this round.
+      round: (state, portions, key) -> (ServerState, RoundMetrics of the cohort on the host); the state is
+        donated, `key` is the key of this round. Portions are taken as they are needed.
+      plan: (clients, hosts or None) -> blocks of a cohort, see `plan_blocks`.
+      portion: (block, ClientData [D * B, ...] as host arrays) -> Portion.
       composition: the parts it is made of.
       scoring: what scoring adds to a client's round.
+      programs: the compiled functions by name: one a tier, and what opens and ends a round.
     """
 
     init: Callable[[Params], ServerState]
-    round: Callable[[ServerState, ClientData, jax.Array], tuple[ServerState, RoundMetrics]]
+    round: Callable[[ServerState, Iterable[Portion], jax.Array], tuple[ServerState, RoundMetrics]]
+    plan: Callable[..., list[Block]]
+    portion: Callable[[Block, ClientData], Portion]
     composition: Composition
     scoring: ScoringPasses
+    programs: dict[str, Callable]
 
 
 def compose(config: ConfigDict) -> Composition:
@@ -166,116 +167,92 @@ def server_section(section: ConfigDict, optimizer: str) -> ConfigDict:
 
 
 def build_algorithm(
-    config: ConfigDict, model: MoeModel, num_clients: int, mesh: Mesh, chunk: int
+    config: ConfigDict, model: MoeModel, clients: Clients, mesh: Mesh, chunk: int
 ) -> FederatedAlgorithm:
     """Returns the algorithm that a config describes.
 
     Args:
-      config: reads fl, client, server, importance, aggregation, model.load_balance.
+      config: reads fl, client, server, importance, aggregation, budget, model.
       model: what is trained.
-      num_clients: C.
-      mesh, chunk: see `map_population`.
+      clients: the population.
+      mesh, chunk: where, and how many clients at once on a device.
     """
     parts = compose(config)
-    expert_rule, gating_rule = expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
-    server = build_optimizer(
-        server_section(config.server, parts.server_optimizer), parts.server_optimizer, "server"
+    server = per_expert(
+        build_optimizer(
+            server_section(config.server, parts.server_optimizer), parts.server_optimizer, "server"
+        )
     )
+    optimizer = build_optimizer(config.client, config.client.optimizer, "client")
     rule = LocalRule(
         score=None if parts.score == "none" else parts.score,
         fail_over_budget=parts.fail_over_budget,
         proximal_mu=config.client.proximal_mu if parts.proximal else 0.0,
     )
-    train = make_client(
-        model, build_optimizer(config.client, config.client.optimizer, "client"), rule, config
-    )
+    num_experts, num_clients = model.num_layers * model.num_experts, len(clients.budget)
+    place = place_of(mesh, chunk)
+    tiers = [num_experts]
+    if rule.score is not None:
+        tiers = choose_tiers(clients.budget, config.budget.tiers)
+    train = {
+        tier: make_client(model, optimizer, rule, config, tier, clients.table_rows, place) for tier in tiers
+    }
+    engine = PersonalEngine if parts.personal else SharedEngine
+    engine = engine(config, parts, model, server, clients, mesh, chunk, train)
 
     def init(params: Params) -> ServerState:
         per_expert = (num_clients, model.num_layers, model.num_experts)
         records = ClientRecords(
-            usage=jnp.full(per_expert, jnp.nan, jnp.float32),
-            times_trained=jnp.zeros(per_expert, jnp.int32),
-            rounds_measured=jnp.zeros(num_clients, jnp.int32),
-            union_total=jnp.zeros(num_clients, jnp.float32),
+            usage=np.full(per_expert, np.nan, np.float32),
+            times_trained=np.zeros(per_expert, np.int32),
+            rounds_measured=np.zeros(num_clients, np.int32),
+            union_total=np.zeros(num_clients, np.float32),
         )
-        if parts.personal:
-            params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), params)
-            return ServerState(params, (), records)
-        return ServerState(params, server.init(params), records)
+        return ServerState(*engine.init(params), records)
 
-    def visit(broadcast, client: ClientData):
-        """A client's round, as the population engine wants it: values, weights, output."""
-        params, key = broadcast
-        update = train(params, client, jax.random.fold_in(key, client.client))
-        ok = update.report.status == OK
-        weights = Params(
-            experts=expert_rule(update.upload, config.aggregation),
-            router=gating_rule(update.upload, config.aggregation),
-            shared=client.num_examples,
-        )
-        weights = jax.tree.map(lambda w: jnp.where(ok, w, 0.0), weights)
-        return update.params, weights, (update.upload, update.report, weights.experts > 0)
+    def plan(cohort: np.ndarray, hosts: np.ndarray | None = None) -> list[Block]:
+        budgets = clients.budget[cohort] if rule.score is not None else np.full(len(cohort), num_experts)
+        return plan_blocks(tier_of(budgets, tiers), mesh, chunk, hosts)
 
-    def visit_personal(key, member):
-        """The same without aggregation: the client's own parameters go in and come out."""
-        client, params = member
-        update = train(params, client, jax.random.fold_in(key, client.client))
-        ok = update.report.status == OK
-        kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), update.params, params)
-        uploaded = jnp.zeros_like(update.upload.trained)
-        return (), (), (update.upload, update.report, uploaded, kept)
+    def portion(block: Block, data: ClientData) -> Portion:
+        return Portion(block, put_members(mesh, data))
 
-    def remember(records: ClientRecords, cohort: ClientData, upload, report, trained) -> ClientRecords:
-        # Padding members have the number C: they write out of bounds, which `drop` ignores.
-        row, ok = cohort.client, report.status == OK
-        measured = ok | (report.status == OVER_BUDGET)
-        trained = jnp.where(ok[:, None, None], trained, False).astype(jnp.int32)
-        return ClientRecords(
-            usage=records.usage.at[row].set(jnp.where(ok[:, None, None], upload.usage, jnp.nan), mode="drop"),
-            times_trained=records.times_trained.at[row].add(trained, mode="drop"),
-            rounds_measured=records.rounds_measured.at[row].add(measured.astype(jnp.int32), mode="drop"),
-            union_total=records.union_total.at[row].add(
-                jnp.where(measured, report.union_size, 0.0), mode="drop"
-            ),
-        )
+    def round_function(state: ServerState, portions: Iterable[Portion], key: jax.Array):
+        blocks, outputs = [], []
+        running = engine.open(state)
+        for block, data in portions:
+            count = put_members(mesh, block.count)
+            running, told = engine.run(block.tier, running, state, data, count, key)
+            blocks.append(block)
+            outputs.append(told)
+            # The devices always have the next block at hand, and the host never prepares many ahead.
+            if len(outputs) > 2:
+                jax.block_until_ready(outputs[-3])
+        params, optimizer_state = engine.finish(running, state)
+        size = sum(int(block.count.sum()) for block in blocks)
+        client, upload, report, uploaded = unstack_members(blocks, outputs, size)
+        records = remember(state.records, client, upload, report, uploaded & upload.trained)
+        dominant = dominant_set(upload.usage, upload.trained, config.aggregation.tau)
+        consistency = np.full(size, np.nan, np.float32)  # of personal models, of which nothing is shared
+        if not parts.personal:
+            consistency = np.asarray(routing_consistency(dominant, report.status == OK))
+        return ServerState(params, optimizer_state, records), RoundMetrics(report, uploaded, consistency)
 
-    def aggregate_round(state: ServerState, cohort: ClientData, key):
-        run = map_population(visit, mesh, chunk)
-        mean, (upload, report, uploaded) = run((state.params, key), cohort)
-        target = mean_finalize(mean, state.params)
-        ok = report.status == OK
-        dominant = dominant_set(upload.usage, upload.trained, config.aggregation.tau) & ok[:, None, None]
-        if config.aggregation.literal_gating:
-            union_size = jnp.sum(jnp.any(dominant, axis=0))
-            literal = literal_gating(mean._replace(total=mean.total.router), union_size)
-            target = target._replace(
-                router=jax.tree.map(
-                    lambda new, old: jnp.where(union_size > 0, new, old), literal, state.params.router
-                )
-            )
-        pseudo_gradient = jax.tree.map(jnp.subtract, state.params, target)
-        anyone = mean.weight.shared > 0
-        params, optimizer = server.update(
-            pseudo_gradient, state.optimizer, state.params, mean.weight.experts > 0
-        )
-        # A round in which every client failed leaves the server as it was.
-        params, optimizer = jax.tree.map(
-            lambda new, old: jnp.where(anyone, new, old), (params, optimizer), (state.params, state.optimizer)
-        )
-        records = remember(state.records, cohort, upload, report, uploaded & upload.trained)
-        consistency = routing_consistency(dominant, ok)
-        return ServerState(params, optimizer, records), RoundMetrics(report, uploaded, consistency)
+    scoring = NO_SCORING
+    if rule.score is not None:
+        routed = config.fl.forward == "routed"
+        scoring = Scoring(model.num_layers, model.num_experts, rule.score, config.importance, routed)
+        scoring = scoring.passes(config.fl.local_steps)
+    return FederatedAlgorithm(init, round_function, plan, portion, parts, scoring, engine.programs)
 
-    def personal_round(state: ServerState, cohort: ClientData, key):
-        own = jax.tree.map(lambda x: x[cohort.client], state.params)
-        run = map_population(visit_personal, mesh, chunk)
-        _, (upload, report, uploaded, kept) = run(key, (cohort, own))
-        row = jnp.where(report.status == OK, cohort.client, num_clients)
-        params = jax.tree.map(lambda x, new: x.at[row].set(new, mode="drop"), state.params, kept)
-        records = remember(state.records, cohort, upload, report, upload.trained)
-        consistency = jnp.full(report.status.shape, jnp.nan)  # nothing is shared
-        return ServerState(params, (), records), RoundMetrics(report, uploaded, consistency)
 
-    round_function = personal_round if parts.personal else aggregate_round
-    scoring = scoring_passes(rule, model, config.fl.local_steps, config.importance)
-    return FederatedAlgorithm(init, jax.jit(round_function, donate_argnums=0), parts, scoring)
+def remember(records: ClientRecords, client, upload, report, trained) -> ClientRecords:
+    """Returns the records after a round of these clients, on the host."""
+    ok = report.status == OK
+    measured = ok | (report.status == OVER_BUDGET)
+    records = ClientRecords(*(np.array(x) for x in records))
+    records.usage[client] = np.where(ok[:, None, None], upload.usage, np.nan)
+    records.times_trained[client] += trained & ok[:, None, None]
+    records.rounds_measured[client] += measured
+    records.union_total[client] += np.where(measured, report.union_size, 0)
+    return records

@@ -19,6 +19,7 @@ AT_LEAST_ONE = (
     "eval.batch_size",
     "checkpoint.every",
     "checkpoint.keep",
+    "budget.tiers",
 )
 NOT_NEGATIVE = (
     "seed",
@@ -29,7 +30,7 @@ NOT_NEGATIVE = (
     "model.load_balance",
     "client.proximal_mu",
 )
-CHOICES = {"fl.forward": ("routed", "active"), "importance.refresh": ("step", "previous")}
+CHOICES = {"fl.forward": ("routed", "active"), "importance.refresh": ("step", "previous", "round")}
 
 
 def lookup(config: ConfigDict, field: str):

@@ -3,6 +3,7 @@
 Axes: S local steps, B batch, T tokens, L MoE layers, E experts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,34 +14,24 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import Upload
-from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
-from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import (
-    ExpertControls,
-    MoeModel,
-    Params,
-    Routing,
-    load_balancing_loss,
-    open_controls,
-    own_choice,
+from hfedmoe_jax.bank import BankLayout, ExpertBank, flat
+from hfedmoe_jax.budgeted import (
+    ALONE,
+    Place,
+    Seen,
+    backward_pass,
+    everywhere,
+    experts_here,
+    forward_pass,
+    here,
+    total,
 )
-from hfedmoe_jax.optimizers import PerExpertOptimizer
-from hfedmoe_jax.scores import (
-    Evidence,
-    expert_contribution,
-    gradients_read,
-    routing_importance,
-    score_rules,
-    union,
-    usage,
-    usage_over_batches,
-)
-from hfedmoe_jax.selection import select
+from hfedmoe_jax.models import MoeModel, Params, slots_of
+from hfedmoe_jax.refresh import Importance, Scoring
+from hfedmoe_jax.scores import routing_importance, union, usage, usage_over_batches
 
 OK, DROPPED_OUT, OVER_BUDGET, NONFINITE = range(4)
 STATUS_NAMES = ("ok", "dropped_out", "over_budget", "nonfinite")
-
-SCORE_DECAY = 0.5  # weight of the past in the running score of `importance.refresh=previous`
 
 
 class ClientData(NamedTuple):
@@ -91,9 +82,21 @@ class ClientReport(NamedTuple):
 
 
 class ClientUpdate(NamedTuple):
-    """A client's parameters after local training, with what it tells the server."""
+    """A client's parameters after local training, with what it tells the server.
+
+    Attributes:
+      params: the router, the shared parameters with the rows of the embedding table that the client's
+        tokens use, and a row for each expert that it may have trained.
+      expert: int32 [U], whose row each is: layer * E + expert, L * E for an unused one; None if there is a
+        row for each expert, in order.
+      token: int32 [R], which row of the table each is, the vocabulary's size for an unused one; None if
+        it is the whole table.
+      upload, report: see there.
+    """
 
     params: Params
+    expert: Int[Array, " rows"] | None
+    token: Int[Array, " table_rows"] | None
     upload: Upload
     report: ClientReport
 
@@ -112,135 +115,144 @@ class LocalRule(NamedTuple):
     proximal_mu: float
 
 
-def batch_loss(
-    model: MoeModel, balance: float
-) -> Callable[[Params, ExpertControls, Array, Array], tuple[Array, Any]]:
-    """Returns `(params, controls, tokens, labels) -> (loss, (cross_entropy, logits, routing))`."""
+class Carry(NamedTuple):
+    """What a client takes from step to step."""
 
-    def loss(params, controls, tokens, labels):
-        logits, routing = model.apply(params, tokens, controls, training=True)
-        cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-        token_mask = model.token_mask(tokens)
-        own = own_choice(routing.gates, token_mask, model.top_k)
-        total = cross_entropy + balance * load_balancing_loss(routing.gates, own, token_mask)
-        return total, (cross_entropy, logits, routing)
-
-    return loss
-
-
-def probe(
-    model: MoeModel, params: Params, tokens: Array, labels: Array, key: Array
-) -> tuple[Evidence, Bool[Array, "layers experts"]]:
-    """Returns the evidence of a batch with every expert open, and the batch's union of experts."""
-    everything = open_controls(model.num_layers, model.num_experts)
-    loss = batch_loss(model, 0.0)
-    token_mask = model.token_mask(tokens)
-    _, routing = model.apply(params, tokens, everything, training=True)
-
-    def loss_of_multiplier(multiplier):
-        return loss(params, everything._replace(multiplier=multiplier), tokens, labels)[0]
-
-    def gradient_norm():
-        gradient = jax.grad(lambda p: loss(p, everything, tokens, labels)[0])(params).experts
-        squares = [jnp.sum(g**2, axis=tuple(range(2, g.ndim))) for g in jax.tree.leaves(gradient)]
-        return jnp.sqrt(sum(squares))
-
-    evidence = Evidence(
-        gates=routing.gates,
-        chosen=routing.chosen,
-        token_mask=token_mask,
-        key=key,
-        contribution=lambda: expert_contribution(loss_of_multiplier, everything.multiplier),
-        gradient_norm=gradient_norm,
-    )
-    return evidence, union(routing.chosen)
+    params: Params
+    rest_state: Any
+    bank: ExpertBank
+    importance: Importance
 
 
 def make_client(
-    model: MoeModel, optimizer: PerExpertOptimizer, rule: LocalRule, config: ConfigDict
+    model: MoeModel,
+    optimizer: optax.GradientTransformation,
+    rule: LocalRule,
+    config: ConfigDict,
+    tier: int,
+    table_rows: int,
+    place: Place = ALONE,
 ) -> Callable[[Params, ClientData, Array], ClientUpdate]:
     """Returns `train(params, client, key) -> ClientUpdate`.
 
     Each step selects experts for its batch (15) and trains those, the routers and the shared
-    parameters. `importance.refresh=step` scores the batch itself with a pass of its own;
-    `previous` scores the round's first batch so and then keeps a running score from what the
-    training passes compute anyway.
+    parameters. Scores come from what the steps compute anyway, see `refresh`. With
+    `fl.forward=active` the experts are chosen before the forward pass and the others do not run.
 
-    Our decisions: with `previous` the contributions are gradients of the training loss, load
-    balancing included, and E_union is that of the round's batches so far, because a batch's own is
-    known only after its forward pass; usage (16) is over the tokens of the round's batches, not of
-    all of D_c, which would be a pass of its own.
+    Our decisions: usage (16) is over the tokens of the round's batches, not of all of D_c, which would
+    be a pass of its own; of an embedding table the client holds the rows of its own tokens, which
+    changes nothing for optimizers that leave a weight alone as long as its gradient was always zero.
 
     Args:
-      config: reads model.load_balance, importance.*, fl.forward.
+      optimizer: every expert, and everything else together, has one of its own.
+      config: reads model, importance, fl.forward, fl.local_steps.
+      tier: the most experts over all layers that a client of this program trains on a batch.
+      table_rows: R, at least the distinct tokens of a client's round, padding included.
+      place: where it runs.
 
     Raises:
       InputError: the score reads what the config's `importance.refresh` cannot give it.
     """
-    importance = config.importance
-    loss = batch_loss(model, config.model.load_balance)
-    everything = open_controls(model.num_layers, model.num_experts)
-    score = score_rules[rule.score] if rule.score is not None else None
-    score_each_step = score is not None and importance.refresh == "step"
-    reads = gradients_read(score, importance, model.num_layers, model.num_experts) if score else set()
-    reads_contribution = "contribution" in reads
-    if "gradient_norm" in reads and not score_each_step:
-        raise InputError(
-            "importance.refresh",
-            importance.refresh,
-            "the training pass has no gradient of experts that it does not train",
-            f"use importance.refresh=step with the score {rule.score}",
-        )
+    routed = config.fl.forward == "routed" or rule.score is None
+    remat, factor, balance = config.model.remat, config.model.capacity_factor, config.model.load_balance
+    score = None
+    if rule.score is not None:
+        score = Scoring(model.num_layers, model.num_experts, rule.score, config.importance, routed)
+    touched = tier if config.importance.refresh == "round" else tier * config.fl.local_steps
+    if score is None:
+        tier = touched = model.num_layers * model.num_experts
 
-    def objective(params, multiplier, controls, start, tokens, labels):
-        total, parts = loss(params, controls._replace(multiplier=multiplier), tokens, labels)
-        if rule.proximal_mu:
-            total += 0.5 * rule.proximal_mu * optax.tree.norm(optax.tree.sub(params, start), squared=True)
-        return total, parts
+    def cross_entropy(head: dict, x: Array, tokens: Array, labels: Array):
+        logits = model.pieces.head(head, x, model.real(tokens))
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)), logits
+
+    def by_routers(start: Params, rest: Params, tokens: Array) -> tuple[Seen, Array]:
+        """What the routers say of a batch when no expert runs, and which of its tokens are real."""
+        nobody = slots_of(jnp.zeros((model.num_layers, 1), bool), 1)
+        some = jax.tree.map(lambda x: x[0, 0], start.experts)
+        _, seen, _, _ = forward_pass(model, rest, lambda _: some, nobody, None, tokens, factor, ALONE)
+        return seen, model.real(tokens).reshape(-1)
 
     def train(start: Params, client: ClientData, key: Array) -> ClientUpdate:
-        def step(carry, batch):
-            params, optimizer_state, running_score, eligible = carry
-            tokens, labels, step_key = batch
-            token_mask = model.token_mask(tokens)
-            if score_each_step:
-                evidence, eligible = probe(model, params, tokens, labels, step_key)
-                running_score = score(evidence, importance)
-            active = everything.backward if score is None else select(running_score, eligible, client.budget)
-            forward = active if config.fl.forward == "active" else everything.forward
-            controls = ExpertControls(forward, active, everything.multiplier)
-            (_, (cross_entropy, logits, routing)), (gradient, multiplier_gradient) = jax.value_and_grad(
-                objective, argnums=(0, 1), has_aux=True
-            )(params, everything.multiplier, controls, start, tokens, labels)
-            own = own_choice(routing.gates, token_mask, model.top_k)
-            trained = active & union(routing.chosen)
-            params, optimizer_state = optimizer.update(gradient, optimizer_state, params, trained)
-            if score is not None and not score_each_step:
-                seen = Evidence(routing.gates, own, token_mask, step_key, lambda: -multiplier_gradient, None)
-                fresh = SCORE_DECAY * running_score + (1 - SCORE_DECAY) * score(seen, importance)
-                # No token reached a closed expert, so its contribution was not measured.
-                measured_now = forward | (not reads_contribution)
-                running_score = jnp.where(measured_now, fresh, running_score)
-                eligible = eligible | union(own)
-            measured = measure(cross_entropy, logits, labels, routing, own, trained, token_mask)
+        table = start.shared[model.pieces.table]
+        used, tokens = distinct_tokens(client.tokens, table.shape[0], table_rows)
+        shared = start.shared if used is None else start.shared | {model.pieces.table: table[used]}
+        rest = Params(None, start.router, shared)
+        held, _ = experts_here(model, place)
+        layout = BankLayout(model.num_layers, held, tier, touched, whole=routed)
+
+        def step(carry: Carry, batch):
+            tokens, labels, step_key, first = batch
+            params, rest_state, bank, importance = carry
+            token_mask = model.real(tokens).reshape(-1)
+            ran = None  # every expert
+            if not routed:
+                ran = score.select(importance, client.budget)
+                bank = layout.enter(bank, start.experts, here(model, ran, place))
+            run_slots = layout.slots(here(model, ran, place))
+            held_then = bank
+            x, seen, _, residuals = forward_pass(
+                model, params, lambda slot: layout.read(held_then, run_slots.expert[slot]), run_slots, ran,
+                tokens, factor, place, remat,
+            )  # fmt: skip
+            head = {name: params.shared[name] for name in model.pieces.head_parts}
+            (loss, logits), (d_head, dx) = jax.value_and_grad(cross_entropy, (0, 1), has_aux=True)(
+                head, x, tokens, labels
+            )
+
+            def backward(slots, read, consume, carry):
+                return backward_pass(
+                    model, params, tokens, residuals, run_slots, ran, dx, balance, slots, read, consume,
+                    carry, place,
+                )  # fmt: skip
+
+            active = ran
+            if score is not None and routed:
+                norms = functools.partial(gradient_norms, layout, bank, backward, place)
+                importance = score.of_batch(importance, seen, token_mask, step_key, first, norms)
+                active = score.select(importance, client.budget)
+                bank = layout.enter(bank, start.experts, here(model, active, place))
+
+            def consume(bank, expert, gradient, reached):
+                weights = layout.read(bank, expert)
+                if rule.proximal_mu:
+                    away = jax.tree.map(lambda w, x: w - flat(x)[expert], weights, start.experts)
+                    gradient = optax.tree.add_scale(gradient, rule.proximal_mu, away)
+                return layout.update(bank, expert, gradient, reached, optimizer)
+
+            gradient, multiplier, bank = backward(
+                layout.slots(here(model, active, place)), layout.read, consume, bank
+            )
+            gradient = gradient._replace(shared=gradient.shared | d_head)
+            if rule.proximal_mu:
+                away = optax.tree.sub(params, rest)
+                gradient = optax.tree.add_scale(gradient, rule.proximal_mu, away)
+            updates, rest_state = optimizer.update(gradient, rest_state, params)
+            params = optax.apply_updates(params, updates)
+            trained = seen.kept > 0 if active is None else active & (seen.kept > 0)
+            if score is not None:
+                importance = score.after_batch(
+                    importance, seen, token_mask, step_key, first, -multiplier, ran
+                )
+            measured = measure(loss, logits, labels, seen, trained, token_mask)
             told = (
-                usage(routing.gates, own, token_mask),
-                routing_importance(routing.gates, token_mask, importance.lam),
+                usage(seen.gates, seen.own, token_mask),
+                routing_importance(seen.gates, token_mask, config.importance.lam),
                 jnp.sum(token_mask, dtype=jnp.float32),
             )
-            return (params, optimizer_state, running_score, eligible), (measured, told, trained)
+            return Carry(params, rest_state, bank, importance), (measured, told, trained)
 
         num_steps = client.tokens.shape[0]
         first_key, *keys = jax.random.split(key, num_steps + 1)
-        keys = jnp.stack(keys)
-        running_score = jnp.zeros((model.num_layers, model.num_experts), jnp.float32)
-        eligible = everything.backward
-        if score is not None and not score_each_step:
-            first, eligible = probe(model, start, client.tokens[0], client.labels[0], first_key)
-            running_score = score(first, importance)
-        carry = (start, optimizer.init(start), running_score, eligible)
-        batches = (client.tokens, client.labels, keys)
-        (params, *_), (measured, told, trained) = jax.lax.scan(step, carry, batches)
+        importance = None
+        if score is not None:
+            importance = score.start()
+            if not routed:
+                importance = score.before_round(*by_routers(start, rest, tokens[0]), first_key)
+        bank = layout.open(start.experts, optimizer)
+        carry = Carry(rest, optimizer.init(rest), bank, importance)
+        batches = (tokens, client.labels, jnp.stack(keys), jnp.arange(num_steps) == 0)
+        carry, (measured, told, trained) = jax.lax.scan(step, carry, batches)
         usages, importances, num_tokens = told
         upload = Upload(
             usage=usage_over_batches(usages, num_tokens),
@@ -248,59 +260,81 @@ def make_client(
             trained=jnp.any(trained, axis=0),
             num_examples=client.num_examples,
         )
+        experts, expert = layout.close(carry.bank)
+        params = carry.params._replace(experts=experts)
         max_union_size = jnp.max(measured["union_size"])
         over_budget = rule.fail_over_budget & (max_union_size > client.budget)
         finite = jnp.isfinite(jnp.sum(measured["loss"])) & all_finite(params)
+        finite = (
+            total((~finite).astype(jnp.int32), place) == 0
+        )  # on every device that holds some of the experts
         status = jnp.select(
             [~client.available, ~finite, over_budget], [DROPPED_OUT, NONFINITE, OVER_BUDGET], OK
         )
         means = {name: jnp.mean(values, axis=0) for name, values in measured.items()}
         report = ClientReport(status=status, max_union_size=max_union_size, **means)
-        return ClientUpdate(params, upload, report)
+        return ClientUpdate(params, expert, used, upload, report)
 
     return train
 
 
-def scoring_passes(rule: LocalRule, model: MoeModel, steps: int, importance: ConfigDict) -> ScoringPasses:
-    """Returns what scoring adds to a client's round.
+def gradient_norms(layout: BankLayout, bank: ExpertBank, backward: Callable, place: Place) -> Array:
+    """Returns the L2 norm of each expert's gradient [L, E], by a backward pass of its own."""
 
-    A pass runs forward; contributions add the product for the inputs, gradient norms of experts those
-    for the inputs and for the experts' weights.
-    """
-    if rule.score is None:
-        return NO_SCORING
-    count = steps if importance.refresh == "step" else 1
-    reads = gradients_read(score_rules[rule.score], importance, model.num_layers, model.num_experts)
-    return ScoringPasses(
-        count, shared=2 if reads else 1, experts=1 + bool(reads) + ("gradient_norm" in reads)
+    def note(norms, expert, gradient, reached):
+        square = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
+        return norms.at[expert].set(jnp.where(reached, jnp.sqrt(square), norms[expert]))
+
+    _, _, norms = backward(
+        layout.slots(None), lambda _, expert: layout.read(bank, expert), note, jnp.zeros(layout.num_experts)
     )
+    return everywhere(norms.reshape(layout.num_layers, layout.held), place)
+
+
+def distinct_tokens(
+    tokens: Int[Array, "*batch"], vocab_size: int, size: int
+) -> tuple[Int[Array, " size"] | None, Int[Array, "*batch"]]:
+    """Returns the distinct tokens in ascending order and `tokens` as indices into them.
+
+    Padding, 0, is always the first; where there are fewer than `size`, `vocab_size` follows. With room for
+    the whole vocabulary nothing is looked up: None and `tokens` as they are.
+
+    Args:
+      size: at least their number.
+    """
+    if size >= vocab_size:
+        return None, tokens
+    used = jnp.zeros(vocab_size, bool).at[tokens].set(True).at[0].set(True)
+    rank = jnp.cumsum(used, dtype=jnp.int32) - 1
+    rows = jnp.where(used, rank, size)
+    every = jnp.arange(vocab_size, dtype=jnp.int32)
+    return jnp.full(size, vocab_size, jnp.int32).at[rows].set(every, mode="drop"), rank[tokens]
 
 
 def measure(
     cross_entropy: Float[Array, ""],
     logits: Float[Array, "batch classes"],
     labels: Int[Array, " batch"],
-    routing: Routing,
-    own: Bool[Array, "layers tokens experts"],
+    seen: Seen,
     trained: Bool[Array, "layers experts"],
     token_mask: Bool[Array, " tokens"],
 ) -> dict[str, Float[Array, ""]]:
     """Returns one step's part of the `ClientReport`, by field.
 
     Args:
-      routing: of the training pass.
-      own: the tokens' own experts, whatever the controls.
+      seen: by the training pass.
       trained: experts that this step trained.
     """
+    kept = jnp.sum(seen.kept, dtype=jnp.float32)
     return dict(
         loss=cross_entropy,
         accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == labels),
-        union_size=jnp.sum(union(own), dtype=jnp.float32),
+        union_size=jnp.sum(union(seen.own), dtype=jnp.float32),
         trained_size=jnp.sum(trained, dtype=jnp.float32),
-        assignments=jnp.sum(routing.kept, dtype=jnp.float32),
-        trained_assignments=jnp.sum(routing.kept & trained[:, None, :], dtype=jnp.float32),
-        dropped=1 - jnp.sum(routing.kept) / jnp.maximum(jnp.sum(routing.chosen), 1),
-        router_entropy=gate_entropy(routing.gates, token_mask),
+        assignments=kept,
+        trained_assignments=jnp.sum(jnp.where(trained, seen.kept, 0), dtype=jnp.float32),
+        dropped=1 - kept / jnp.maximum(jnp.sum(seen.sent), 1),
+        router_entropy=gate_entropy(seen.gates, token_mask),
     )
 
 

@@ -3,7 +3,7 @@
 Axes: M batches, B batch, T tokens, L MoE layers, E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -13,9 +13,17 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from hfedmoe_jax.budgeted import predict
 from hfedmoe_jax.client import ClientData, gate_entropy
-from hfedmoe_jax.models import MoeModel, Params, open_controls
-from hfedmoe_jax.population import map_population, padded_size
+from hfedmoe_jax.models import MoeModel, Params
+from hfedmoe_jax.population import (
+    EVERYWHERE,
+    map_members,
+    params_specs,
+    place_of,
+    plan_blocks,
+    stack_members,
+)
 from hfedmoe_jax.scores import usage, usage_over_batches
 
 
@@ -62,71 +70,76 @@ class Quality(NamedTuple):
 
 
 def make_evaluate(
-    model: MoeModel, personal: bool, mesh: Mesh
-) -> Callable[[Params, EvaluationBatches], BatchScore]:
-    """Returns `evaluate(params, batches) -> BatchScore` stacked over batches, jitted.
+    model: MoeModel, personal: bool, mesh: Mesh, chunk: int, capacity_factor: float
+) -> Callable[[Params, EvaluationBatches, np.ndarray | None], BatchScore]:
+    """Returns `evaluate(params, batches, hosts=None) -> BatchScore` stacked over batches, on the host.
 
     Args:
       model: what is judged.
       personal: params have a leading axis C, and `judge` picks one for each batch.
-      mesh: devices to spread the batches over.
+      mesh, chunk: devices to spread the batches over, and how many at once.
+      capacity_factor: of the experts.
+
+    `hosts` names the process that has each batch; others pass anything of its shape.
     """
-    controls = open_controls(model.num_layers, model.num_experts)
+    place = place_of(mesh, chunk)
 
     def score(params: Params, batch: EvaluationBatches):
         if personal:
             params = jax.tree.map(lambda x: x[batch.judge], params)
         tokens = jnp.where(batch.weight[:, None] > 0, batch.tokens, 0)  # padding asks for no expert
-        token_mask = model.token_mask(tokens)
+        token_mask = model.real(tokens).reshape(-1)
         num_tokens = jnp.sum(token_mask, dtype=jnp.float32)
-        logits, routing = model.apply(params, tokens, controls, training=False)
+        logits, seen = predict(model, params, tokens, capacity_factor, place)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         right = jnp.argmax(logits, axis=-1) == batch.labels
-        return (), (), BatchScore(
+        return (), BatchScore(
             correct=jnp.sum(right * batch.weight),
             loss=jnp.sum(loss * batch.weight),
             count=jnp.sum(batch.weight),
-            load=jnp.sum(routing.kept, axis=1, dtype=jnp.float32),
-            entropy=num_tokens * gate_entropy(routing.gates, token_mask),
+            load=seen.kept.astype(jnp.float32),
+            entropy=num_tokens * gate_entropy(seen.gates, token_mask),
             tokens=num_tokens,
         )  # fmt: skip
 
-    run = jax.jit(map_population(score, mesh, chunk=1))
+    run = map_members(score, mesh, chunk, EVERYWHERE if personal else model_specs(model))
 
-    def evaluate(params: Params, batches: EvaluationBatches) -> BatchScore:
-        size = len(batches.judge)
-        extra = padded_size(size, mesh, 1) - size
-        padded = jax.tree.map(lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), batches)
-        _, scores = run(params, padded)
-        return jax.tree.map(lambda x: np.asarray(x)[:size], scores)
+    def evaluate(params: Params, batches: EvaluationBatches, hosts: np.ndarray | None = None) -> BatchScore:
+        blocks = plan_blocks(np.zeros(len(batches.judge), int), mesh, chunk, hosts)
+        return run(params, ((block, stack_members(batches, block.members)) for block in blocks))
 
     return evaluate
 
 
 def make_usage(
-    model: MoeModel, personal: bool, mesh: Mesh
-) -> Callable[[Params, ClientData], Float[Array, "members layers experts"]]:
-    """Returns `usage_of(params, cohort) -> u_c (16)` of each member under one set of parameters, jitted.
+    model: MoeModel, personal: bool, mesh: Mesh, chunk: int, capacity_factor: float
+) -> Callable[[Params, Iterable], Float[Array, "members layers experts"]]:
+    """Returns `usage_of(params, blocks) -> u_c (16)` of each member under one set of parameters, on the host.
 
     Taken over the batches of a round, so that it compares with what the clients reported
-    from training on them, before aggregation moved their routers.
+    from training on them, before aggregation moved their routers. `blocks` are pairs of a `Block` and
+    its `ClientData`.
     """
-    controls = open_controls(model.num_layers, model.num_experts)
+    place = place_of(mesh, chunk)
 
     def visit(params: Params, member: ClientData):
         if personal:
             params = jax.tree.map(lambda x: x[member.client], params)
 
         def of_batch(tokens):
-            _, routing = model.apply(params, tokens, controls, training=True)
-            token_mask = model.token_mask(tokens)
-            return usage(routing.gates, routing.chosen, token_mask), jnp.sum(token_mask, dtype=jnp.float32)
+            _, seen = predict(model, params, tokens, capacity_factor, place)
+            token_mask = model.real(tokens).reshape(-1)
+            return usage(seen.gates, seen.own, token_mask), jnp.sum(token_mask, dtype=jnp.float32)
 
         usages, num_tokens = jax.lax.map(of_batch, member.tokens)
-        return (), (), usage_over_batches(usages, num_tokens)
+        return (), usage_over_batches(usages, num_tokens)
 
-    run = jax.jit(map_population(visit, mesh, chunk=1))
-    return lambda params, cohort: np.asarray(run(params, cohort)[1])
+    return map_members(visit, mesh, chunk, EVERYWHERE if personal else model_specs(model))
+
+
+def model_specs(model: MoeModel) -> Params:
+    """Returns how a model's parameters lie on a mesh."""
+    return params_specs(jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def summarize(scores: BatchScore) -> Quality:

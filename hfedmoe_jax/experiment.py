@@ -11,21 +11,31 @@ Axes: C clients in all, M clients of a round's cohort, L MoE layers, E experts.
 """
 
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.accounting import Ledger, account_round, enter, open_ledger
-from hfedmoe_jax.algorithms import RoundMetrics, ServerState, build_algorithm
+from hfedmoe_jax.algorithms import Portion, RoundMetrics, ServerState, build_algorithm, compose
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.client import NONFINITE, OK, OVER_BUDGET, STATUS_NAMES, ClientData
-from hfedmoe_jax.data import FederatedData, holdout_batches, load_federated, pad_batches, round_batches
+from hfedmoe_jax.data import (
+    Ahead,
+    FederatedData,
+    holdout_batches,
+    load_federated,
+    most_tokens,
+    pad_batches,
+    round_batches,
+)
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
+from hfedmoe_jax.engines import Clients
 from hfedmoe_jax.evaluation import (
     EvaluationBatches,
     Quality,
@@ -35,8 +45,8 @@ from hfedmoe_jax.evaluation import (
     summarize,
 )
 from hfedmoe_jax.models import Params, build_model, model_cost
-from hfedmoe_jax.optimizers import build_optimizer
-from hfedmoe_jax.population import padded_size
+from hfedmoe_jax.optimizers import build_optimizer, per_expert
+from hfedmoe_jax.population import NOBODY, Block, default_chunk
 
 COHORT_STREAM, DEVICE_STREAM = 101, 102  # the host's random streams, apart from those of the data
 
@@ -86,7 +96,7 @@ class Experiment:
 
     Args:
       config: of the run, see configs/hfedmoe.py.
-      mesh: devices, axis `clients`.
+      mesh: devices, see `make_mesh`.
       data: clients and splits; loaded by the config if not given.
 
     Attributes:
@@ -104,11 +114,8 @@ class Experiment:
         self.config, self.data, self.mesh = config, data, mesh
         self.num_clients = len(data.client_train)
         self.model = build_model(config.model, len(data.label_names), data.vocab_size, config.data.seq_len)
-        self.chunk = config.fl.chunk or (1 if jax.default_backend() == "cpu" else 8)
-        self.algorithm = build_algorithm(config, self.model, self.num_clients, mesh, self.chunk)
-        self.personal = self.algorithm.composition.personal
         self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
-        optimizer = build_optimizer(config.client, config.client.optimizer, "client")
+        optimizer = per_expert(build_optimizer(config.client, config.client.optimizer, "client"))
         shapes = jax.eval_shape(self.model.init, self.init_key)
         self.cost = model_cost(
             config.model,
@@ -121,13 +128,20 @@ class Experiment:
         rng = np.random.default_rng([config.seed, DEVICE_STREAM])
         self.profiles = [classes[index] for index in assign_devices(self.num_clients, shares, rng)]
         self.budgets = self._budgets()
-        self._evaluate = make_evaluate(self.model, self.personal, mesh)
-        self._usage = make_usage(self.model, self.personal, mesh)
-        self._compiled = False  # the first round of a process is not a measure of speed
+        self.chunk = config.fl.chunk or default_chunk(self.cost, mesh)
+        sizes = [len(rows) for rows in data.client_train]
+        clients = Clients(self.budgets, max(sizes), most_tokens(data, config.fl))
+        self.algorithm = build_algorithm(config, self.model, clients, mesh, self.chunk)
+        self.personal = self.algorithm.composition.personal
+        judged = (self.model, self.personal, mesh, self.chunk)
+        self._evaluate = make_evaluate(*judged, config.model.eval_capacity_factor)
+        self._usage = make_usage(*judged, config.model.capacity_factor)
+        self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
+        self._ahead: dict[int, Ahead] = {}  # the next round's data, assembled while this one runs
 
     def _budgets(self) -> np.ndarray:
         """Returns each client's budget; all experts for an algorithm that ignores budgets."""
-        parts = self.algorithm.composition
+        parts = compose(self.config)
         if parts.score == "none" and not parts.fail_over_budget:
             budgets = [self.cost.num_experts] * self.num_clients
         elif self.config.budget.fraction:
@@ -139,8 +153,6 @@ class Experiment:
     def init(self) -> RunState:
         """Returns the state before the first round."""
         server = self.algorithm.init(jax.jit(self.model.init)(self.init_key))
-        # On every device from the start, as a round leaves it: otherwise the second round compiles anew.
-        server = jax.device_put(server, NamedSharding(self.mesh, PartitionSpec()))
         best = jax.tree.map(jnp.copy, server.params)
         return RunState(np.int64(0), server, best, np.float64(-1), np.int64(0), open_ledger())
 
@@ -149,10 +161,16 @@ class Experiment:
         rng = np.random.default_rng([self.config.seed, COHORT_STREAM, round_number])
         return np.sort(rng.choice(self.num_clients, self.config.fl.clients_per_round, replace=False))
 
-    def client_data(self, round_number: int) -> ClientData:
-        """Returns the input of a round, padded to fill the devices by members that take no part."""
+    def client_data(self, round_number: int, places: np.ndarray | None = None) -> ClientData:
+        """Returns the input of a round, stacked over members of its cohort.
+
+        Args:
+          places: which members; a negative one gives zeros. Default: all, in order.
+        """
         fl = self.config.fl
-        clients = self.cohort(round_number)
+        cohort = self.cohort(round_number)
+        places = np.arange(len(cohort)) if places is None else places
+        clients = cohort[places[places >= 0]]
         rng = np.random.default_rng([self.config.seed, COHORT_STREAM, round_number, 1])
         available = rng.random(self.num_clients)[clients] >= fl.dropout_probability
         tokens, labels = round_batches(
@@ -160,10 +178,31 @@ class Experiment:
         )
         sizes = np.array([len(self.data.client_train[c]) for c in clients], np.float32)
         data = ClientData(clients.astype(np.int32), tokens, labels, sizes, self.budgets[clients], available)
-        extra = padded_size(len(clients), self.mesh, self.chunk) - len(clients)
-        data = jax.tree.map(lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), data)
-        data.client[len(clients) :] = self.num_clients  # nobody
-        return data
+
+        def spread(values):
+            result = np.zeros((len(places), *values.shape[1:]), values.dtype)
+            result[places >= 0] = values
+            return result
+
+        return jax.tree.map(spread, data)
+
+    def blocks(self, round_number: int) -> Iterator[tuple[Block, ClientData]]:
+        """Yields the blocks of a round with what this process's clients bring, as host arrays."""
+        cohort = self.cohort(round_number)
+        mine = np.array([device.process_index for device in self.mesh.devices[:, 0]]) == jax.process_index()
+        for block in self.algorithm.plan(cohort, self.data.hosts_of(cohort)):
+            places = np.where(mine[:, None], block.members, NOBODY).reshape(-1)
+            yield block, self.client_data(round_number, places)
+
+    def portions(self, round_number: int) -> Iterator[Portion]:
+        """Yields the blocks of a round on the devices, then begins to assemble those of the next round."""
+
+        def assembled(number: int) -> Ahead:
+            return Ahead(self.algorithm.portion(*pair) for pair in self.blocks(number))
+
+        yield from self._ahead.pop(round_number, None) or assembled(round_number)
+        if round_number < self.config.fl.rounds:
+            self._ahead = {round_number + 1: assembled(round_number + 1)}
 
     def step(self, state: RunState) -> tuple[RunState, dict[str, float], list[str]]:
         """Runs one round; `state` is consumed (its buffers are donated).
@@ -176,17 +215,18 @@ class Experiment:
         number, steps = int(state.round) + 1, self.config.fl.local_steps
         members = self.cohort(number)
         key = jax.random.fold_in(self.round_key, number)
-        server, metrics = self.algorithm.round(state.server, self.client_data(number), key)
-        metrics = jax.tree.map(lambda x: np.asarray(x)[: len(members)], metrics)
+        tiers = {block.tier for block in self.algorithm.plan(members, self.data.hosts_of(members))}
+        server, metrics = self.algorithm.round(state.server, self.portions(number), key)
+        jax.block_until_ready(server.params)
         round_s = time.perf_counter() - began
         profiles = [self.profiles[c] for c in members]
         account = account_round(metrics, profiles, self.cost, steps, self.algorithm.scoring, self.personal)
         ledger = enter(state.ledger, account, metrics)
-        if self._compiled:
+        if tiers <= self._compiled:
             ledger = ledger._replace(
                 train_s=ledger.train_s + round_s, timed_steps=ledger.timed_steps + steps * len(members)
             )
-        self._compiled = True
+        self._compiled |= tiers
         row = {"round": number, **round_row(metrics, self.cost.num_experts), **account._asdict()}
         state = state._replace(round=np.int64(number), server=server)
         last = number == self.config.fl.rounds
@@ -249,8 +289,8 @@ class Experiment:
         final, best = (summarize(self._evaluate(p, batches)) for p in (state.server.params, state.best))
         validation, client_accuracy = self.judge(state.server.params)
         members = self.cohort(int(state.round))
-        before = np.asarray(state.server.records.usage)[members]
-        after = self._usage(state.server.params, self.client_data(int(state.round)))[: len(members)]
+        before = state.server.records.usage[members]
+        after = self._usage(state.server.params, self.blocks(int(state.round)))
         spread = client_spread(client_accuracy)
         return Outcome(final, best, client_accuracy, spread, validation.load, before, after)
 

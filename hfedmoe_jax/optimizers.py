@@ -1,7 +1,7 @@
 """optax optimizers that leave an expert alone, state included, when it was not trained.
 
-Used on both sides: by a client for the experts of its step, by the server for the
-experts of its round. Axes: L MoE layers, E experts.
+The server's, for the experts of its round; a client's are rows of its `ExpertBank`.
+Axes: L MoE layers, E experts.
 """
 
 from typing import NamedTuple
@@ -92,7 +92,7 @@ def yogi(section: ConfigDict) -> optax.GradientTransformation:
     return optax.yogi(section.learning_rate, section.momentum, section.second_momentum, section.epsilon)
 
 
-def build_optimizer(section: ConfigDict, name: str, field: str) -> PerExpertOptimizer:
+def build_optimizer(section: ConfigDict, name: str, field: str) -> optax.GradientTransformation:
     """Returns the optimizer `name` with the rates of `section`.
 
     Args:
@@ -104,4 +104,4 @@ def build_optimizer(section: ConfigDict, name: str, field: str) -> PerExpertOpti
         raise unknown_name(f"{field}.optimizer", name, list(optimizers))
     if not section.learning_rate > 0:
         raise InputError(f"{field}.learning_rate", section.learning_rate, "must be above 0", "use e.g. 1e-3")
-    return per_expert(optimizers[name](section))
+    return optimizers[name](section)

@@ -1,73 +1,248 @@
 """Runs a function over a population: devices side by side, chunks one after another, a vmap inside.
 
-The sums of a weighted mean are accumulated client by client, so memory does not grow with the
-population; only what the function returns as `output` is kept for every member.
+A population comes in blocks of a fixed size, so memory depends on the size of a block and of a
+chunk but not on how many members there are, and one compiled program serves them all.
 
-Axes: M members of the population (a multiple of devices * chunk).
+Axes: D devices along "clients", B members of a block on a device.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
-from hfedmoe_jax.aggregation import RunningMean, mean_accumulate, mean_init
+from hfedmoe_jax.budgeted import Place
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models import ModelCost, Params
+from hfedmoe_jax.sums import MOST_TERMS
 
-AXIS = "clients"
-
-
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with the one axis `clients` over the given devices (default: all of this process)."""
-    return Mesh(np.array(devices if devices is not None else jax.local_devices()), (AXIS,))
-
-
-def padded_size(size: int, mesh: Mesh, chunk: int) -> int:
-    """Returns the smallest number of members that is at least `size` and fills every device's chunks."""
-    step = mesh.size * chunk
-    return -(-size // step) * step
+CLIENTS, EXPERTS = "clients", "experts"
+EVERYWHERE, BY_CLIENT = PartitionSpec(), PartitionSpec(CLIENTS)
+BLOCK = 16  # members of a block on a device, if a chunk is not larger
+NOBODY = -1
 
 
-def map_population(
-    function: Callable[[Any, Any], tuple[Any, Any, Any]], mesh: Mesh, chunk: int
-) -> Callable[[Any, Any], tuple[RunningMean, Any]]:
-    """Returns `run(broadcast, members) -> (RunningMean of the values, stacked outputs [M, ...])`.
+def make_mesh(devices: Sequence[jax.Device] | None = None, experts: int = 1) -> Mesh:
+    """Returns a mesh with the axes `clients` and `experts`.
 
     Args:
-      function: (broadcast, member) -> (values, weights, output); `weights` is a prefix tree
-        of `values` as in `mean_init`. Either may be an empty tuple.
-      mesh: devices, axis `clients`.
-      chunk: members computed at once on a device.
+      devices: default all of all processes.
+      experts: over how many devices the experts of one client's model are spread.
 
-    `run` is meant to be called under `jit`; `members` is a tree of arrays [M, ...].
+    Raises:
+      InputError: `experts` does not divide the number of devices.
+    """
+    devices = list(devices) if devices is not None else jax.devices()
+    if experts < 1 or len(devices) % experts:
+        problem = f"does not divide the {len(devices)} devices"
+        raise InputError("mesh.experts", experts, problem, "use a divisor of their number, e.g. 1")
+    grid = np.array(devices).reshape(-1, experts)
+    return Mesh(grid, (CLIENTS, EXPERTS), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def place_of(mesh: Mesh, chunk: int) -> Place:
+    """Returns where members of this mesh and chunk run."""
+    return Place(None if chunk == 1 else "chunk", EXPERTS if mesh.shape[EXPERTS] > 1 else None)
+
+
+def params_specs(params: Params) -> Params:
+    """Returns how parameters lie on a mesh: experts [L, E, ...] spread, the rest everywhere."""
+    spread = PartitionSpec(None, EXPERTS)
+    return Params(
+        jax.tree.map(lambda _: spread, params.experts),
+        *jax.tree.map(lambda _: EVERYWHERE, (params.router, params.shared)),
+    )
+
+
+class Block(NamedTuple):
+    """Members to run together.
+
+    Attributes:
+      tier: which program runs them.
+      members: int [D, B], their places in the population, NOBODY where there is none.
+      count: int [D], how many there are.
     """
 
-    def run_on_device(broadcast: Any, members: Any) -> tuple[RunningMean, Any]:
-        first = jax.tree.map(lambda x: x[0], members)
-        values, weights, _ = jax.eval_shape(function, broadcast, first)
+    tier: int
+    members: Int[np.ndarray, "devices block"]
+    count: Int[np.ndarray, " devices"]
 
-        def add(mean, value_and_weight):
-            return mean_accumulate(mean, *value_and_weight), None
 
-        def run_one(mean, member):
-            value, weight, output = function(broadcast, member)
-            return mean_accumulate(mean, value, weight), output
+def block_size(chunk: int) -> int:
+    """Returns B, the members of a block on a device: whole chunks."""
+    return -(-BLOCK // chunk) * chunk
 
-        def run_chunk(mean, group):
-            value, weight, output = jax.vmap(lambda member: function(broadcast, member))(group)
-            return jax.lax.scan(add, mean, (value, weight))[0], output
 
-        start = mean_init(values, weights)
-        if chunk == 1:  # a batch axis of one costs a CPU a slower matrix product
-            mean, outputs = jax.lax.scan(run_one, start, members)
-        else:
-            groups = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), members)
-            mean, outputs = jax.lax.scan(run_chunk, start, groups)
-            outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
-        return jax.lax.psum(mean, AXIS), outputs
+def default_chunk(cost: ModelCost, mesh: Mesh) -> int:
+    """Returns how many clients to run at once on a device.
 
-    everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
-    return jax.shard_map(
-        run_on_device, mesh=mesh, in_specs=(everywhere, split), out_specs=(everywhere, split), check_vma=False
+    A CPU is fastest with one. An accelerator takes the largest power of two, at most 64, with which the
+    clients' parameters, gradients, optimizer state and activations fill half of its memory.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return 1
+    limit = (device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
+    held = cost.num_experts // mesh.shape[EXPERTS]
+    one = cost.shared_training_bytes + held * (cost.expert_parameter_bytes + cost.expert_training_bytes)
+    return 2 ** int(np.clip(np.log2(max(1, 0.5 * limit / one)), 0, np.log2(MOST_TERMS)))
+
+
+def plan_blocks(
+    tiers: Int[np.ndarray, " members"],
+    mesh: Mesh,
+    chunk: int,
+    hosts: Int[np.ndarray, " members"] | None = None,
+) -> list[Block]:
+    """Deals a population out to the devices, tier by tier, the largest first.
+
+    Args:
+      tiers: of each member.
+      mesh, chunk: where and in what portions they run.
+      hosts: the process that has each member's data; default: any.
+
+    Every process plans the same blocks. A process's members go to its own devices.
+    """
+    size = block_size(chunk)
+    processes = np.array([device.process_index for device in mesh.devices[:, 0]])
+    seats = [np.flatnonzero(processes == host) for host in range(processes.max() + 1)]
+    dealt = [0] * len(seats)
+    blocks = []
+    for tier in sorted(set(tiers.tolist()), reverse=True):
+        queues: list[list[int]] = [[] for _ in processes]
+        for member in np.flatnonzero(tiers == tier):
+            host = 0 if hosts is None else int(hosts[member])
+            # Dealing goes on where the last tier ended, so that no device gets all the remainders.
+            queues[seats[host][dealt[host] % len(seats[host])]].append(int(member))
+            dealt[host] += 1
+        for start in range(0, max(map(len, queues)), size):
+            members = np.full((len(queues), size), NOBODY)
+            for device, queue in enumerate(queues):
+                part = queue[start : start + size]
+                members[device, : len(part)] = part
+            blocks.append(Block(tier, members, np.sum(members != NOBODY, axis=1, dtype=np.int32)))
+    return blocks
+
+
+def stack_members(tree: Any, members: Int[np.ndarray, "devices block"]) -> Any:
+    """Returns the block's rows of arrays over the population; places without a member get row 0."""
+    rows = np.maximum(members, 0).reshape(-1)
+    return jax.tree.map(lambda x: np.asarray(x)[rows], tree)
+
+
+def put_members(mesh: Mesh, tree: Any) -> Any:
+    """Returns arrays [D * B, ...] on the devices; a process reads the rows of its own devices only."""
+    sharding = NamedSharding(mesh, BY_CLIENT)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
     )
+
+
+def unstack_members(blocks: Sequence[Block], outputs: Sequence[Any], size: int) -> Any:
+    """Returns host arrays over the population from the outputs [D * B, ...] of its blocks, in order."""
+    rows = np.concatenate([block.members.reshape(-1) for block in blocks])
+    real = rows != NOBODY
+    order = np.empty(size, np.int64)
+    order[rows[real]] = np.flatnonzero(real)
+    return jax.tree.map(lambda *parts: np.concatenate([np.asarray(x) for x in parts])[order], *outputs)
+
+
+def stream(
+    visit: Callable[[Any, Any], tuple[Any, Any]],
+    merge: Callable[[Any, Any, Any], Any] | None,
+    settle: Callable[[Any], Any] | None,
+    mesh: Mesh,
+    chunk: int,
+    broadcast_specs: Any,
+    sums_specs: Any = (),
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any]]:
+    """Returns `run(sums, broadcast, members, count) -> (sums, outputs)`, jitted, `sums` donated.
+
+    Args:
+      visit: (broadcast, member) -> (contribution, output).
+      merge: (sums, broadcast, contributions [chunk, ...]) -> sums; None where there is nothing to sum.
+      settle: sums -> sums, once a block.
+      mesh, chunk: members computed at once on a device.
+      broadcast_specs, sums_specs: how these lie on the mesh, prefix trees; sums have a leading axis D.
+
+    `members` is a tree of arrays [D * B, ...], `count` [D] how many of each device's B there are; the
+    others are not computed, and their outputs are zero.
+    """
+
+    def run_on_device(sums: Any, broadcast: Any, members: Any, count: Any) -> tuple[Any, Any]:
+        sums = jax.tree.map(lambda x: x[0], sums)
+        size = jax.tree.leaves(members)[0].shape[0]
+        if merge is not None and size > MOST_TERMS:
+            raise ValueError(f"a block of {size} members a device; sums settle after {MOST_TERMS}")
+
+        def alone(member):
+            return jax.tree.map(lambda x: x[None], visit(broadcast, jax.tree.map(lambda x: x[0], member)))
+
+        def together(group):
+            return jax.vmap(lambda member: visit(broadcast, member), axis_name="chunk")(group)
+
+        _, shapes = jax.eval_shape(together, members)
+        outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def turn(index, carry):
+            sums, outputs = carry
+            start = index * chunk
+            group = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk), members)
+            # A batch axis of one costs a CPU a slower matrix product.
+            contribution, output = alone(group) if chunk == 1 else together(group)
+            if merge is not None:
+                sums = merge(sums, broadcast, contribution)
+            outputs = jax.tree.map(
+                lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, start, 0), outputs, output
+            )
+            return sums, outputs
+
+        turns = (count[0] + chunk - 1) // chunk
+        sums, outputs = jax.lax.fori_loop(0, turns, turn, (sums, outputs))
+        if settle is not None:
+            sums = settle(sums)
+        return jax.tree.map(lambda x: x[None], sums), outputs
+
+    run = jax.shard_map(
+        run_on_device,
+        mesh=mesh,
+        in_specs=(sums_specs, broadcast_specs, BY_CLIENT, BY_CLIENT),
+        out_specs=(sums_specs, BY_CLIENT),
+        check_vma=False,
+    )
+    return jax.jit(run, donate_argnums=0)
+
+
+def collect(mesh: Mesh) -> Callable[[Any], Any]:
+    """Returns a function that makes arrays over the members readable on every process."""
+    if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
+        return lambda tree: tree
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, EVERYWHERE))
+
+
+def map_members(
+    visit: Callable[[Any, Any], tuple[tuple, Any]], mesh: Mesh, chunk: int, broadcast_specs: Any
+) -> Callable[[Any, Iterable[tuple[Block, Any]]], Any]:
+    """Returns `run(broadcast, blocks) -> outputs` over the population, on the host; nothing is summed.
+
+    Args:
+      visit: (broadcast, member) -> ((), output).
+      mesh, chunk, broadcast_specs: see `stream`.
+
+    `blocks` are pairs of a `Block` and its members [D * B, ...] as host arrays.
+    """
+    program, readable = stream(visit, None, None, mesh, chunk, broadcast_specs), collect(mesh)
+
+    def run(broadcast: Any, blocks: Iterable[tuple[Block, Any]]) -> Any:
+        done, outputs = [], []
+        for block, members in blocks:
+            _, output = program((), broadcast, put_members(mesh, members), put_members(mesh, block.count))
+            done.append(block)
+            outputs.append(readable(output))
+        return unstack_members(done, outputs, sum(int(block.count.sum()) for block in done))
+
+    return run

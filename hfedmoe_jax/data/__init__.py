@@ -1,6 +1,7 @@
 """From a config to tokenised federated data: sources, tokenizers, partitions into clients, batches."""
 
-from hfedmoe_jax.data.batches import holdout_batches, pad_batches, round_batches
+from hfedmoe_jax.data.ahead import Ahead
+from hfedmoe_jax.data.batches import holdout_batches, most_tokens, pad_batches, round_batches
 from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.data.federated import Examples, FederatedData, load_federated
 from hfedmoe_jax.data.partition import PARTITIONS, partition_documents
@@ -9,6 +10,7 @@ from hfedmoe_jax.data.tokenizers import encode_passages, from_json, to_json, tra
 
 __all__ = [
     "PARTITIONS",
+    "Ahead",
     "Corpus",
     "Documents",
     "Examples",
@@ -18,6 +20,7 @@ __all__ = [
     "holdout_batches",
     "load_federated",
     "load_source",
+    "most_tokens",
     "pad_batches",
     "partition_documents",
     "round_batches",

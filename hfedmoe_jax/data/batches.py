@@ -5,6 +5,7 @@ Axes: M clients of a cohort, C all clients, B batch, T tokens, N passages, H hel
 
 import numpy as np
 from jaxtyping import Float32, Int32, Integer
+from ml_collections import ConfigDict
 
 from hfedmoe_jax.data.federated import BATCH_STREAM, Examples, FederatedData
 
@@ -67,3 +68,14 @@ def holdout_batches(
         chosen[client, : counts[client]] = spread
     weight = (np.arange(chosen.shape[1]) < counts[:, None]).astype(np.float32)
     return data.train.tokens[chosen], data.train.labels[chosen], weight
+
+
+def most_tokens(data: FederatedData, fl: ConfigDict) -> int:
+    """Returns a bound on the distinct tokens of any client's round, padding included, in whole hundreds.
+
+    Args:
+      fl: local_steps and batch_size are read.
+    """
+    distinct = max(len(np.unique(data.train.tokens[rows])) for rows in data.client_train)
+    seen = fl.local_steps * fl.batch_size * data.train.tokens.shape[1]
+    return min(data.vocab_size, 100 * -(-(min(distinct, seen) + 1) // 100))

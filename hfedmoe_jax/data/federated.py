@@ -66,6 +66,10 @@ class FederatedData:
     tokenizer_json: str
     duplicates_removed: int
 
+    def hosts_of(self, clients: np.ndarray) -> None:
+        """Returns the process that has each client's data; None: every process has all."""
+        return None
+
 
 def load_federated(config: ConfigDict) -> FederatedData:
     """Loads, splits, tokenises and partitions the data of a config; equal configs give equal data.

@@ -8,10 +8,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models.dispatch import dispatchers
 from hfedmoe_jax.models.params import Params, merge_params, split_params
+from hfedmoe_jax.models.pieces import Pieces
 from hfedmoe_jax.models.routing import ExpertControls, open_controls
-from hfedmoe_jax.models.switch import PAD_ID, SwitchClassifier
+from hfedmoe_jax.models.switch import PAD_ID, SwitchClassifier, switch_pieces
+from hfedmoe_jax.registry import unknown_name
+
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+"""What pieces compute in; parameters, gradients, routers, losses and sums are float32 always."""
 
 
 class MoeModel(NamedTuple):
@@ -21,7 +25,8 @@ class MoeModel(NamedTuple):
       init: key -> Params.
       apply: (params, tokens [B, T], controls, training) -> (logits [B, classes], Routing).
         `training` (static) chooses between the two capacity factors.
-      token_mask: tokens [B, T] -> bool [N], the real tokens in the order of `Routing`.
+      pieces: the same model cut for `hfedmoe_jax.budgeted`.
+      real: tokens [B, T] -> bool [B, T], False for padding.
       num_layers: L, MoE layers.
       num_experts: E, experts a layer.
       top_k: experts of a token.
@@ -29,19 +34,26 @@ class MoeModel(NamedTuple):
 
     init: Callable[[jax.Array], Params]
     apply: Callable
-    token_mask: Callable[[jax.Array], jax.Array]
+    pieces: Pieces
+    real: Callable[[jax.Array], jax.Array]
     num_layers: int
     num_experts: int
     top_k: int
 
 
-def build_model(config: ConfigDict, num_classes: int, vocab_size: int, seq_len: int) -> MoeModel:
+def build_model(
+    config: ConfigDict, num_classes: int, vocab_size: int, seq_len: int, dispatch: str = "capacity"
+) -> MoeModel:
     """Returns the model of `config` (the section `model` of a run's config).
+
+    Args:
+      dispatch: how the reference `apply` runs its experts, a name in `dispatchers`.
 
     Raises:
       InputError: a size below one, heads that do not divide the width, top_k above the experts.
     """
-    dispatchers[config.dispatch]
+    if config.precision not in PRECISIONS:
+        raise unknown_name("model.precision", config.precision, list(PRECISIONS))
     for name in ("num_layers", "width", "num_heads", "hidden", "num_experts", "top_k"):
         if config[name] < 1:
             raise InputError(f"model.{name}", config[name], "must be at least 1", "give a positive number")
@@ -57,7 +69,7 @@ def build_model(config: ConfigDict, num_classes: int, vocab_size: int, seq_len: 
     module = SwitchClassifier(
         num_classes=num_classes, vocab_size=vocab_size, seq_len=seq_len, num_layers=config.num_layers,
         width=config.width, num_heads=config.num_heads, hidden=config.hidden,
-        num_experts=config.num_experts, top_k=config.top_k, dispatch=config.dispatch,
+        num_experts=config.num_experts, top_k=config.top_k, dispatch=dispatch,
     )  # fmt: skip
 
     def init(key: jax.Array) -> Params:
@@ -69,7 +81,8 @@ def build_model(config: ConfigDict, num_classes: int, vocab_size: int, seq_len: 
         factor = config.capacity_factor if training else config.eval_capacity_factor
         return module.apply({"params": merge_params(params)}, tokens, controls, factor)
 
-    def token_mask(tokens: jax.Array) -> jax.Array:
-        return tokens.reshape(-1) != PAD_ID
+    def real(tokens: jax.Array) -> jax.Array:
+        return tokens != PAD_ID
 
-    return MoeModel(init, apply, token_mask, config.num_layers, config.num_experts, config.top_k)
+    pieces = switch_pieces(config, num_classes, PRECISIONS[config.precision])
+    return MoeModel(init, apply, pieces, real, config.num_layers, config.num_experts, config.top_k)

@@ -61,7 +61,7 @@ def model_cost(
     shared_activations = FLOAT_BYTES * config.num_layers * (9 * tokens * config.width + attention_maps)
     slots = expert_capacity(tokens, config.num_experts, config.top_k, config.capacity_factor)
     expert_activations = FLOAT_BYTES * slots * (config.width + 2 * config.hidden)
-    classes = jax.tree.leaves(params.shared["head"]["bias"])[0].size
+    classes = jax.tree.leaves(params.shared["head"]["classes"]["bias"])[0].size
     layer_flop = 8 * tokens * config.width**2 + 4 * tokens * seq_len * config.width
     router_flop = 2 * tokens * config.width * config.num_experts
     return ModelCost(

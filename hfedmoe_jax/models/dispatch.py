@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from hfedmoe_jax.models.routing import Assignment
 from hfedmoe_jax.registry import Registry
@@ -23,6 +23,18 @@ class ExpertWeights(NamedTuple):
 
     w_in_edf: Float[Array, "experts model hidden"]
     w_out_efd: Float[Array, "experts hidden model"]
+
+
+class SlotPlan(NamedTuple):
+    """Which slot serves which token, in one layer.
+
+    Attributes:
+      slot: each assignment's slot, expert * S + position; E * S where it has none.
+      token: each slot's token; N where it is empty.
+    """
+
+    slot: Int[Array, "k tokens"]
+    token: Int[Array, "experts slots"]
 
 
 dispatchers = Registry("model.dispatch")
@@ -65,6 +77,29 @@ def dense(
     return jnp.einsum("nke,end->nd", weight_nke, y_end), assignment.weight > 0
 
 
+def plan_slots(assignment: Assignment, num_experts: int, capacity: int) -> SlotPlan:
+    """Gives each expert's first `capacity` tokens a slot.
+
+    First choices take slots before second choices, earlier tokens before later ones.
+    """
+    num_tokens, top_k = assignment.expert.shape
+    wanted_kn = assignment.weight.T > 0
+    expert_kn = assignment.expert.T
+    # Position of each assignment in its expert's queue, first choices first.
+    queue = jax.nn.one_hot(expert_kn.reshape(-1), num_experts, dtype=jnp.int32) * wanted_kn.reshape(-1, 1)
+    position = jnp.sum((jnp.cumsum(queue, axis=0) - queue) * queue, axis=-1).reshape(top_k, num_tokens)
+    nowhere = num_experts * capacity
+    slot_kn = jnp.where(wanted_kn & (position < capacity), expert_kn * capacity + position, nowhere)
+    token_kn = jnp.broadcast_to(jnp.arange(num_tokens), (top_k, num_tokens))
+    token = jnp.full(nowhere, num_tokens).at[slot_kn].set(token_kn, mode="drop")
+    return SlotPlan(slot_kn, token.reshape(num_experts, capacity))
+
+
+def take_rows(array: Float[Array, "rows width"], index: Int[Array, "*shape"]) -> Float[Array, "*shape width"]:
+    """Returns rows by index, zeros where the index is beyond the last row."""
+    return array.at[index].get(mode="fill", fill_value=0)
+
+
 @dispatchers.register("capacity")
 def capacity_gather(
     x_nd: Float[Array, "tokens model"],
@@ -76,25 +111,13 @@ def capacity_gather(
 ) -> tuple[Float[Array, "tokens model"], Bool[Array, "tokens k"]]:
     """Gathers each expert's first `capacity` tokens by index, computes those, scatters back.
 
-    First choices take slots before second choices, earlier tokens before later ones; a
-    token without a slot passes by the residual connection alone.
+    A token without a slot (see `plan_slots`) passes by the residual connection alone.
     Returns the output [N, D] and which assignments [N, K] had a slot.
     """
-    num_tokens, top_k = assignment.expert.shape
     num_experts = weights.w_in_edf.shape[0]
-    wanted_kn = assignment.weight.T > 0
-    expert_kn = assignment.expert.T
-    # Position of each assignment in its expert's queue, first choices first.
-    queue = jax.nn.one_hot(expert_kn.reshape(-1), num_experts, dtype=jnp.int32) * wanted_kn.reshape(-1, 1)
-    position = jnp.sum((jnp.cumsum(queue, axis=0) - queue) * queue, axis=-1).reshape(top_k, num_tokens)
-    kept_kn = wanted_kn & (position < capacity)
-    nowhere = num_experts * capacity
-    slot_kn = jnp.where(kept_kn, expert_kn * capacity + position, nowhere)
-    token_kn = jnp.broadcast_to(jnp.arange(num_tokens), (top_k, num_tokens))
-    token_of_slot = jnp.full(nowhere + 1, num_tokens).at[slot_kn].set(token_kn)[:-1]
-    x_padded = jnp.concatenate([x_nd, jnp.zeros_like(x_nd[:1])])  # an empty slot reads the row of zeros
-    x_esd = x_padded[token_of_slot].reshape(num_experts, capacity, -1)
-    y_esd = feed_forward(x_esd, weights, backward, multiplier)
-    y_padded = jnp.concatenate([y_esd.reshape(nowhere, -1), jnp.zeros_like(x_nd[:1])])
+    plan = plan_slots(assignment, num_experts, capacity)
+    y_esd = feed_forward(take_rows(x_nd, plan.token), weights, backward, multiplier)
+    kept_kn = plan.slot < num_experts * capacity
     weight_kn = jnp.where(kept_kn, assignment.weight.T, 0.0)
-    return jnp.einsum("kn,knd->nd", weight_kn, y_padded[slot_kn]), kept_kn.T
+    y_knd = take_rows(y_esd.reshape(num_experts * capacity, -1), plan.slot)
+    return jnp.einsum("kn,knd->nd", weight_kn, y_knd), kept_kn.T

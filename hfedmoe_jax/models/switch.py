@@ -7,16 +7,21 @@ parameter is one array [L, E, ...] and every router parameter [L, ...].
 Axes: B batch, T tokens, N = B * T, L layers, E experts, D model, F hidden.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
 
 from hfedmoe_jax.models.dispatch import ExpertWeights, dispatchers, expert_capacity
+from hfedmoe_jax.models.pieces import Pieces
 from hfedmoe_jax.models.routing import ExpertControls, Routing, assign
 
 PAD_ID = 0
+EMBED_INIT = nn.initializers.normal(0.02)
 
 
 class Experts(nn.Module):
@@ -70,22 +75,41 @@ class Block(nn.Module):
     """Self-attention, then a mixture of experts, each behind a norm and a residual connection."""
 
     num_heads: int
-    moe: dict[str, Any]
+    moe_sizes: dict[str, Any]
     capacity_factor: float
+    dtype: Any = None
 
-    @nn.compact
+    def setup(self):
+        self.norm_attention = nn.LayerNorm(dtype=self.dtype)
+        self.attention = nn.MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)
+        self.norm_moe = nn.LayerNorm(dtype=self.dtype)
+        self.moe = MixtureOfExperts(**self.moe_sizes)
+
+    def attend(self, x_btd: Float[Array, "batch tokens model"], token_mask_bt: Bool[Array, "batch tokens"]):
+        """Returns the residual stream after attention, and what the mixture of experts reads."""
+        attention_mask = nn.make_attention_mask(token_mask_bt, token_mask_bt)
+        x_btd = x_btd + self.attention(self.norm_attention(x_btd), mask=attention_mask)
+        return x_btd, self.norm_moe(x_btd)
+
     def __call__(self, x_btd, token_mask_bt, controls):
         """Returns (output, routing of this layer), the carry and the result of `nn.scan`."""
-        attention_mask = nn.make_attention_mask(token_mask_bt, token_mask_bt)
-        h = nn.LayerNorm(name="norm_attention")(x_btd)
-        x_btd = x_btd + nn.MultiHeadDotProductAttention(self.num_heads, name="attention")(
-            h, mask=attention_mask
-        )
-        h = nn.LayerNorm(name="norm_moe")(x_btd)
-        y_btd, routing = MixtureOfExperts(**self.moe, name="moe")(
-            h, token_mask_bt, controls, self.capacity_factor
-        )
+        x_btd, h_btd = self.attend(x_btd, token_mask_bt)
+        y_btd, routing = self.moe(h_btd, token_mask_bt, controls, self.capacity_factor)
         return x_btd + y_btd, routing
+
+
+class Head(nn.Module):
+    """Mean over real tokens, then class logits."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x_btd, token_mask_bt):
+        """Returns logits [B, classes] in float32."""
+        x_btd = nn.LayerNorm(name="norm", dtype=jnp.float32)(x_btd)
+        real = token_mask_bt[..., None]
+        pooled = jnp.sum(x_btd * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+        return nn.Dense(self.num_classes, name="classes", dtype=jnp.float32)(pooled)
 
 
 class SwitchClassifier(nn.Module):
@@ -120,9 +144,8 @@ class SwitchClassifier(nn.Module):
           capacity_factor: slots of an expert over an even share of the tokens (`capacity` dispatch).
         """
         token_mask = tokens_bt != PAD_ID
-        embed_init = nn.initializers.normal(0.02)
-        x_btd = nn.Embed(self.vocab_size, self.width, embedding_init=embed_init, name="embed")(tokens_bt)
-        x_btd += self.param("position", embed_init, (self.seq_len, self.width))[: tokens_bt.shape[1]]
+        table = self.param("embed", EMBED_INIT, (self.vocab_size, self.width))
+        position = self.param("position", EMBED_INIT, (self.seq_len, self.width))
         moe = dict(num_experts=self.num_experts, hidden=self.hidden, top_k=self.top_k, dispatch=self.dispatch)
         blocks = nn.scan(
             Block,
@@ -131,8 +154,51 @@ class SwitchClassifier(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=self.num_layers,
         )(self.num_heads, moe, capacity_factor, name="blocks")
-        x_btd, routing = blocks(x_btd, token_mask, controls)
-        x_btd = nn.LayerNorm(name="norm_head")(x_btd)
-        real = token_mask[..., None]
-        pooled = jnp.sum(x_btd * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
-        return nn.Dense(self.num_classes, name="head")(pooled), routing
+        x_btd, routing = blocks(embed(table, position, tokens_bt), token_mask, controls)
+        return Head(self.num_classes, name="head")(x_btd, token_mask), routing
+
+
+def embed(table, position, tokens_bt):
+    """Returns the vectors [B, T, D] of the tokens at their positions."""
+    return table[tokens_bt] + position[: tokens_bt.shape[1]]
+
+
+def switch_pieces(config: ConfigDict, num_classes: int, dtype: Any) -> Pieces:
+    """Returns the parts of a `SwitchClassifier` as functions, computing in `dtype`."""
+    moe = {name: config[name] for name in ("num_experts", "hidden", "top_k")} | {"dispatch": "capacity"}
+    block = Block(config.num_heads, moe, 0.0, dtype)
+    head = Head(num_classes)
+
+    def attend(layer: dict, x_btd, token_mask_bt):
+        x_btd, h_btd = block.apply({"params": layer}, x_btd, token_mask_bt, method="attend")
+        return x_btd, h_btd.reshape(-1, h_btd.shape[-1])
+
+    def matrices(expert: dict) -> tuple:
+        weights = expert["blocks"]["moe"]["experts"]
+        return weights["w_in_edf"].astype(dtype), weights["w_out_efd"].astype(dtype)
+
+    def run_expert(expert: dict, x_sd):
+        w_in, w_out = matrices(expert)
+        hidden = jax.nn.relu(x_sd @ w_in)
+        return hidden @ w_out, hidden
+
+    def expert_gradient(expert: dict, x_sd, hidden_sf, dy_sd):
+        w_in, w_out = matrices(expert)
+        into = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        dhidden = jnp.where(hidden_sf > 0, jnp.einsum("sd,fd->sf", dy_sd, w_out), 0)
+        gradient = dict(
+            w_in_edf=into("sd,sf->df", x_sd, dhidden), w_out_efd=into("sf,sd->fd", hidden_sf, dy_sd)
+        )
+        return {"blocks": {"moe": {"experts": gradient}}}, jnp.einsum("sf,df->sd", dhidden, w_in)
+
+    return Pieces(
+        embed=lambda part, tokens: embed(part["embed"], part["position"], tokens).astype(dtype),
+        attend=attend,
+        route=lambda router, h_nd: h_nd.astype(jnp.float32) @ router["moe"]["router"]["kernel"],
+        expert=run_expert,
+        expert_gradient=expert_gradient,
+        head=lambda part, x_btd, token_mask_bt: head.apply({"params": part["head"]}, x_btd, token_mask_bt),
+        embed_parts=("embed", "position"),
+        head_parts=("head",),
+        table="embed",
+    )

@@ -1,0 +1,145 @@
+"""The experts that a client holds during its round: weights and optimizer state, a row each.
+
+With `fl.forward=routed` a client runs every expert, so it holds the weights of all; optimizer state
+it holds for those that it trains. With `active` it holds nothing of the others.
+
+Axes: L layers, H experts of a layer on this device, U rows, K slots.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from hfedmoe_jax.models import Slots, all_slots, slots_of
+
+
+class ExpertBank(NamedTuple):
+    """A client's experts.
+
+    Attributes:
+      weights: tree of [L * H, ...], or of [U, ...] for a client that holds no others.
+      state: tree of [U, ...], an optimizer state a row.
+      row: of each expert, U for none.
+      count: rows in use.
+    """
+
+    weights: Any
+    state: Any
+    row: Int[Array, " experts"]
+    count: Int[Array, ""]
+
+
+def flat(experts: Any) -> Any:
+    """Returns a tree of arrays [L, H, ...] as [L * H, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), experts)
+
+
+class BankLayout:
+    """The static sizes of a bank, and what can be done with it.
+
+    Args:
+      num_layers, held: L, H.
+      tier: experts that a batch trains at most, over all layers.
+      touched: experts that a round trains at most.
+      whole: hold the weights of every expert.
+    """
+
+    def __init__(self, num_layers: int, held: int, tier: int, touched: int, whole: bool):
+        self.num_layers, self.held, self.whole = num_layers, held, whole
+        self.num_experts = num_layers * held
+        self.num_slots = min(tier, self.num_experts)
+        self.num_rows = min(touched, self.num_experts)
+        self.every = self.num_rows == self.num_experts  # a row for each expert: nothing to look up
+
+    def open(self, start: Any, optimizer: optax.GradientTransformation) -> ExpertBank:
+        """Returns a bank that has trained nothing yet.
+
+        Args:
+          start: the global experts, a tree of [L, H, ...].
+          optimizer: of each expert.
+        """
+        rows = jax.tree.map(lambda x: jnp.zeros((self.num_rows, *x.shape[2:]), x.dtype), start)
+        every = jnp.arange(self.num_experts, dtype=jnp.int32)
+        return ExpertBank(
+            weights=flat(start) if self.whole or self.every else rows,
+            state=jax.vmap(optimizer.init)(rows),
+            row=every if self.every else jnp.full_like(every, self.num_rows),
+            count=jnp.int32(self.num_experts if self.every else 0),
+        )
+
+    def slots(self, active: Bool[Array, "layers held"] | None) -> Slots:
+        """Returns the slots of the experts that a batch runs or trains; None means all."""
+        if active is None:
+            return all_slots(self.num_layers, self.held)
+        return slots_of(active, self.num_slots)
+
+    def enter(self, bank: ExpertBank, start: Any, active: Bool[Array, "layers held"] | None) -> ExpertBank:
+        """Returns the bank with a row for each expert of `active`."""
+        if self.every or active is None:
+            return bank
+        new = active.reshape(-1) & (bank.row == self.num_rows)
+        rank = jnp.cumsum(new, dtype=jnp.int32)
+        row = jnp.where(new, bank.count + rank - 1, bank.row)
+        weights = bank.weights
+        if not self.whole:
+            wanted, experts = self.slots(active).expert, flat(start)
+
+            def bring(index, weights):
+                expert = wanted[index]
+                place = jnp.minimum(row[expert], self.num_rows - 1)
+
+                def choose(held, given):
+                    return held.at[place].set(jnp.where(new[expert], given[expert], held[place]))
+
+                return jax.tree.map(choose, weights, experts)
+
+            weights = jax.lax.fori_loop(0, self.num_slots, bring, weights)
+        return ExpertBank(weights, bank.state, row, bank.count + rank[-1])
+
+    def read(self, bank: ExpertBank, expert: Int[Array, ""]) -> Any:
+        """Returns the weights of an expert (layer * H + expert) that the bank holds."""
+        return jax.tree.map(lambda x: x[self._place(bank, expert)], bank.weights)
+
+    def update(
+        self,
+        bank: ExpertBank,
+        expert: Int[Array, ""],
+        gradient: Any,
+        trained: Bool[Array, ""],
+        optimizer: optax.GradientTransformation,
+    ) -> ExpertBank:
+        """Returns the bank after a step of an expert's optimizer, or as it was if not `trained`."""
+        row = bank.row[expert]
+        weights = self.read(bank, expert)
+        state = jax.tree.map(lambda x: x[row], bank.state)
+        updates, stepped = optimizer.update(gradient, state, weights)
+
+        def keep(place):
+            return lambda rows, new, old: rows.at[place].set(jnp.where(trained, new, old))
+
+        new = optax.apply_updates(weights, updates)
+        return bank._replace(
+            weights=jax.tree.map(keep(self._place(bank, expert)), bank.weights, new, weights),
+            state=jax.tree.map(keep(row), bank.state, stepped, state),
+        )
+
+    def close(self, bank: ExpertBank) -> tuple[Any, Int[Array, " rows"] | None]:
+        """Returns the weights of the rows, a tree of [U, ...], and whose each is (L * H for nobody's).
+
+        None if there is a row for each expert, in order.
+        """
+        every = jnp.arange(self.num_experts, dtype=jnp.int32)
+        if self.every:
+            return bank.weights, None
+        unused = jnp.full(self.num_rows, self.num_experts, jnp.int32)
+        expert = unused.at[bank.row].set(every, mode="drop")
+        weights = bank.weights
+        if self.whole:
+            weights = jax.tree.map(lambda x: x.at[expert].get(mode="clip"), weights)
+        return weights, expert
+
+    def _place(self, bank: ExpertBank, expert: Array) -> Array:
+        return expert if self.whole or self.every else bank.row[expert]

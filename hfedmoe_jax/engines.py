@@ -1,0 +1,259 @@
+"""The compiled programs of a round: one a tier, and what opens and ends it.
+
+`SharedEngine` averages what the clients changed into one model; `PersonalEngine` keeps a model a client.
+
+Axes: C clients in all, D devices along "clients", B members of a block on a device.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.aggregation import (
+    Contribution,
+    RunningMean,
+    dominant_set,
+    expert_rules,
+    gating_rules,
+    literal_gating,
+    mean_accumulate,
+    mean_finalize,
+    mean_init,
+    mean_merge,
+    mean_settle,
+)
+from hfedmoe_jax.budgeted import here
+from hfedmoe_jax.client import OK, ClientData, ClientUpdate
+from hfedmoe_jax.models import MoeModel, Params
+from hfedmoe_jax.optimizers import PerExpertOptimizer, PerExpertState
+from hfedmoe_jax.population import (
+    CLIENTS,
+    EVERYWHERE,
+    EXPERTS,
+    collect,
+    params_specs,
+    place_of,
+    stream,
+)
+from hfedmoe_jax.sums import from_fixed
+
+
+class Clients(NamedTuple):
+    """The population as the programs need it.
+
+    Attributes:
+      budget: int [C], experts that each client can train, over all layers.
+      most_examples: of any client.
+      table_rows: at least the distinct tokens of any client's round, padding included.
+    """
+
+    budget: Int[np.ndarray, " clients"]
+    most_examples: int
+    table_rows: int
+
+
+def told_of(client: ClientData, update: ClientUpdate, uploaded: Any) -> tuple:
+    """Returns what the host reads of a client's round."""
+    return client.client, update.upload, update.report, uploaded
+
+
+class SharedEngine:
+    """One model for all, a server optimizer over the mean change."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        parts: Any,
+        model: MoeModel,
+        server: PerExpertOptimizer,
+        clients: Clients,
+        mesh: Mesh,
+        chunk: int,
+        train: dict[int, Callable],
+    ):
+        self.mesh, self.server, self.collect = mesh, server, collect(mesh)
+        self.unit = np.float32(2.0 ** -np.ceil(np.log2(max(clients.most_examples, 1))))
+        place = place_of(mesh, chunk)
+        aggregation = config.aggregation
+        expert_rule, gating_rule = expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        self.specs = params_specs(shapes)
+        self.optimizer_specs = optimizer_specs(server, shapes)
+        sums_specs = with_devices(sums_specs_of(shapes))
+        table = model.pieces.table
+
+        def visit(tier: int) -> Callable:
+            def visit_client(broadcast, client: ClientData):
+                params, key = broadcast
+                update = train[tier](params, client, jax.random.fold_in(key, client.client))
+                ok = update.report.status == OK
+                weights = Params(
+                    experts=expert_rule(update.upload, aggregation),
+                    router=gating_rule(update.upload, aggregation),
+                    shared=client.num_examples,
+                )
+                weights = jax.tree.map(lambda w: jnp.where(ok, w, 0.0), weights)
+                dominant = dominant_set(update.upload.usage, update.upload.trained, aggregation.tau) & ok
+                contribution = Contribution(
+                    params=update.params,
+                    expert=update.expert,
+                    token=update.token,
+                    weights=weights._replace(experts=here(model, weights.experts, place)),
+                    dominant=dominant,
+                )
+                return contribution, told_of(client, update, weights.experts > 0)
+
+            return visit_client
+
+        def merge(sums: RunningMean, broadcast, contributions: Contribution) -> RunningMean:
+            return mean_accumulate(sums, broadcast[0], contributions, self.unit, table)
+
+        def open_sums() -> RunningMean:
+            empty = mean_init(shapes)
+            return jax.tree.map(lambda x: jnp.zeros((mesh.shape[CLIENTS], *x.shape), x.dtype), empty)
+
+        def finish(sums: RunningMean, params: Params, optimizer: Any) -> tuple[Params, Any]:
+            mean = mean_merge(sums)
+            change = mean_finalize(mean, params)
+            if aggregation.literal_gating:
+                union_size = jnp.sum(mean.dominant > 0)
+                literal = literal_gating(mean, params.router, self.unit, union_size)
+                change = change._replace(
+                    router=jax.tree.map(
+                        lambda new, old: jnp.where(union_size > 0, new - old, 0.0), literal, params.router
+                    )
+                )
+            pseudo_gradient = jax.tree.map(jnp.negative, change)
+            anyone = from_fixed(mean.weight.shared) > 0
+            trained = from_fixed(mean.weight.experts) > 0
+            updated = server.update(pseudo_gradient, optimizer, params, trained)
+            # A round in which every client failed leaves the server as it was.
+            return jax.tree.map(lambda new, old: jnp.where(anyone, new, old), updated, (params, optimizer))
+
+        def on_mesh(specs: Any) -> Any:
+            return jax.tree.map(
+                lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+            )
+
+        self.on_mesh = on_mesh
+        states = (on_mesh(self.specs), on_mesh(self.optimizer_specs))
+        self.tiers = {
+            tier: stream(visit(tier), merge, mean_settle, mesh, chunk, (self.specs, EVERYWHERE), sums_specs)
+            for tier in train
+        }
+        self._open = jax.jit(open_sums, out_shardings=on_mesh(sums_specs))
+        self._finish = jax.jit(finish, donate_argnums=(1, 2), out_shardings=states)
+        self.programs = {f"tier {tier}": run for tier, run in self.tiers.items()}
+        self.programs |= {"open": self._open, "finish": self._finish}
+
+    def init(self, params: Params) -> tuple[Params, Any]:
+        """Returns parameters and optimizer state on the mesh."""
+        params = jax.device_put(params, self.on_mesh(self.specs))
+        optimizer = jax.jit(self.server.init, out_shardings=self.on_mesh(self.optimizer_specs))(params)
+        return params, optimizer
+
+    def open(self, state: Any) -> RunningMean:
+        """Returns empty sums."""
+        return self._open()
+
+    def run(self, tier: int, sums: RunningMean, state: Any, data: ClientData, count: Any, key: Any):
+        """Returns the sums with a block's clients added, and what they told."""
+        sums, told = self.tiers[tier](sums, (state.params, key), data, count)
+        return sums, self.collect(told)
+
+    def finish(self, sums: RunningMean, state: Any) -> tuple[Params, Any]:
+        """Returns the new parameters and optimizer state."""
+        return self._finish(sums, state.params, state.optimizer)
+
+
+class PersonalEngine:
+    """A model a client: no aggregation."""
+
+    def __init__(self, config, parts, model, server, clients, mesh, chunk, train):
+        self.mesh, self.num_clients, self.collect = mesh, len(clients.budget), collect(mesh)
+        (tier_train,) = train.values()
+
+        def visit(broadcast, client: ClientData):
+            everyone, key = broadcast
+            own = jax.tree.map(lambda x: x[client.client], everyone)
+            update = tier_train(own, client, jax.random.fold_in(key, client.client))
+            ok = update.report.status == OK
+            after = place_update(own, update, model.pieces.table)
+            kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), after, own)
+            told = told_of(client, update, jnp.zeros_like(update.upload.trained))
+            return (), (told, kept)
+
+        everyone = NamedSharding(mesh, EVERYWHERE)
+        self._run = stream(visit, None, None, mesh, chunk, EVERYWHERE)
+        self._keep = jax.jit(self._write, donate_argnums=0, out_shardings=everyone)
+        self._spread = jax.jit(
+            lambda params: jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_clients, *x.shape)), params),
+            out_shardings=everyone,
+        )
+        self.programs = {"tier": self._run, "keep": self._keep}
+
+    def _write(self, everyone: Params, client, kept: Params, count) -> Params:
+        size = client.shape[0] // count.shape[0]
+        real = jnp.arange(client.shape[0]) % size < jnp.repeat(count, size)
+        row = jnp.where(real, client, self.num_clients)
+        return jax.tree.map(lambda x, new: x.at[row].set(new, mode="drop"), everyone, kept)
+
+    def init(self, params: Params) -> tuple[Params, Any]:
+        """Returns a copy of the parameters for every client [C, ...]."""
+        return self._spread(params), ()
+
+    def open(self, state: Any) -> Params:
+        """Returns the models."""
+        return state.params
+
+    def run(self, tier: int, everyone: Params, state: Any, data: ClientData, count: Any, key: Any):
+        """Returns the models after a block's clients trained theirs, and what they told."""
+        _, (told, kept) = self._run((), (everyone, key), data, count)
+        return self._keep(everyone, data.client, kept, count), self.collect(told)
+
+    def finish(self, everyone: Params, state: Any) -> tuple[Params, Any]:
+        """Returns the models."""
+        return everyone, ()
+
+
+def place_update(params: Params, update: ClientUpdate, table: str) -> Params:
+    """Returns a model with a client's rows put in their places."""
+
+    def experts(whole, rows):
+        if update.expert is None:
+            return rows.reshape(whole.shape)
+        flat = whole.reshape(-1, *whole.shape[2:]).at[update.expert].set(rows, mode="drop")
+        return flat.reshape(whole.shape)
+
+    shared = dict(update.params.shared)
+    if update.token is not None:
+        shared[table] = params.shared[table].at[update.token].set(shared[table], mode="drop")
+    return Params(jax.tree.map(experts, params.experts, update.params.experts), update.params.router, shared)
+
+
+def sums_specs_of(params: Params) -> RunningMean:
+    """Returns how running sums lie on a mesh: as the parameters do."""
+    weight = Params(PartitionSpec(None, EXPERTS), EVERYWHERE, EVERYWHERE)
+    return RunningMean(params_specs(params), weight, EVERYWHERE)
+
+
+def with_devices(specs: Any) -> Any:
+    """Returns specs of arrays with a leading axis D."""
+    return jax.tree.map(
+        lambda spec: PartitionSpec(CLIENTS, *spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+
+
+def optimizer_specs(server: PerExpertOptimizer, params: Params) -> PerExpertState:
+    """Returns how the server optimizer's state lies on a mesh."""
+    state = jax.eval_shape(server.init, params)
+    spread = PartitionSpec(None, EXPERTS)
+    return PerExpertState(
+        jax.tree.map(lambda _: spread, state.experts), jax.tree.map(lambda _: EVERYWHERE, state.rest)
+    )

@@ -1,0 +1,167 @@
+"""When a client scores its experts: `importance.refresh`, without a pass for the purpose.
+
+| refresh | the scores that a batch selects by | with `fl.forward` |
+|---|---|---|
+| step | of the batch itself: its forward pass comes before the selection | routed |
+| previous | a running mean over the batches before it | routed, active |
+| round | of the round's first batch, kept for all of its batches | routed, active |
+
+Contributions (`Evidence.contribution`) are known only after a backward pass, so a batch reads a running
+mean of those of the batches before it; the first of a round reads the routing importance (5)
+in their place, and with `round` there are none. They are gradients of the training loss, load
+balancing included. `routed` selects from the batch's own union. `active` selects before the forward
+pass: from the unions of the batches so far, and before the first batch from what the routers say
+of it when no expert runs. Only gradient norms of experts cost a backward pass of their own.
+
+Axes: L layers, N tokens, E experts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.budgeted import Seen
+from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.scores import Evidence, PerExpert, gradients_read, routing_importance, score_rules, union
+from hfedmoe_jax.selection import select
+
+SCORE_DECAY = 0.5  # weight of the past in running means
+
+
+class Importance(NamedTuple):
+    """What a client knows of its experts' importance.
+
+    Attributes:
+      score: what it selects by.
+      contribution: running mean of the contributions.
+      eligible: the experts that may be selected, E_union.
+    """
+
+    score: Float[Array, "layers experts"]
+    contribution: Float[Array, "layers experts"]
+    eligible: Bool[Array, "layers experts"]
+
+
+class Scoring:
+    """A score function with the moments at which it is asked.
+
+    Args:
+      num_layers, num_experts: L, E.
+      name: of the score, see `score_rules`.
+      importance: the config's section.
+      routed: the forward pass runs every expert, and comes before the selection.
+
+    Raises:
+      InputError: the score reads what `importance.refresh` cannot give it.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, name: str, importance: ConfigDict, routed: bool):
+        self.shape = (num_layers, num_experts)
+        self.rule, self.importance, self.routed = score_rules[name], importance, routed
+        self.reads = gradients_read(self.rule, importance, *self.shape)
+        self.refresh = importance.refresh
+        problem = None
+        if "gradient_norm" in self.reads and self.refresh != "step":
+            problem, remedy = (
+                "the training pass has no gradient of experts that it does not train",
+                f"use importance.refresh=step with the score {name}",
+            )
+        elif "contribution" in self.reads and self.refresh == "round":
+            problem, remedy = (
+                "a round's first batch has no contributions yet",
+                "use importance.refresh=previous, or importance.estimate=routing",
+            )
+        elif not routed and self.refresh == "step":
+            problem, remedy = (
+                "fl.forward=active selects before it knows the batch",
+                "use importance.refresh=previous or round, or fl.forward=routed",
+            )
+        if problem:
+            raise InputError("importance.refresh", self.refresh, problem, remedy)
+
+    def passes(self, steps: int) -> ScoringPasses:
+        """Returns what scoring adds to a client's round."""
+        if "gradient_norm" in self.reads:
+            return ScoringPasses(steps, shared=1, experts=2)
+        return NO_SCORING if self.routed else ScoringPasses(1, shared=1, experts=0)
+
+    def start(self) -> Importance:
+        """Returns the importance of a client that has seen nothing."""
+        zeros = jnp.zeros(self.shape, jnp.float32)
+        return Importance(zeros, zeros, jnp.zeros(self.shape, bool))
+
+    def before_round(self, seen: Seen, token_mask: Array, key: Array) -> Importance:
+        """Returns the importance by the routers alone, for `active`."""
+        contribution = routing_importance(seen.gates, token_mask, self.importance.lam)
+        score = self._score(seen, token_mask, key, contribution)
+        return Importance(score, contribution, union(seen.own))
+
+    def of_batch(
+        self,
+        known: Importance,
+        seen: Seen,
+        token_mask: Bool[Array, " tokens"],
+        key: Array,
+        first: Bool[Array, ""],
+        gradient_norm: Callable[[], PerExpert],
+    ) -> Importance:
+        """Returns the importance after a batch's forward pass, for `routed`.
+
+        Args:
+          first: whether it is the first batch of the round.
+          gradient_norm: computes them.
+        """
+        stand_in = routing_importance(seen.gates, token_mask, self.importance.lam)
+        contribution = jnp.where(first, stand_in, known.contribution)
+        score = self._score(seen, token_mask, key, contribution, gradient_norm)
+        eligible = union(seen.own)
+        if self.refresh != "step":
+            score = jnp.where(first, score, known.score)
+        if self.refresh == "round":
+            eligible = jnp.where(first, eligible, known.eligible)
+        return Importance(score, contribution, eligible)
+
+    def after_batch(
+        self,
+        known: Importance,
+        seen: Seen,
+        token_mask: Bool[Array, " tokens"],
+        key: Array,
+        first: Bool[Array, ""],
+        contribution: PerExpert,
+        ran: Bool[Array, "layers experts"] | None,
+    ) -> Importance:
+        """Returns the importance after a batch's backward pass.
+
+        Args:
+          contribution: of this batch.
+          ran: the experts that tokens could be sent to, None for all; of others the contribution was
+            not measured.
+        """
+        measured = True if ran is None else ran
+        past = jnp.where(first & self.routed, contribution, known.contribution)
+        contributions = jnp.where(measured, mix(past, contribution), past)
+        if self.refresh != "previous":
+            return known._replace(contribution=contributions)
+        fresh = mix(known.score, self._score(seen, token_mask, key, contribution))
+        if "contribution" in self.reads:
+            fresh = jnp.where(measured, fresh, known.score)
+        eligible = known.eligible if self.routed else known.eligible | union(seen.own)
+        return Importance(fresh, contributions, eligible)
+
+    def select(self, known: Importance, budget: Int[Array, ""]) -> Bool[Array, "layers experts"]:
+        """Returns E_active (15)."""
+        return select(known.score, known.eligible, budget)
+
+    def _score(self, seen, token_mask, key, contribution, gradient_norm=None) -> PerExpert:
+        evidence = Evidence(seen.gates, seen.own, token_mask, key, lambda: contribution, gradient_norm)
+        return self.rule(evidence, self.importance)
+
+
+def mix(past: PerExpert, now: PerExpert) -> PerExpert:
+    """Returns the running mean after one more value."""
+    return SCORE_DECAY * past + (1 - SCORE_DECAY) * now
