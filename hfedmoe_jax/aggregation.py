@@ -14,9 +14,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.bank import ExpertRows
 from hfedmoe_jax.models import Params
 from hfedmoe_jax.registry import Registry
-from hfedmoe_jax.sums import Fixed, add_rows, add_terms, fixed_zeros, from_fixed, merge_over_devices, settle
+from hfedmoe_jax.sums import (
+    Fixed,
+    add_rows,
+    add_terms,
+    fixed_zeros,
+    from_fixed,
+    merge_over_devices,
+    settle,
+    to_fixed,
+)
 
 
 def dominant_set(
@@ -130,14 +140,13 @@ class Contribution(NamedTuple):
     """What one client adds to a running mean.
 
     Attributes:
-      params: as in `ClientUpdate`: experts a row each, and rows of the embedding table.
-      expert, token: whose row each is; None if there is one for each, in order.
+      params, trained, token: as in `ClientUpdate`.
       weights: experts [L, E], router [], shared []; a client that does not count has zeros.
       dominant: bool [L, E].
     """
 
     params: Params
-    expert: Int[Array, " rows"] | None
+    trained: ExpertRows
     token: Int[Array, " table_rows"] | None
     weights: Params
     dominant: Bool[Array, "layers experts"]
@@ -184,20 +193,23 @@ def mean_accumulate(
         return add_rows(total, index, change(weight.reshape(-1), new, old.at[index].get(mode="clip")))
 
     expert_weight = weights.experts.reshape(weights.experts.shape[0], -1)
-    row_weight = expert_weight
-    if clients.expert is not None:
-        row_weight = jnp.take_along_axis(expert_weight, clients.expert, axis=1, mode="fill", fill_value=0)
+    trained = clients.trained
 
     def add_expert(total, new, old):
-        def flat(x):
-            return x.reshape(-1, *old.shape[2:])
-
-        sums = Fixed(*map(flat, total))
-        if clients.expert is None:
-            sums = dense(sums, new, flat(old), row_weight)
+        old = old.reshape(-1, *old.shape[2:])
+        sums = Fixed(*(x.reshape(old.shape) for x in total))
+        if new.shape[0] == 1:  # row by row, as many as there are: a CPU pays for what it touches
+            sums = jax.lax.fori_loop(0, trained.count[0], lambda i, sums: add_one(sums, new, old, i), sums)
         else:
-            sums = by_row(sums, new, flat(old), row_weight, clients.expert)
-        return Fixed(*(x.reshape(old.shape) for x in sums))
+            weight = jnp.take_along_axis(expert_weight, trained.expert, axis=1, mode="fill", fill_value=0)
+            rows = jax.vmap(lambda x, row: x[row])(new, trained.row)
+            sums = by_row(sums, rows, old, weight, trained.expert)
+        return Fixed(*(x.reshape(t.shape) for x, t in zip(sums, total, strict=True)))
+
+    def add_one(sums, new, old, index):
+        expert, row = trained.expert[0, index], trained.row[0, index]
+        term = change(expert_weight[0, expert][None], new[0, row][None], old[expert][None])
+        return Fixed(*(s.at[expert].add(x[0]) for s, x in zip(sums, to_fixed(term), strict=True)))
 
     def add_shared(path, total, new, old):
         if clients.token is not None and path[0].key == table:
@@ -228,12 +240,12 @@ def map_totals(function: Callable, totals: Any, *trees: Any, with_path: bool = F
 
 
 def mean_settle(mean: RunningMean) -> RunningMean:
-    """Makes room for `sums.MOST_TERMS` more terms."""
+    """Makes room for `sums.MOST_TERMS` more clients a device."""
     return mean._replace(total=map_totals(settle, mean.total), weight=map_totals(settle, mean.weight))
 
 
 def mean_merge(mean: RunningMean) -> RunningMean:
-    """Adds settled sums over their leading axis, one place a device."""
+    """Adds sums over their leading axis, one place a device."""
     total, weight = (map_totals(merge_over_devices, tree) for tree in (mean.total, mean.weight))
     return RunningMean(total, weight, jnp.sum(mean.dominant, axis=0, dtype=jnp.int32))
 

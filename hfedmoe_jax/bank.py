@@ -32,6 +32,20 @@ class ExpertBank(NamedTuple):
     count: Int[Array, ""]
 
 
+class ExpertRows(NamedTuple):
+    """Which rows of an array hold which experts.
+
+    Attributes:
+      expert: int32 [U], layer * H + expert; L * H for none, after all others.
+      row: int32 [U], of each.
+      count: how many experts.
+    """
+
+    expert: Int[Array, " rows"]
+    row: Int[Array, " rows"]
+    count: Int[Array, ""]
+
+
 def flat(experts: Any) -> Any:
     """Returns a tree of arrays [L, H, ...] as [L * H, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), experts)
@@ -107,13 +121,16 @@ class BankLayout:
         self,
         bank: ExpertBank,
         expert: Int[Array, ""],
+        weights: Any,
         gradient: Any,
         trained: Bool[Array, ""],
         optimizer: optax.GradientTransformation,
     ) -> ExpertBank:
-        """Returns the bank after a step of an expert's optimizer, or as it was if not `trained`."""
+        """Returns the bank after a step of an expert's optimizer, or as it was if not `trained`.
+
+        `weights` are those of the expert, as `read` gives them.
+        """
         row = bank.row[expert]
-        weights = self.read(bank, expert)
         state = jax.tree.map(lambda x: x[row], bank.state)
         updates, stepped = optimizer.update(gradient, state, weights)
 
@@ -126,20 +143,13 @@ class BankLayout:
             state=jax.tree.map(keep(row), bank.state, stepped, state),
         )
 
-    def close(self, bank: ExpertBank) -> tuple[Any, Int[Array, " rows"] | None]:
-        """Returns the weights of the rows, a tree of [U, ...], and whose each is (L * H for nobody's).
-
-        None if there is a row for each expert, in order.
-        """
-        every = jnp.arange(self.num_experts, dtype=jnp.int32)
-        if self.every:
-            return bank.weights, None
-        unused = jnp.full(self.num_rows, self.num_experts, jnp.int32)
-        expert = unused.at[bank.row].set(every, mode="drop")
-        weights = bank.weights
-        if self.whole:
-            weights = jax.tree.map(lambda x: x.at[expert].get(mode="clip"), weights)
-        return weights, expert
+    def rows_of(self, bank: ExpertBank, trained: Bool[Array, "layers held"]) -> ExpertRows:
+        """Returns where the weights of the trained experts lie, in `bank.weights`."""
+        which = slots_of(trained, self.num_rows)
+        number = jnp.sum(which.count)
+        expert = jnp.where(jnp.arange(self.num_rows) < number, which.expert, self.num_experts)
+        row = self._place(bank, jnp.minimum(expert, self.num_experts - 1))
+        return ExpertRows(expert, jnp.minimum(row, jax.tree.leaves(bank.weights)[0].shape[0] - 1), number)
 
     def _place(self, bank: ExpertBank, expert: Array) -> Array:
         return expert if self.whole or self.every else bank.row[expert]

@@ -37,6 +37,7 @@ class Place(NamedTuple):
 
 
 ALONE = Place()
+UNROLL = 2  # layers a turn of a scan: fewer residuals to stack
 
 
 class Seen(NamedTuple):
@@ -108,22 +109,26 @@ def everywhere(of_held: Array, place: Place) -> Array:
     return of_held if place.shard is None else jax.lax.all_gather(of_held, place.shard, axis=1, tiled=True)
 
 
+def most_turns(count: Array, place: Place) -> Array:
+    """Returns the largest count of a chunk's members: a bound that they share keeps a loop a loop."""
+    return count if place.chunk is None else jax.lax.pmax(count, place.chunk)
+
+
 def for_each_slot(slots: Slots, layer: Array, place: Place, body: Callable, carry: Any) -> Any:
     """Runs `carry = body(carry, slot, valid)` over a layer's slots.
 
     Members of a chunk take as many turns as the one with the most slots; `valid` is False, and `slot`
     any, in turns that a member has no slot for.
     """
-    first, count, size = slots.first[layer], slots.count[layer], slots.expert.shape[0]
-    if slots.most is not None:
-        return jax.lax.fori_loop(0, slots.most, lambda i, carry: body(carry, first + i, True), carry)
-    if place.chunk is None:
-        return jax.lax.fori_loop(0, count, lambda i, carry: body(carry, first + i, True), carry)
+    first, count, last = slots.first[layer], slots.count[layer], slots.expert.shape[0] - 1
+    if slots.most is not None or place.chunk is None:
+        turns = count if slots.most is None else slots.most
+        return jax.lax.fori_loop(0, turns, lambda i, carry: body(carry, first + i, True), carry)
 
     def visit(i, carry):
-        return body(carry, jnp.minimum(first + i, size - 1), i < count)
+        return body(carry, jnp.minimum(first + i, last), i < count)
 
-    return jax.lax.fori_loop(0, jax.lax.pmax(count, place.chunk), visit, carry)
+    return jax.lax.fori_loop(0, most_turns(count, place), visit, carry)
 
 
 def make_route(model: MoeModel, token_mask_bt: Bool[Array, "batch tokens"]) -> Callable:
@@ -236,7 +241,9 @@ def forward_pass(
         )
 
     layers = (jnp.arange(model.num_layers), params.shared["blocks"], params.router["blocks"], forward)
-    (x, y_rows, hidden_rows), (seen, balance, saved) = jax.lax.scan(block, (x, y_rows, hidden_rows), layers)
+    (x, y_rows, hidden_rows), (seen, balance, saved) = jax.lax.scan(
+        block, (x, y_rows, hidden_rows), layers, unroll=UNROLL
+    )
     return x, seen, jnp.mean(balance), Residuals(*saved, y_rows, hidden_rows)
 
 
@@ -270,8 +277,8 @@ def backward_pass(
       balance: weight of the load-balancing loss.
       slots: experts of this device to train.
       read: (carry, expert) -> its weights; `expert` is layer * E + expert.
-      consume: (carry, expert, gradient, reached) -> carry, once for each slot; `reached` is False if no
-        token was served, or nothing is to be done.
+      consume: (carry, expert, weights, gradient, reached) -> carry, once for each slot; `reached` is False
+        if no token was served, or nothing is to be done.
 
     Returns:
       Gradients (experts None); d loss / d z_e [L, all experts], the multipliers of the experts' outputs at
@@ -308,14 +315,15 @@ def backward_pass(
             token, gate = served.token[which - index * held], served.weight[which - index * held]
             x_sd = take_rows(h, token)
             dy_sd = take_rows(dy_nd, token) * gate[:, None].astype(dx.dtype)
-            weights = read(carry, which)
+            # Read once and for all: a second read of rows that `consume` writes would cost a copy of them.
+            weights = jax.lax.optimization_barrier(read(carry, which))
             if residuals.hidden is None:
                 _, hidden = pieces.expert(weights, x_sd)
             else:
                 hidden = residuals.hidden[forward_slots.slot.reshape(-1)[which]]
             gradient, dx_sd = pieces.expert_gradient(weights, x_sd, hidden, dy_sd)
             reached = jnp.any(token < num_tokens) & valid
-            carry = consume(carry, which, gradient, reached)
+            carry = consume(carry, which, weights, gradient, reached)
             return dh.at[token].add(jnp.where(valid, dx_sd, 0), mode="drop"), carry
 
         dh, carry = for_each_slot(slots, index, place, train, (jnp.zeros_like(h), carry))
@@ -331,7 +339,9 @@ def backward_pass(
         forward,
         *saved,
     )
-    (dx, carry), (d_blocks, d_router, multiplier) = jax.lax.scan(block, (dx, carry), layers, reverse=True)
+    (dx, carry), (d_blocks, d_router, multiplier) = jax.lax.scan(
+        block, (dx, carry), layers, reverse=True, unroll=UNROLL
+    )
     parts = {name: params.shared[name] for name in pieces.embed_parts}
     _, pull_embed = jax.vjp(lambda parts: pieces.embed(parts, tokens), parts)
     (d_embed,) = pull_embed(dx)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import Upload
-from hfedmoe_jax.bank import BankLayout, ExpertBank, flat
+from hfedmoe_jax.bank import BankLayout, ExpertBank, ExpertRows, flat
 from hfedmoe_jax.budgeted import (
     ALONE,
     Place,
@@ -24,6 +24,7 @@ from hfedmoe_jax.budgeted import (
     experts_here,
     forward_pass,
     here,
+    most_turns,
     total,
 )
 from hfedmoe_jax.models import MoeModel, Params, slots_of
@@ -86,16 +87,15 @@ class ClientUpdate(NamedTuple):
 
     Attributes:
       params: the router, the shared parameters with the rows of the embedding table that the client's
-        tokens use, and a row for each expert that it may have trained.
-      expert: int32 [U], whose row each is: layer * E + expert, L * E for an unused one; None if there is a
-        row for each expert, in order.
+        tokens use, and the weights of its `ExpertBank`.
+      trained: where the experts that it trained lie in them.
       token: int32 [R], which row of the table each is, the vocabulary's size for an unused one; None if
         it is the whole table.
       upload, report: see there.
     """
 
     params: Params
-    expert: Int[Array, " rows"] | None
+    trained: ExpertRows
     token: Int[Array, " table_rows"] | None
     upload: Upload
     report: ClientReport
@@ -213,12 +213,11 @@ def make_client(
                 active = score.select(importance, client.budget)
                 bank = layout.enter(bank, start.experts, here(model, active, place))
 
-            def consume(bank, expert, gradient, reached):
-                weights = layout.read(bank, expert)
+            def consume(bank, expert, weights, gradient, reached):
                 if rule.proximal_mu:
                     away = jax.tree.map(lambda w, x: w - flat(x)[expert], weights, start.experts)
                     gradient = optax.tree.add_scale(gradient, rule.proximal_mu, away)
-                return layout.update(bank, expert, gradient, reached, optimizer)
+                return layout.update(bank, expert, weights, gradient, reached, optimizer)
 
             gradient, multiplier, bank = backward(
                 layout.slots(here(model, active, place)), layout.read, consume, bank
@@ -260,11 +259,12 @@ def make_client(
             trained=jnp.any(trained, axis=0),
             num_examples=client.num_examples,
         )
-        experts, expert = layout.close(carry.bank)
-        params = carry.params._replace(experts=experts)
+        params = carry.params._replace(experts=carry.bank.weights)
+        rows = layout.rows_of(carry.bank, here(model, upload.trained, place))
         max_union_size = jnp.max(measured["union_size"])
         over_budget = rule.fail_over_budget & (max_union_size > client.budget)
-        finite = jnp.isfinite(jnp.sum(measured["loss"])) & all_finite(params)
+        finite = jnp.isfinite(jnp.sum(measured["loss"])) & all_finite(carry.params)
+        finite &= rows_finite(carry.bank.weights, rows, place)
         finite = (
             total((~finite).astype(jnp.int32), place) == 0
         )  # on every device that holds some of the experts
@@ -273,7 +273,7 @@ def make_client(
         )
         means = {name: jnp.mean(values, axis=0) for name, values in measured.items()}
         report = ClientReport(status=status, max_union_size=max_union_size, **means)
-        return ClientUpdate(params, expert, used, upload, report)
+        return ClientUpdate(params, rows, used, upload, report)
 
     return train
 
@@ -281,7 +281,7 @@ def make_client(
 def gradient_norms(layout: BankLayout, bank: ExpertBank, backward: Callable, place: Place) -> Array:
     """Returns the L2 norm of each expert's gradient [L, E], by a backward pass of its own."""
 
-    def note(norms, expert, gradient, reached):
+    def note(norms, expert, weights, gradient, reached):
         square = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
         return norms.at[expert].set(jnp.where(reached, jnp.sqrt(square), norms[expert]))
 
@@ -339,8 +339,19 @@ def measure(
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Says whether no number of a tree is NaN or infinite."""
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    """Says whether no number of a tree is NaN or infinite, nor their sum too large for float32."""
+    # A sum runs several times as fast on a CPU as a test of every number.
+    return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+def rows_finite(weights: Any, rows: ExpertRows, place: Place) -> Bool[Array, ""]:
+    """Says the same of the rows of a tree of arrays."""
+
+    def look(index, finite):
+        row = rows.row[jnp.minimum(index, rows.row.shape[0] - 1)]
+        return finite & all_finite(jax.tree.map(lambda x: x[row], weights))
+
+    return jax.lax.fori_loop(0, most_turns(rows.count, place), look, jnp.bool_(True))
 
 
 def gate_entropy(

@@ -41,7 +41,10 @@ from hfedmoe_jax.population import (
     place_of,
     stream,
 )
-from hfedmoe_jax.sums import from_fixed
+from hfedmoe_jax.sums import MOST_TERMS, from_fixed
+
+
+SPREAD = PartitionSpec(None, (EXPERTS, CLIENTS))
 
 
 class Clients(NamedTuple):
@@ -102,7 +105,7 @@ class SharedEngine:
                 dominant = dominant_set(update.upload.usage, update.upload.trained, aggregation.tau) & ok
                 contribution = Contribution(
                     params=update.params,
-                    expert=update.expert,
+                    trained=update.trained,
                     token=update.token,
                     weights=weights._replace(experts=here(model, weights.experts, place)),
                     dominant=dominant,
@@ -118,8 +121,15 @@ class SharedEngine:
             empty = mean_init(shapes)
             return jax.tree.map(lambda x: jnp.zeros((mesh.shape[CLIENTS], *x.shape), x.dtype), empty)
 
-        def finish(sums: RunningMean, params: Params, optimizer: Any) -> tuple[Params, Any]:
+        def share_out(tree: Any) -> Any:
+            """Spreads [L, E, ...] over all devices: each then updates a part of the experts."""
+            if model.num_experts % mesh.size:
+                return tree
+            return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, SPREAD))
+
+        def finish(sums: RunningMean, params: Params, optimizer: Any):
             mean = mean_merge(sums)
+            mean = mean._replace(total=mean.total._replace(experts=share_out(mean.total.experts)))
             change = mean_finalize(mean, params)
             if aggregation.literal_gating:
                 union_size = jnp.sum(mean.dominant > 0)
@@ -132,9 +142,11 @@ class SharedEngine:
             pseudo_gradient = jax.tree.map(jnp.negative, change)
             anyone = from_fixed(mean.weight.shared) > 0
             trained = from_fixed(mean.weight.experts) > 0
-            updated = server.update(pseudo_gradient, optimizer, params, trained)
+            spread = params._replace(experts=share_out(params.experts))
+            updated = server.update(pseudo_gradient, optimizer, spread, trained)
             # A round in which every client failed leaves the server as it was.
-            return jax.tree.map(lambda new, old: jnp.where(anyone, new, old), updated, (params, optimizer))
+            updated = jax.tree.map(lambda new, old: jnp.where(anyone, new, old), updated, (params, optimizer))
+            return updated, jax.tree.map(jnp.zeros_like, sums)
 
         def on_mesh(specs: Any) -> Any:
             return jax.tree.map(
@@ -144,11 +156,15 @@ class SharedEngine:
         self.on_mesh = on_mesh
         states = (on_mesh(self.specs), on_mesh(self.optimizer_specs))
         self.tiers = {
-            tier: stream(visit(tier), merge, mean_settle, mesh, chunk, (self.specs, EVERYWHERE), sums_specs)
+            tier: stream(visit(tier), merge, mesh, chunk, (self.specs, EVERYWHERE), sums_specs)
             for tier in train
         }
         self._open = jax.jit(open_sums, out_shardings=on_mesh(sums_specs))
-        self._finish = jax.jit(finish, donate_argnums=(1, 2), out_shardings=states)
+        states = (states, on_mesh(sums_specs))
+        self._finish = jax.jit(finish, donate_argnums=(0, 1, 2), out_shardings=states)
+        self._settle = jax.jit(mean_settle, donate_argnums=0, out_shardings=on_mesh(sums_specs))
+        self._spare = None  # the last round's sums, cleared: fresh memory costs a CPU its page faults
+        self._terms = 0
         self.programs = {f"tier {tier}": run for tier, run in self.tiers.items()}
         self.programs |= {"open": self._open, "finish": self._finish}
 
@@ -160,16 +176,23 @@ class SharedEngine:
 
     def open(self, state: Any) -> RunningMean:
         """Returns empty sums."""
-        return self._open()
+        sums, self._spare = self._spare, None
+        self._terms = 0
+        return self._open() if sums is None else sums
 
     def run(self, tier: int, sums: RunningMean, state: Any, data: ClientData, count: Any, key: Any):
         """Returns the sums with a block's clients added, and what they told."""
+        size = data.client.shape[0] // self.mesh.shape[CLIENTS]
+        if self._terms + size > MOST_TERMS:
+            sums, self._terms = self._settle(sums), 0
+        self._terms += size
         sums, told = self.tiers[tier](sums, (state.params, key), data, count)
         return sums, self.collect(told)
 
     def finish(self, sums: RunningMean, state: Any) -> tuple[Params, Any]:
         """Returns the new parameters and optimizer state."""
-        return self._finish(sums, state.params, state.optimizer)
+        updated, self._spare = self._finish(sums, state.params, state.optimizer)
+        return updated
 
 
 class PersonalEngine:
@@ -190,7 +213,7 @@ class PersonalEngine:
             return (), (told, kept)
 
         everyone = NamedSharding(mesh, EVERYWHERE)
-        self._run = stream(visit, None, None, mesh, chunk, EVERYWHERE)
+        self._run = stream(visit, None, mesh, chunk, EVERYWHERE)
         self._keep = jax.jit(self._write, donate_argnums=0, out_shardings=everyone)
         self._spread = jax.jit(
             lambda params: jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_clients, *x.shape)), params),
@@ -226,10 +249,8 @@ def place_update(params: Params, update: ClientUpdate, table: str) -> Params:
     """Returns a model with a client's rows put in their places."""
 
     def experts(whole, rows):
-        if update.expert is None:
-            return rows.reshape(whole.shape)
-        flat = whole.reshape(-1, *whole.shape[2:]).at[update.expert].set(rows, mode="drop")
-        return flat.reshape(whole.shape)
+        flat = whole.reshape(-1, *whole.shape[2:])
+        return flat.at[update.trained.expert].set(rows[update.trained.row], mode="drop").reshape(whole.shape)
 
     shared = dict(update.params.shared)
     if update.token is not None:

@@ -18,11 +18,11 @@ from jaxtyping import Int
 from hfedmoe_jax.budgeted import Place
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import ModelCost, Params
-from hfedmoe_jax.sums import MOST_TERMS
 
 CLIENTS, EXPERTS = "clients", "experts"
 EVERYWHERE, BY_CLIENT = PartitionSpec(), PartitionSpec(CLIENTS)
 BLOCK = 16  # members of a block on a device, if a chunk is not larger
+MOST_CHUNK = 64
 NOBODY = -1
 
 
@@ -89,7 +89,7 @@ def default_chunk(cost: ModelCost, mesh: Mesh) -> int:
     limit = (device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
     held = cost.num_experts // mesh.shape[EXPERTS]
     one = cost.shared_training_bytes + held * (cost.expert_parameter_bytes + cost.expert_training_bytes)
-    return 2 ** int(np.clip(np.log2(max(1, 0.5 * limit / one)), 0, np.log2(MOST_TERMS)))
+    return 2 ** int(np.clip(np.log2(max(1, 0.5 * limit / one)), 0, np.log2(MOST_CHUNK)))
 
 
 def plan_blocks(
@@ -154,7 +154,6 @@ def unstack_members(blocks: Sequence[Block], outputs: Sequence[Any], size: int) 
 def stream(
     visit: Callable[[Any, Any], tuple[Any, Any]],
     merge: Callable[[Any, Any, Any], Any] | None,
-    settle: Callable[[Any], Any] | None,
     mesh: Mesh,
     chunk: int,
     broadcast_specs: Any,
@@ -165,7 +164,6 @@ def stream(
     Args:
       visit: (broadcast, member) -> (contribution, output).
       merge: (sums, broadcast, contributions [chunk, ...]) -> sums; None where there is nothing to sum.
-      settle: sums -> sums, once a block.
       mesh, chunk: members computed at once on a device.
       broadcast_specs, sums_specs: how these lie on the mesh, prefix trees; sums have a leading axis D.
 
@@ -175,9 +173,6 @@ def stream(
 
     def run_on_device(sums: Any, broadcast: Any, members: Any, count: Any) -> tuple[Any, Any]:
         sums = jax.tree.map(lambda x: x[0], sums)
-        size = jax.tree.leaves(members)[0].shape[0]
-        if merge is not None and size > MOST_TERMS:
-            raise ValueError(f"a block of {size} members a device; sums settle after {MOST_TERMS}")
 
         def alone(member):
             return jax.tree.map(lambda x: x[None], visit(broadcast, jax.tree.map(lambda x: x[0], member)))
@@ -203,8 +198,6 @@ def stream(
 
         turns = (count[0] + chunk - 1) // chunk
         sums, outputs = jax.lax.fori_loop(0, turns, turn, (sums, outputs))
-        if settle is not None:
-            sums = settle(sums)
         return jax.tree.map(lambda x: x[None], sums), outputs
 
     run = jax.shard_map(
@@ -235,7 +228,7 @@ def map_members(
 
     `blocks` are pairs of a `Block` and its members [D * B, ...] as host arrays.
     """
-    program, readable = stream(visit, None, None, mesh, chunk, broadcast_specs), collect(mesh)
+    program, readable = stream(visit, None, mesh, chunk, broadcast_specs), collect(mesh)
 
     def run(broadcast: Any, blocks: Iterable[tuple[Block, Any]]) -> Any:
         done, outputs = [], []

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 HIGH_BITS, LOW_BITS = 16, 24
-MOST_TERMS = 64
+MOST_TERMS = 96  # 2^31 / 2^24 is 128
 LARGEST = 2.0**14
 """Terms beyond it are cut to it."""
 
@@ -68,11 +68,13 @@ def settle(total: Fixed) -> Fixed:
 
 
 def merge_over_devices(total: Fixed) -> Fixed:
-    """Adds settled sums over their leading axis, of at most 2^18 devices."""
+    """Adds sums over their leading axis, of at most 2^18 devices; the result is settled."""
+    total = settle(total)
+    high = jnp.sum(total.high, axis=0, dtype=jnp.int32)
+    if total.low.shape[0] <= MOST_TERMS:
+        return settle(Fixed(high, jnp.sum(total.low, axis=0, dtype=jnp.int32)))
     half = LOW_BITS // 2
     lower = jnp.sum(total.low & (2**half - 1), axis=0, dtype=jnp.int32)
     upper = jnp.sum(total.low >> half, axis=0, dtype=jnp.int32) + (lower >> half)
-    return Fixed(
-        jnp.sum(total.high, axis=0, dtype=jnp.int32) + (upper >> half),
-        ((upper & (2**half - 1)) << half) + (lower & (2**half - 1)),
-    )
+    low = ((upper & (2**half - 1)) << half) + (lower & (2**half - 1))
+    return Fixed(high + (upper >> half), low)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.models.attention import masked_attention
 from hfedmoe_jax.models.dispatch import ExpertWeights, dispatchers, expert_capacity
 from hfedmoe_jax.models.pieces import Pieces
 from hfedmoe_jax.models.routing import ExpertControls, Routing, assign
@@ -78,17 +79,22 @@ class Block(nn.Module):
     moe_sizes: dict[str, Any]
     capacity_factor: float
     dtype: Any = None
+    attention_fn: Any = nn.dot_product_attention
 
     def setup(self):
         self.norm_attention = nn.LayerNorm(dtype=self.dtype)
-        self.attention = nn.MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)
+        self.attention = nn.MultiHeadDotProductAttention(
+            self.num_heads, dtype=self.dtype, attention_fn=self.attention_fn
+        )
         self.norm_moe = nn.LayerNorm(dtype=self.dtype)
         self.moe = MixtureOfExperts(**self.moe_sizes)
 
     def attend(self, x_btd: Float[Array, "batch tokens model"], token_mask_bt: Bool[Array, "batch tokens"]):
         """Returns the residual stream after attention, and what the mixture of experts reads."""
-        attention_mask = nn.make_attention_mask(token_mask_bt, token_mask_bt)
-        x_btd = x_btd + self.attention(self.norm_attention(x_btd), mask=attention_mask)
+        mask = token_mask_bt
+        if self.attention_fn is nn.dot_product_attention:
+            mask = nn.make_attention_mask(token_mask_bt, token_mask_bt)
+        x_btd = x_btd + self.attention(self.norm_attention(x_btd), mask=mask)
         return x_btd, self.norm_moe(x_btd)
 
     def __call__(self, x_btd, token_mask_bt, controls):
@@ -166,7 +172,7 @@ def embed(table, position, tokens_bt):
 def switch_pieces(config: ConfigDict, num_classes: int, dtype: Any) -> Pieces:
     """Returns the parts of a `SwitchClassifier` as functions, computing in `dtype`."""
     moe = {name: config[name] for name in ("num_experts", "hidden", "top_k")} | {"dispatch": "capacity"}
-    block = Block(config.num_heads, moe, 0.0, dtype)
+    block = Block(config.num_heads, moe, 0.0, dtype, masked_attention)
     head = Head(num_classes)
 
     def attend(layer: dict, x_btd, token_mask_bt):
