@@ -184,6 +184,9 @@ def get_config(preset: str = "default") -> ConfigDict:
         }
     )
 
+    mesh = config.mesh = ConfigDict()
+    mesh.experts = 1  # devices that the experts of one client's model are spread over
+
     evaluation = config.eval = ConfigDict()
     evaluation.every = 2  # rounds
     evaluation.batch_size = 64  # also the most of a client's own held-out passages that are judged

@@ -6,8 +6,10 @@ from hfedmoe_jax.aggregation import expert_rules, gating_rules
 from hfedmoe_jax.algorithms import compose
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import optimizers
+from hfedmoe_jax.population import MOST_CHUNK
 from hfedmoe_jax.registry import unknown_name
 from hfedmoe_jax.scores import estimates, score_rules
+from hfedmoe_jax.sums import MOST_MEMBERS
 
 AT_LEAST_ONE = (
     "fl.clients",
@@ -55,6 +57,22 @@ def check_config(config: ConfigDict) -> None:
     for field, known in CHOICES.items():
         if lookup(config, field) not in known:
             raise unknown_name(field, lookup(config, field), list(known))
+    if config.fl.chunk > MOST_CHUNK:
+        raise InputError("fl.chunk", config.fl.chunk, f"above {MOST_CHUNK}", "use at most that, or 0")
+    if config.fl.clients_per_round > MOST_MEMBERS:
+        raise InputError(
+            "fl.clients_per_round",
+            config.fl.clients_per_round,
+            f"above {MOST_MEMBERS:,}, the most that exact sums have room for",
+            "sample fewer clients a round",
+        )
+    if config.mesh.experts < 1 or config.model.num_experts % config.mesh.experts:
+        raise InputError(
+            "mesh.experts",
+            config.mesh.experts,
+            f"does not divide model.num_experts={config.model.num_experts}",
+            "use a divisor, e.g. 1",
+        )
     if not 0 <= config.importance.lam <= 1:
         raise InputError("importance.lam", config.importance.lam, "must be in [0, 1]", "use e.g. 0.5")
     probability = config.fl.dropout_probability

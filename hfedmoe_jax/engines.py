@@ -43,7 +43,6 @@ from hfedmoe_jax.population import (
 )
 from hfedmoe_jax.sums import MOST_TERMS, from_fixed
 
-
 SPREAD = PartitionSpec(None, (EXPERTS, CLIENTS))
 
 

@@ -29,6 +29,7 @@ from hfedmoe_jax.data import (
     Ahead,
     FederatedData,
     holdout_batches,
+    host_of,
     load_federated,
     most_tokens,
     pad_batches,
@@ -111,7 +112,7 @@ class Experiment:
     def __init__(self, config: ConfigDict, mesh: Mesh, data: FederatedData | None = None):
         check_config(config)
         data = data if data is not None else load_federated(config)
-        self.config, self.data, self.mesh = config, data, mesh
+        self.config, self.mesh = config, mesh
         self.num_clients = len(data.client_train)
         self.model = build_model(config.model, len(data.label_names), data.vocab_size, config.data.seq_len)
         self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
@@ -129,8 +130,12 @@ class Experiment:
         self.profiles = [classes[index] for index in assign_devices(self.num_clients, shares, rng)]
         self.budgets = self._budgets()
         self.chunk = config.fl.chunk or default_chunk(self.cost, mesh)
-        sizes = [len(rows) for rows in data.client_train]
-        clients = Clients(self.budgets, max(sizes), most_tokens(data, config.fl))
+        self.sizes = np.array([len(rows) for rows in data.client_train])
+        clients = Clients(self.budgets, int(self.sizes.max()), most_tokens(data, config.fl))
+        # The hosts' answers to what needs everybody's data are alike; from here on each has its own.
+        self._majority_label = np.bincount(data.train.labels).argmax()
+        self.hosts = len({device.process_index for device in mesh.devices.flat})
+        self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
         self.algorithm = build_algorithm(config, self.model, clients, mesh, self.chunk)
         self.personal = self.algorithm.composition.personal
         judged = (self.model, self.personal, mesh, self.chunk)
@@ -176,7 +181,7 @@ class Experiment:
         tokens, labels = round_batches(
             self.data, clients, round_number, fl.local_steps, fl.batch_size, self.config.seed
         )
-        sizes = np.array([len(self.data.client_train[c]) for c in clients], np.float32)
+        sizes = self.sizes[clients].astype(np.float32)
         data = ClientData(clients.astype(np.int32), tokens, labels, sizes, self.budgets[clients], available)
 
         def spread(values):
@@ -190,7 +195,7 @@ class Experiment:
         """Yields the blocks of a round with what this process's clients bring, as host arrays."""
         cohort = self.cohort(round_number)
         mine = np.array([device.process_index for device in self.mesh.devices[:, 0]]) == jax.process_index()
-        for block in self.algorithm.plan(cohort, self.data.hosts_of(cohort)):
+        for block in self.algorithm.plan(cohort, host_of(cohort, self.hosts)):
             places = np.where(mine[:, None], block.members, NOBODY).reshape(-1)
             yield block, self.client_data(round_number, places)
 
@@ -215,7 +220,7 @@ class Experiment:
         number, steps = int(state.round) + 1, self.config.fl.local_steps
         members = self.cohort(number)
         key = jax.random.fold_in(self.round_key, number)
-        tiers = {block.tier for block in self.algorithm.plan(members, self.data.hosts_of(members))}
+        tiers = {block.tier for block in self.algorithm.plan(members, host_of(members, self.hosts))}
         server, metrics = self.algorithm.round(state.server, self.portions(number), key)
         jax.block_until_ready(server.params)
         round_s = time.perf_counter() - began
@@ -256,8 +261,8 @@ class Experiment:
         return state._replace(ledger=ledger), row, failures
 
     @cached_property
-    def _validation(self) -> tuple[EvaluationBatches, int]:
-        """Validation batches, then one batch a client of its own held-out examples."""
+    def _validation(self) -> tuple[EvaluationBatches, int, np.ndarray]:
+        """Validation batches, then one a client of its own held-out examples; how many; each one's host."""
         limit = self.config.eval.max_examples or len(self.data.validation.labels)
         rng = np.random.default_rng([self.config.seed, COHORT_STREAM])
         rows = rng.permutation(len(self.data.validation.labels))[:limit]
@@ -267,7 +272,9 @@ class Experiment:
         tokens, labels, weight = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         num_validation = len(parts[0][1])
         judge = np.concatenate([np.arange(num_validation) % self.num_clients, np.arange(self.num_clients)])
-        return EvaluationBatches(tokens, labels, weight, judge.astype(np.int32)), num_validation
+        hosts = np.concatenate([np.arange(num_validation), np.arange(self.num_clients)])
+        batches = EvaluationBatches(tokens, labels, weight, judge.astype(np.int32))
+        return batches, num_validation, host_of(hosts, self.hosts)
 
     def judge(self, params: Params) -> tuple[Quality, np.ndarray]:
         """Returns the quality on the validation split, and each client's accuracy on its own examples.
@@ -275,8 +282,8 @@ class Experiment:
         For algorithms that keep a model a client, client i mod C judges validation batch i, and each
         client its own examples.
         """
-        batches, num_validation = self._validation
-        scores = self._evaluate(params, batches)
+        batches, num_validation, hosts = self._validation
+        scores = self._evaluate(params, batches, hosts)
         quality = summarize(jax.tree.map(lambda x: x[:num_validation], scores))
         own = jax.tree.map(lambda x: x[num_validation:], scores)
         return quality, own.correct / np.maximum(own.count, 1)
@@ -286,7 +293,9 @@ class Experiment:
         tokens, labels, weight = pad_batches(self.data.test, self.config.eval.batch_size)
         judge = (np.arange(len(labels)) % self.num_clients).astype(np.int32)
         batches = EvaluationBatches(tokens, labels, weight, judge)
-        final, best = (summarize(self._evaluate(p, batches)) for p in (state.server.params, state.best))
+        hosts = host_of(np.arange(len(labels)), self.hosts)
+        models = (state.server.params, state.best)
+        final, best = (summarize(self._evaluate(params, batches, hosts)) for params in models)
         validation, client_accuracy = self.judge(state.server.params)
         members = self.cohort(int(state.round))
         before = state.server.records.usage[members]
@@ -296,8 +305,7 @@ class Experiment:
 
     def majority_accuracy(self) -> float:
         """Returns the test accuracy of always answering the most frequent training label."""
-        answer = np.bincount(self.data.train.labels).argmax()
-        return float(np.mean(self.data.test.labels == answer))
+        return float(np.mean(self.data.test.labels == self._majority_label))
 
 
 def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float]:

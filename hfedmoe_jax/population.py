@@ -34,13 +34,16 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, experts: int = 1) -> 
       experts: over how many devices the experts of one client's model are spread.
 
     Raises:
-      InputError: `experts` does not divide the number of devices.
+      InputError: `experts` does not divide the number of devices of a process.
     """
-    devices = list(devices) if devices is not None else jax.devices()
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     if experts < 1 or len(devices) % experts:
         problem = f"does not divide the {len(devices)} devices"
         raise InputError("mesh.experts", experts, problem, "use a divisor of their number, e.g. 1")
     grid = np.array(devices).reshape(-1, experts)
+    if any(len({device.process_index for device in row}) > 1 for row in grid):
+        problem = "would spread the experts of one client over several processes"
+        raise InputError("mesh.experts", experts, problem, "use a divisor of a process's devices")
     return Mesh(grid, (CLIENTS, EXPERTS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

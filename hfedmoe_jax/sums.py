@@ -19,6 +19,10 @@ LARGEST = 2.0**14
 """Terms beyond it are cut to it."""
 
 
+MOST_MEMBERS = 2**15 - 1
+"""Terms of magnitude at most one whose sum has room."""
+
+
 class Fixed(NamedTuple):
     """An array of fixed-point numbers."""
 

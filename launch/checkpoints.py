@@ -10,11 +10,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 PyTree = Any
@@ -23,9 +25,10 @@ PyTree = Any
 class Checkpoints:
     """The newest states of a run on disk, saved while the run goes on.
 
-    A state is any pytree of arrays (JAX, NumPy), typed PRNG keys and Python numbers. It is saved as
-    host arrays, so the number or kind of devices may differ when it is restored. Every array must
-    be addressable or replicated.
+    A state is any pytree of arrays (JAX, NumPy), typed PRNG keys and Python numbers. Each process
+    writes its own part of what is spread over several, and the first one all that is not; every
+    process must call every method. A state may be restored onto other devices, or by another number
+    of processes, than it was saved from.
 
     Args:
       directory: where the checkpoints lie; created.
@@ -56,9 +59,9 @@ class Checkpoints:
 
     def save(self, step: int, state: PyTree) -> None:
         """Saves `state` in the background; first waits for an earlier save to end."""
-        leaves = _host_leaves(state)
+        leaves = {name: _stored(leaf) for name, leaf in _named_leaves(state)}
         # Orbax does not notice a changed byte inside an array's data, so the digest travels along.
-        saved = {"digest": _digest(leaves), "leaves": {k: v for k, v in leaves.items() if v.size}}
+        saved = {"digest": fingerprint(leaves), "leaves": {k: v for k, v in leaves.items() if v.size}}
         self._checkpointer.save_async(step, saved, force=True, overwrite=True)
 
     def restore(self, template: PyTree) -> tuple[int, PyTree] | None:
@@ -72,18 +75,18 @@ class Checkpoints:
         self.wait()
         unusable = []
         result = None
-        for checkpoint in reversed(self._checkpointer.checkpoints):
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        while result is None and (step := _of_first(steps.pop() if steps else -1)) >= 0:
             try:
-                result = checkpoint.step, self._load(checkpoint.step, template)
-                break
+                result = step, self._load(step, template)
             except _UnusableError as error:
-                unusable.append(f"checkpoint {checkpoint.step} {error}")
-                self._set_aside(checkpoint.step)
+                unusable.append(f"checkpoint {step} {error}")
+                self._set_aside(step)
         if unusable:
             self._checkpointer.reload()
             use = "starting afresh" if result is None else f"continuing from checkpoint {result[0]}"
-            problem = "; ".join(unusable)
-            print(f"warning: {problem}: moved to {self._aside}; {use}", file=sys.stderr)
+            if jax.process_index() == 0:
+                print(f"warning: {'; '.join(unusable)}: moved to {self._aside}; {use}", file=sys.stderr)
         return result
 
     def wait(self) -> None:
@@ -99,29 +102,45 @@ class Checkpoints:
         return self._directory.with_name(f"{self._directory.name}_unusable")
 
     def _set_aside(self, step: int) -> None:
-        target = self._aside / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        self._aside.mkdir(exist_ok=True)
-        shutil.move(self._directory / str(step), target)
+        if jax.process_index() == 0:
+            target = self._aside / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            self._aside.mkdir(exist_ok=True)
+            shutil.move(self._directory / str(step), target)
+        _agree("")  # the others wait for it
 
     def _load(self, step: int, template: PyTree) -> PyTree:
-        wanted = _host_leaves(template)
+        wanted = dict(_named_leaves(template))
+        found, problem = {}, ""
         try:
             with _silence():
-                saved = self._checkpointer.load(step)
-            leaves, digest = saved["leaves"], saved["digest"]
+                found, digest = self._read(step, wanted)
+        except _UnusableError as error:
+            problem = str(error)
         except Exception:
-            raise _UnusableError("is damaged (it cannot be read)") from None
-        leaves |= {name: leaf for name, leaf in wanted.items() if not leaf.size}
-        difference = _difference(leaves, wanted)
-        if difference:
-            raise _UnusableError(f"does not fit this run ({difference})")
-        if not np.array_equal(digest, _digest(leaves)):
-            raise _UnusableError("is damaged (its contents have changed)")
+            problem = "is damaged (it cannot be read)"
+        # All must have loaded before any may compute: a computation on shared arrays takes all.
+        _agree(problem)
+        _agree("" if np.array_equal(digest, fingerprint(found)) else "is damaged (its contents have changed)")
         return jax.tree.unflatten(
-            jax.tree.structure(template),
-            [_like(leaf, leaves[name]) for name, leaf in _named_leaves(template)],
+            jax.tree.structure(template), [_like(leaf, found[name]) for name, leaf in wanted.items()]
         )
+
+    def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+        path = self._directory / str(step)
+        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
+        empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in abstract.items() if not leaf.size}
+        index = jax.process_index()
+        # Every process reads for itself: where one fails, the others must not wait for it.
+        alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+        with ocp.Context(multiprocessing_options=alone):
+            metadata = ocp.metadata(path).metadata
+            difference = _difference(metadata["leaves"] | empty, abstract)
+            if difference:
+                raise _UnusableError(f"does not fit this run ({difference})")
+            leaves = {name: leaf for name, leaf in abstract.items() if leaf.size}
+            saved = ocp.load(path, {"digest": np.empty(32, np.uint8), "leaves": leaves})
+        return saved["leaves"] | empty, saved["digest"]
 
 
 class _UnusableError(Exception):
@@ -153,23 +172,91 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _host_leaves(state: PyTree) -> dict[str, np.ndarray]:
-    # Copies: the caller may change or donate its arrays while the save goes on.
-    return {
-        name: np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-        for name, leaf in _named_leaves(state)
-    }
+def _of_first(value: int) -> int:
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def _digest(leaves: dict[str, np.ndarray]) -> np.ndarray:
+def _agree(problem: str) -> None:
+    """Raises an error on every process if there is a problem on any."""
+    problems = np.atleast_1d(multihost_utils.process_allgather(np.bool_(problem)))
+    if problems.any():
+        raise _UnusableError(problem or f"is damaged (host {problems.argmax()} cannot read it)")
+
+
+def _raw(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _is_shared(leaf: Any) -> bool:
+    """Says whether Orbax is to handle a leaf as an array on devices that all processes know."""
+    return isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
+
+
+def _stored(leaf: Any) -> jax.Array | np.ndarray:
+    """Returns a leaf as it is saved: as it is now, even if the caller then changes or donates it."""
+    leaf = _raw(leaf)
+    return leaf if _is_shared(leaf) else np.array(leaf)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
+    """Returns the shape and type of a leaf, and the devices that it is to be loaded onto, if any."""
+    leaf = _raw(leaf)
+    if _is_shared(leaf) and leaf.committed:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return np.empty_like(leaf)
+
+
+def fingerprint(leaves: dict[str, Any]) -> np.ndarray:
+    """Returns 32 bytes that depend on every bit of the leaves, not on where they lie.
+
+    Args:
+      leaves: NumPy arrays and JAX arrays (no typed keys) by name; those that are spread over several
+        processes are not brought together.
+    """
+    sums = {name: _device_checksum(leaf) if isinstance(leaf, jax.Array) else _checksum(leaf, np)
+            for name, leaf in leaves.items()}  # fmt: skip
     digest = hashlib.sha256()
     for name, leaf in sorted(leaves.items()):
-        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} {int(sums[name])}".encode())
     return np.frombuffer(digest.digest(), np.uint8)
 
 
-def _difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> str:
+def _checksum(array: Any, numeric: ModuleType) -> Any:
+    """Returns a sum, modulo 2^32, over mixed words of an array: exact, so in any order the same.
+
+    A changed word always changes it; other damage goes unnoticed once in 2^32.
+
+    Args:
+      array: of any shape and type.
+      numeric: numpy or jax.numpy, whichever the array is of.
+    """
+    words = _words(array, numeric)
+    position = numeric.arange(words.size, dtype=np.uint32).reshape(words.shape)
+    # The finalizer of MurmurHash3 (Austin Appleby, public domain): a bijection of 32 bits.
+    mixed = words + position * np.uint32(0x9E3779B1)
+    mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return numeric.sum(mixed ^ (mixed >> np.uint32(16)), dtype=np.uint32)
+
+
+_device_checksum = jax.jit(lambda array: _checksum(array, jnp))
+
+
+def _words(array: Any, numeric: ModuleType) -> Any:
+    """Returns the bits of an array as 32-bit words, at least one an element."""
+    array = numeric.atleast_1d(array)
+    if array.dtype == bool:
+        return array.astype(np.uint32)
+    if numeric is np:
+        array = np.ascontiguousarray(array)
+        return array.view(f"u{min(array.dtype.itemsize, 4)}").astype(np.uint32)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag], axis=-1)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Returns the first way in which two sets of leaves differ in name, shape or type, or ''."""
     for name in sorted(wanted | found):
         if name not in found:
@@ -182,7 +269,7 @@ def _difference(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> 
     return ""
 
 
-def _like(template: Any, value: np.ndarray) -> Any:
+def _like(template: Any, value: jax.Array | np.ndarray) -> Any:
     """Returns `value` as the kind of object, and on the devices, that `template` is."""
     if isinstance(template, jax.Array):
         array = jnp.asarray(value)

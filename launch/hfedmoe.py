@@ -1,5 +1,7 @@
 """Runs a federated experiment in a work directory: progress, metrics, checkpoints, figures, report."""
 
+import contextlib
+import os
 import pathlib
 import shlex
 import sys
@@ -12,7 +14,15 @@ from hfedmoe_jax import COLUMNS, Experiment, Outcome, RunState, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.client import STATUS_NAMES
 from launch.checkpoints import Checkpoints
-from launch.distributed import start_devices
+from launch.distributed import (
+    HERE,
+    Host,
+    is_first_process,
+    keep_compiled,
+    start_devices,
+    start_processes,
+    wait_for_all,
+)
 from launch.hfedmoe_figures import write_figures
 from launch.progress import Progress, format_seconds, format_value, print_summary
 from launch.report import write_report
@@ -20,20 +30,38 @@ from launch.workdir import open_workdir, versions, write_json
 from launch.writers import MetricWriter, read_metrics
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
     """Runs or continues the experiment of `config` in `workdir`, and writes everything there.
+
+    Of several processes every one computes; the first alone writes and prints.
 
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written.
     """
     check_config(config)
-    start_devices(most=config.fl.clients_per_round)
-    experiment = Experiment(config, make_mesh())
-    open_workdir(workdir, config.to_dict())
-    (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
+    start_devices(most=config.fl.clients_per_round * config.mesh.experts)
+    with start_processes(host.coordinator, host.processes, host.process, workdir / "checkpoints"):
+        if is_first_process():
+            run_here(config, workdir, host)
+        else:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                run_here(config, workdir, host)
+
+
+def run_here(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
+    """Runs this process's part."""
+    experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
+    writes = is_first_process()
+    if writes:
+        open_workdir(workdir, config.to_dict())
+        (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
+        keep_compiled(host.compiled or workdir / "compiled")
+    wait_for_all()  # the directory is there
     describe(experiment, workdir)
     state = train(experiment, workdir)
     outcome = experiment.finish(state)
+    if not writes:
+        return
     rows = read_metrics(workdir / "metrics.csv")
     summary = summarize(experiment, state, outcome)
     figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures")
@@ -63,13 +91,16 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
             print("this run is finished: its results are written again; another --workdir starts a new one")
         elif restored:
             print(f"continuing after round {first} of {config.fl.rounds}")
-        writer = MetricWriter(workdir, COLUMNS[1:], resume_after=first if restored else None)
+        writer = contextlib.nullcontext()
+        if is_first_process():
+            writer = MetricWriter(workdir, COLUMNS[1:], resume_after=first if restored else None)
         with writer, Progress(config.fl.rounds, "rounds", initial=first) as progress:
             for number in range(first + 1, config.fl.rounds + 1):
                 state, row, failures = experiment.step(state)
-                writer.write(number, row)
-                for failure in failures:
-                    print(f"warning: {failure}", file=sys.stderr)
+                if is_first_process():
+                    writer.write(number, row)
+                    for failure in failures:
+                        print(f"warning: {failure}", file=sys.stderr)
                 if number % config.checkpoint.every == 0 or number == config.fl.rounds:
                     checkpoints.save(number, state)
                 progress.update(number, accuracy=row.get("validation_accuracy"), loss=row["train_loss"])
@@ -81,7 +112,7 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     data, config = experiment.data, experiment.config
     sizes = (
         len(data.client_train),
-        len(data.train.labels),
+        int(experiment.sizes.sum()),
         len(data.validation.labels),
         len(data.test.labels),
     )
@@ -152,7 +183,7 @@ def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[st
         "usage_after": outcome.usage_after,
         "times_chosen": np.asarray(records.times_trained),
         "client_accuracy": outcome.client_accuracy,
-        "client_num_examples": np.array([len(rows) for rows in experiment.data.client_train]),
+        "client_num_examples": experiment.sizes,
         "expert_load": outcome.expert_load,
         "round_last": int(state.round),
         "majority_accuracy": experiment.majority_accuracy(),

@@ -8,8 +8,16 @@
   --config.FIELD=VALUE     another value for a field of the config
   --workdir=DIR            where everything is written; by default a name made from the config,
                            so that the same command again continues the same run
+  --compiled=DIR           where compiled programs are kept for other runs; by default in the work directory
 
-Exit codes: 0 done, 2 a mistake in the command or the data (one line says which), 130 interrupted.
+One run over several hosts (SLURM and TPU pods are recognised by themselves):
+
+  --coordinator=HOST:PORT  where process 0 is reached; "auto" leaves all to JAX's own detection
+  --processes=N            how many processes there are
+  --process=I              which of them this one is, from 0
+
+Exit codes: 0 done, 2 a mistake in the command or the data (one line says which), 3 another host stopped,
+130 interrupted.
 """
 
 import difflib
@@ -31,6 +39,7 @@ from ml_collections import ConfigDict, config_flags
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import unknown_name
+from launch.distributed import Host
 from launch.workdir import default_workdir
 
 EXPERIMENTS = {"hfedmoe": "launch.hfedmoe", "slide": "launch.slide"}
@@ -47,8 +56,8 @@ def main(arguments: list[str]) -> int:
     quiet_libraries()
     workdir = None
     try:
-        config, workdir = read_command(arguments)
-        experiment(config).run(config, workdir)
+        config, workdir, host = read_command(arguments)
+        experiment(config).run(config, workdir, host)
     except ValueError as error:
         if not is_input_error(error):
             raise
@@ -78,7 +87,7 @@ def is_input_error(error: Exception) -> bool:
 
 
 def experiment(config: ConfigDict) -> ModuleType:
-    """Returns the module whose `run(config, workdir)` runs `config.experiment`."""
+    """Returns the module whose `run(config, workdir, host)` runs `config.experiment`."""
     name = config.get("experiment")
     if name not in EXPERIMENTS:
         raise unknown_name("experiment", name, list(EXPERIMENTS))
@@ -86,8 +95,8 @@ def experiment(config: ConfigDict) -> ModuleType:
     return importlib.import_module(EXPERIMENTS[name])
 
 
-def read_command(arguments: list[str]) -> tuple[ConfigDict, pathlib.Path]:
-    """Returns the config, locked and with its overrides applied, and the work directory.
+def read_command(arguments: list[str]) -> tuple[ConfigDict, pathlib.Path, Host]:
+    """Returns the config, locked and with its overrides applied, the work directory, and the place.
 
     Args:
       arguments: the command line without the program's name.
@@ -98,6 +107,10 @@ def read_command(arguments: list[str]) -> tuple[ConfigDict, pathlib.Path]:
     flag_values = flags.FlagValues()
     flags.DEFINE_string("config", None, "config file, and :preset", flag_values=flag_values)
     flags.DEFINE_string("workdir", None, "work directory", flag_values=flag_values)
+    flags.DEFINE_string("compiled", None, "directory of compiled programs", flag_values=flag_values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=flag_values)
+    flags.DEFINE_integer("processes", None, "number of processes", flag_values=flag_values)
+    flags.DEFINE_integer("process", None, "index of this process", flag_values=flag_values)
     try:
         _, *overrides = flag_values(["launch.main", *arguments], known_only=True)
     except flags.Error as error:
@@ -108,7 +121,13 @@ def read_command(arguments: list[str]) -> tuple[ConfigDict, pathlib.Path]:
     apply_overrides(config, overrides)
     preset = flag_values.config.partition(":")[2]
     name = pathlib.Path(flag_values.config.partition(":")[0]).stem
-    return config, pathlib.Path(flag_values.workdir or default_workdir(config, name, preset))
+    host = Host(
+        pathlib.Path(flag_values.compiled) if flag_values.compiled else None,
+        flag_values.coordinator,
+        flag_values.processes,
+        flag_values.process,
+    )
+    return config, pathlib.Path(flag_values.workdir or default_workdir(config, name, preset)), host
 
 
 def load_config(file_and_preset: str) -> ConfigDict:
@@ -206,7 +225,8 @@ def unknown_field(field: str, value: str, fields: list[str]) -> InputError:
 
 def unknown_flag(name: str, fields: list[str]) -> InputError:
     """Returns the error for a flag that does not exist."""
-    near_flags = difflib.get_close_matches(name, ["config", "workdir", "help"], n=1)
+    known = ["config", "workdir", "compiled", "coordinator", "processes", "process", "help"]
+    near_flags = difflib.get_close_matches(name, known, n=1)
     nearest = near_flags[0] if near_flags else nearest_field(name, fields)
     if nearest in fields:
         nearest = f"config.{nearest}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from launch.distributed import HERE, Host, keep_compiled
 from launch.progress import print_summary, print_table
 from launch.report import write_report
 from launch.slide_figures import write_figures
@@ -36,6 +37,7 @@ from launch.slide_sweeps import (
 from launch.workdir import open_workdir, versions, write_json
 from launch.writers import MetricWriter
 from slide_jax.baselines import download_then_infer
+from slide_jax.errors import InputError
 from slide_jax.experiment import compare_latencies
 from slide_jax.problem import REASONS, Allocation, Problem
 from slide_jax.scenario import read_scenario, write_allocation, write_scenario
@@ -53,16 +55,22 @@ PATIENCE_S = 5.0
 """A solver that took longer, compilation included, is not called again to be timed without."""
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
     """Runs the experiment of `config` and writes everything into `workdir`.
 
     Raises:
       InputError: the config, the scenario or the directory cannot be used; nothing was written.
     """
     begun = time.perf_counter()
+    if host[1:] != HERE[1:]:
+        problem = "this experiment runs in one process"
+        raise InputError(
+            "--coordinator", host.coordinator, problem, "leave out the flags of several processes"
+        )
     check_config(config)
     problem = read_scenario(config.scenario.path) if config.scenario.path else sample_drop(config)
     open_workdir(workdir, identity(config))
+    keep_compiled(host.compiled or workdir / "compiled")
     print(f"{title(config, problem)}, in {workdir}", flush=True)
     if problem.num_users <= SCENARIO_USERS:
         write_scenario(problem, workdir / "scenario.json")

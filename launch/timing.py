@@ -17,12 +17,20 @@ class Timing(NamedTuple):
     high_s: float
 
 
+class Rate(NamedTuple):
+    """How many a second: median and quartiles."""
+
+    median_hz: float
+    low_hz: float
+    high_hz: float
+
+
 class Table(NamedTuple):
     """What a suite measured.
 
     Attributes:
       title: one line, with the sizes.
-      columns: names; the first names the rows. A `Timing` is printed in milliseconds.
+      columns: names; the first names the rows. A `Timing` is printed in milliseconds, a `Rate` by second.
       rows: values by column.
       note: what a reader must know to judge it.
     """
@@ -54,6 +62,16 @@ def time_together(repeats: int, **calls: Callable[[], Any]) -> dict[str, Timing]
     }
 
 
+def each_of(timing: Timing, count: float) -> Timing:
+    """Returns the time of each of `count` that a call runs."""
+    return Timing(*(seconds / count for seconds in timing))
+
+
+def rate(timing: Timing, count: float) -> Rate:
+    """Returns how many a second, of `count` that a call runs."""
+    return Rate(count / timing.median_s, count / timing.high_s, count / timing.low_s)
+
+
 def ratio(first: Timing, second: Timing) -> float:
     """Returns how many times as long the first takes, by medians."""
     return first.median_s / second.median_s
@@ -65,8 +83,9 @@ def cell(value: Any) -> str:
     >>> cell(Timing(0.0123, 0.0121, 0.0130)), cell(2.345678), cell(None)
     ('12.3 (12.1-13)', '2.346', '-')
     """
-    if isinstance(value, Timing):
-        median, low, high = (f"{1e3 * seconds:.3g}" for seconds in value)
+    if isinstance(value, Timing | Rate):
+        unit = 1e3 if isinstance(value, Timing) else 1.0
+        median, low, high = (f"{unit * number:.3g}" for number in value)
         return f"{median} ({low}-{high})"
     return format_value(value)
 
@@ -75,7 +94,7 @@ def as_json(table: Table) -> dict[str, Any]:
     """Returns a table as plain values."""
     rows = [
         {
-            name: value._asdict() if isinstance(value, Timing) else value
+            name: value._asdict() if isinstance(value, Timing | Rate) else value
             for name, value in zip(table.columns, row, strict=True)
         }
         for row in table.rows

@@ -49,7 +49,7 @@ def test_the_selector_is_twenty_lines_and_runs(tmp_path):
 def test_the_devices_are_read(tmp_path):
     path = tmp_path / "jetson.py"
     path.write_text(block("# configs/jetson.py"))
-    config, _ = read_command([f"--config={path}"])
+    config, *_ = read_command([f"--config={path}"])
     assert set(config.devices) == {"nano", "orin"}
 
 
@@ -65,7 +65,7 @@ def test_the_new_solver_is_twenty_lines_and_in_table_and_sweeps(tmp_path, monkey
         monkeypatch.setitem(table, "undemanding_first", None)  # taken away again after the test
     path = tmp_path / "undemanding.py"
     path.write_text(text)
-    config, _ = read_command([f"--config={path}:smoke"])
+    config, *_ = read_command([f"--config={path}:smoke"])
     problem = sample_drop(config)
     allocation = slide_jax.solve(problem, "undemanding_first")
     assert slide_jax.verify(problem, allocation) == []

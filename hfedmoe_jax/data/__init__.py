@@ -3,7 +3,7 @@
 from hfedmoe_jax.data.ahead import Ahead
 from hfedmoe_jax.data.batches import holdout_batches, most_tokens, pad_batches, round_batches
 from hfedmoe_jax.data.columns import Documents
-from hfedmoe_jax.data.federated import Examples, FederatedData, load_federated
+from hfedmoe_jax.data.federated import Examples, FederatedData, host_of, load_federated
 from hfedmoe_jax.data.partition import PARTITIONS, partition_documents
 from hfedmoe_jax.data.sources import Corpus, load_source
 from hfedmoe_jax.data.tokenizers import encode_passages, from_json, to_json, train_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "encode_passages",
     "from_json",
     "holdout_batches",
+    "host_of",
     "load_federated",
     "load_source",
     "most_tokens",

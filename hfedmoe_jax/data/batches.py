@@ -58,11 +58,12 @@ def holdout_batches(
     """Returns at most H = `limit` held-out passages of every client, one batch each.
 
     They are spread evenly over the client's own. A client with fewer repeats its first one with
-    weight 0.
+    weight 0; one without any, whose data are another host's, has weight 0 alone.
     """
     counts = np.array([min(limit, len(rows)) for rows in data.client_holdout])
-    chosen = np.empty((len(counts), limit), np.int64)
-    for client, rows in enumerate(data.client_holdout):
+    chosen = np.zeros((len(counts), limit), np.int64)
+    for client in np.flatnonzero(counts):
+        rows = data.client_holdout[client]
         spread = rows[np.arange(counts[client]) * len(rows) // counts[client]]
         chosen[client] = spread[0]
         chosen[client, : counts[client]] = spread

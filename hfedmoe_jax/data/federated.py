@@ -4,7 +4,7 @@ Axes: N passages (rows), T tokens, C clients, D documents.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -66,9 +66,32 @@ class FederatedData:
     tokenizer_json: str
     duplicates_removed: int
 
-    def hosts_of(self, clients: np.ndarray) -> None:
-        """Returns the process that has each client's data; None: every process has all."""
-        return None
+    def of_host(self, host: int, hosts: int) -> "FederatedData":
+        """Returns the same with the training passages of this host's clients only (see `host_of`).
+
+        The others keep their places, without rows.
+        """
+        own = [host_of(client, hosts) == host for client in range(len(self.client_train))]
+        by_client = zip(own, self.client_train, self.client_holdout, strict=True)
+        kept = np.unique(np.concatenate([np.union1d(train, held) for mine, train, held in by_client if mine]))
+
+        def rows_here(rows_by_client: tuple) -> tuple:
+            return tuple(
+                np.searchsorted(kept, rows) if is_own else rows[:0]
+                for rows, is_own in zip(rows_by_client, own, strict=True)
+            )
+
+        return replace(
+            self,
+            train=Examples(self.train.tokens[kept], self.train.labels[kept]),
+            client_train=rows_here(self.client_train),
+            client_holdout=rows_here(self.client_holdout),
+        )
+
+
+def host_of(client: int | np.ndarray, hosts: int) -> int | np.ndarray:
+    """Returns which of several hosts has a client's data."""
+    return client % hosts
 
 
 def load_federated(config: ConfigDict) -> FederatedData:

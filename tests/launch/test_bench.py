@@ -1,6 +1,7 @@
 """The benchmark command: what it measures agrees, what it writes can be read, mistakes are named."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -82,6 +83,7 @@ def test_calls_take_turns_and_the_first_round_is_not_counted():
         (["--suite=slide", "--repeats=2"], "repeats=2"),
         (["--suite=slide", "--repeats=x"], "repeats"),
         (["--suite=slide", "extra"], "argument='extra'"),
+        (["--suite=slide", "--peers"], "peers=True: the suite slide always measures its peers"),
         (["--suite=slide", "--wordir=x"], "wordir"),
     ],
 )
@@ -89,6 +91,28 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, field, capsys):
     assert bench.main(arguments) == 2
     message = capsys.readouterr().err
     assert field in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag, options", [([], {}), (["--peers"], {"peers": True})])
+def test_a_suite_is_told_of_peers(flag, options, monkeypatch, tmp_path):
+    told = []
+    table = timing.Table("T", ["who", "how many"], [["us", timing.rate(timing.Timing(2.0, 1.0, 4.0), 8)]])
+    monkeypatch.setattr(
+        bench.importlib,
+        "import_module",
+        lambda name: types.SimpleNamespace(
+            measure=lambda *args, **kwargs: told.append((args, kwargs)) or [table]
+        ),
+    )
+    assert bench.main(["--suite=population", f"--workdir={tmp_path}", *flag]) == 0
+    assert told == [((9,), options)]
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["tables"][0]["rows"]
+    assert row == {"who": "us", "how many": {"median_hz": 4, "low_hz": 2, "high_hz": 8}}
+
+
+def test_a_rate_falls_as_the_time_grows():
+    found = timing.rate(timing.each_of(timing.Timing(2.0, 1.0, 4.0), 4), 3)
+    assert found == (6, 3, 12) and timing.cell(found) == "6 (3-12)"
 
 
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, capsys):

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from launch.checkpoints import Checkpoints
+from launch.checkpoints import Checkpoints, fingerprint
 
 
 class Moments(NamedTuple):
@@ -118,6 +120,36 @@ def test_takes_the_devices_of_the_template(tmp_path):
         checkpoints.save(1, bound | free)
         _, restored = checkpoints.restore(bound | free)
     assert restored["bound"].committed and restored["key"].committed and not restored["free"].committed
+
+
+EVERY_TYPE = {
+    str(np.dtype(kind)): np.arange(-3, 3).astype(kind).reshape(2, 3)
+    for kind in (bool, "int8", "uint16", "int32", "float16", jnp.bfloat16, "float32", "complex64")
+}
+
+
+def test_a_leaf_may_move_between_host_and_device(tmp_path):
+    on_device = jax.tree.map(lambda array: jax.device_put(array, jax.devices()[0]), EVERY_TYPE)
+    with Checkpoints(tmp_path / "c", 2) as checkpoints:
+        for state, other in ((on_device, EVERY_TYPE), (EVERY_TYPE, on_device)):
+            checkpoints.save(1, state)
+            _, restored = checkpoints.restore(other)
+            assert_same(restored, other)
+
+
+@given(st.sampled_from(sorted(EVERY_TYPE)), st.integers(0, 2**16), st.integers(0, 7))
+def test_every_bit_tells_in_the_fingerprint(kind, byte, bit):
+    array = EVERY_TYPE[kind]
+    content = bytearray(array.tobytes())
+    content[byte % len(content)] ^= 1 if kind == "bool" else 1 << bit
+    changed = np.frombuffer(content, array.dtype).reshape(array.shape)
+    assert fingerprint({"a": changed}).tobytes() != fingerprint({"a": array}).tobytes()
+    assert fingerprint({"a": jnp.asarray(changed)}).tobytes() == fingerprint({"a": changed}).tobytes()
+
+
+def test_order_tells_in_the_fingerprint():
+    array = np.arange(6.0)
+    assert fingerprint({"a": array[::-1]}).tobytes() != fingerprint({"a": array}).tobytes()
 
 
 def flip_a_bit(directory):

@@ -84,7 +84,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
 def test_the_config_is_kept_whole(finished):
     kept = json.loads((finished.workdir / "config.json").read_text())
     command = tiny_run.arguments(finished.workdir, finished.train_path, **FIELDS)
-    config, _ = read_command(command)
+    config, *_ = read_command(command)
     assert kept == json.loads(config.to_json())
     assert (kept["fl"]["rounds"], kept["model"]["width"]) == (6, 8)
 

@@ -257,7 +257,7 @@ def test_a_drawn_cell_without_spectrum_is_ordinary_too(tmp_path):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_each_solver_is_run_by_name(tmp_path, solver):
-    config, _ = read_command(slide_run.arguments(tmp_path, solver=solver))
+    config, *_ = read_command(slide_run.arguments(tmp_path, solver=solver))
     problem = sample_drop(config)
     found = {name: allocation for name, allocation, _ in slide.solve_all(config, problem)}
     assert list(found) == list(dict.fromkeys(["exact", "dai", solver]))
@@ -265,7 +265,7 @@ def test_each_solver_is_run_by_name(tmp_path, solver):
 
 
 def test_left_over_spectrum_is_handed_out(tmp_path):
-    config, _ = read_command(slide_run.arguments(tmp_path, solver="exact", left_over="proportional"))
+    config, *_ = read_command(slide_run.arguments(tmp_path, solver="exact", left_over="proportional"))
     problem = sample_drop(config)
     (exact, dai) = (found.allocation for found in slide.solve_all(config, problem))
     for allocation in (exact, dai):
@@ -274,18 +274,18 @@ def test_left_over_spectrum_is_handed_out(tmp_path):
 
 def test_slow_solvers_are_left_out_of_all_but_not_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(slide, "MOST_USERS", {"milp": 7})
-    config, _ = read_command(slide_run.arguments(tmp_path))
+    config, *_ = read_command(slide_run.arguments(tmp_path))
     problem = sample_drop(config)
     found = {solution.solver: solution for solution in slide.solve_all(config, problem)}
     assert found["milp"].allocation is None and "more than 7 users" in found["milp"].skipped
     table = slide.solver_table(list(found.values()), problem)
     assert [row[1] for row in table.rows if row[0] == "milp"] == [found["milp"].skipped]
-    config, _ = read_command(slide_run.arguments(tmp_path, solver="milp"))
+    config, *_ = read_command(slide_run.arguments(tmp_path, solver="milp"))
     assert slide.solve_all(config, problem)[-1].allocation.solver == "milp"
 
 
 def test_an_infeasible_answer_is_never_reported(tmp_path):
-    config, _ = read_command(slide_run.arguments(tmp_path))
+    config, *_ = read_command(slide_run.arguments(tmp_path))
     problem = sample_drop(config)
     best = solve(problem, "exact")
     wrong = dataclasses.replace(best, bandwidth_hz=0.5 * best.bandwidth_hz)
@@ -307,7 +307,7 @@ def test_a_large_cell_is_solved_without_a_scenario_file(tmp_path, monkeypatch):
 
 
 def test_a_wrong_file_of_the_user_is_the_users_affair(tmp_path):
-    config, _ = read_command(slide_run.arguments(tmp_path, scenario__path="none.json"))
+    config, *_ = read_command(slide_run.arguments(tmp_path, scenario__path="none.json"))
     with pytest.raises(InputError, match=r"scenario='none.json': no such file"):
         slide.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

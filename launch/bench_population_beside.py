@@ -1,0 +1,125 @@
+"""The suite `population` beside other packages: one model, data and mathematics, losses compared."""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.params import merge_params
+from launch.bench_population_peers import ARRANGEMENTS
+from launch.bench_population_rounds import LEARNING_RATE, Rounds, Size
+from launch.bench_population_torch import Loop, Settings, Task
+from launch.timing import Table, Timing, rate, ratio, time_together
+
+COMPARED_ROUNDS = 5
+LARGEST_DIFFERENCE = 1e-3  # nats, of a client's mean loss
+SHARE = 0.25
+REFERENCE = "PyTorch"
+OURS, OURS_ACTIVE = "ours", f"ours, {SHARE:.0%} of the experts, active"
+
+
+def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
+    """Compares the engine with every peer.
+
+    Raises:
+      InputError: a package is missing.
+      AssertionError: a peer's losses are not ours.
+    """
+    ours = Rounds(size, clients, mesh)
+    task = make_task(ours)
+    active = Rounds(
+        size, clients, mesh, budgets=(SHARE,),
+        fl=dict(algorithm="hfedmoe", forward="active"), importance=dict(refresh="previous"),
+    )  # fmt: skip
+    own = {OURS: ours.of(clients), OURS_ACTIVE: active.of(clients)}
+    peers = arrangements()
+    losses: dict[str, list[np.ndarray]] = {name: [] for name in peers}
+    rows = []
+
+    def call(name, peer):
+        return lambda: losses[name].append(peer.round())
+
+    def row(name: str, times: dict[str, Timing], fastest: str) -> list:
+        apart = difference(losses[name], ours.losses) if name in losses else None
+        return [name, rate(times[name], task.client_steps), ratio(times[fastest], times[name]), apart]
+
+    # Not all at once: each peer has processes with a copy of its libraries.
+    names = [name for name in peers if name.split(",")[0] == REFERENCE]
+    with contextlib.ExitStack() as stack:
+        opened = {name: call(name, stack.enter_context(peers[name](task))) for name in names}
+        times = time_together(repeats, **own, **opened)
+        fastest = min(opened, key=lambda name: times[name].median_s)
+        rows += [row(name, times, fastest) for name in times]
+    others = sorted({name.split(",")[0] for name in peers} - {REFERENCE})
+    for other in others:
+        names = [fastest, *(name for name in peers if name.split(",")[0] == other)]
+        losses[fastest] = []
+        with contextlib.ExitStack() as stack:
+            opened = {name: call(name, stack.enter_context(peers[name](task))) for name in names}
+            times = time_together(repeats, **own, **opened)
+            rows += [row(name, times, fastest) for name in names[1:]]
+    largest = max(value for *_, value in rows if value is not None)
+    return Table(
+        f"Beside other packages, {clients} clients of the {size.name} model, fedavg; client-steps/s",
+        ["who", "client-steps/s", f"over {fastest}", "largest difference of a loss"],
+        rows,
+        f"Losses of a client apart from ours, over the first {COMPARED_ROUNDS} rounds: at most {largest:.1e} "
+        f"nats ({LARGEST_DIFFERENCE:g} would have stopped the suite). The packages take turns in groups, "
+        f"with ours and {fastest} in each; a ratio is of its group.",
+    )
+
+
+def make_task(ours: Rounds) -> Task:
+    """Returns what `ours` computes in a round, for peers."""
+    size = ours.size
+    data = ours.client_data(np.arange(len(ours.budget)))
+    return Task(
+        params=merge_params(jax.device_get(ours.params)),
+        tokens=data.tokens,
+        labels=data.labels,
+        num_examples=data.num_examples,
+        num_heads=size.num_heads,
+        capacity=size.capacity,
+        learning_rate=LEARNING_RATE,
+    )
+
+
+def arrangements() -> dict[str, Callable]:
+    """Returns the peers of this machine: on a GPU that PyTorch can use its loop there, else all on the CPU.
+
+    Raises:
+      InputError: JAX computes on an accelerator that PyTorch cannot use.
+    """
+    if jax.default_backend() == "cpu":
+        return ARRANGEMENTS
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if torch.cuda.is_available():
+            settings = {REFERENCE: Settings(False, "mkl"), f"{REFERENCE}, compiled": Settings(True, "mkl")}
+            return {
+                name: functools.partial(Loop, settings=each, device="cuda") for name, each in settings.items()
+            }
+    problem = f"needs PyTorch on the {jax.default_backend()} that JAX uses"
+    raise InputError("peers", True, problem, "install PyTorch for it, or leave --peers away")
+
+
+def difference(theirs: Sequence[Float[np.ndarray, " clients"]], ours: Sequence) -> float:
+    """Returns the largest difference between losses of the same client and round.
+
+    Raises:
+      AssertionError: it is not below `LARGEST_DIFFERENCE`.
+    """
+    rounds = min(COMPARED_ROUNDS, len(theirs), len(ours))
+    largest = float(np.max(np.abs(np.array(theirs[:rounds]) - np.array(ours[:rounds]))))
+    if not largest < LARGEST_DIFFERENCE:
+        raise AssertionError(
+            f"losses of equal mathematics differ by {largest:.2e} nats within {rounds} rounds"
+        )
+    return largest

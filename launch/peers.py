@@ -1,0 +1,237 @@
+"""The processes of a run find each other, and watch each other until all of them are done."""
+
+import atexit
+import contextlib
+import json
+import os
+import pathlib
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from hfedmoe_jax.errors import InputError
+
+EXIT_PEER_LOST = 3
+"""Exit code of a process that stops because another one is gone."""
+
+JOIN_TIMEOUT_S = 300.0
+"""How long the processes of a run wait for each other at its start."""
+
+Address = tuple[str, int]
+Links = Mapping[socket.socket, int]
+"""Connections and the process at the other end: all others for process 0, process 0 for the others."""
+
+_MESSAGE_BYTES = 512
+
+
+def listen(port: int) -> socket.socket:
+    """Returns a socket that others can connect to; port 0 is any free one."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def welcome(server: socket.socket, count: int, answer: dict[str, Any]) -> Links:
+    """Returns the connections to processes 1 to `count` - 1, each of which gets the answer.
+
+    Raises:
+      InputError: not all of them came in time.
+    """
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    links: dict[socket.socket, int] = {}
+    while len(links) < count - 1:
+        server.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            link, _ = server.accept()
+        except TimeoutError:
+            missing = sorted(set(range(1, count)) - set(links.values()))
+            problem = f"processes {missing} did not come within {JOIN_TIMEOUT_S:g} s"
+            raise InputError("--processes", count, problem, "start the same command on every host") from None
+        link.settimeout(10)  # whatever knocks here by mistake must not hold the others up
+        hello = receive(link)
+        if hello is None or not {"process", "processes"} <= set(hello):
+            link.close()
+        elif hello["processes"] != count:
+            send(link, {"flag": "--processes", "problem": f"process 0 was told {count}"})
+        elif hello["process"] in (0, *links.values()):
+            send(link, {"flag": "--process", "problem": "another process has this number"})
+        else:
+            _probe(link)
+            links[link] = hello["process"]
+    for link in links:
+        send(link, answer)
+    return links
+
+
+def join(address: Address, index: int, count: int) -> tuple[Links, dict[str, Any]]:
+    """Returns the connection to process 0, and its answer once all processes are there.
+
+    Raises:
+      InputError: process 0 did not answer in time, or refused this one.
+    """
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    where = f"{address[0]}:{address[1]}"
+    answer = None
+    problem = "process 0 closed the connection"
+    while answer is None and time.monotonic() < deadline:
+        try:
+            link = socket.create_connection(address, timeout=10)
+        except OSError as error:  # it has not started yet
+            problem = f"process 0 did not answer within {JOIN_TIMEOUT_S:g} s ({error.strerror or error})"
+            time.sleep(0.2)
+            continue
+        link.settimeout(JOIN_TIMEOUT_S + 10)  # process 0 waits for the others
+        send(link, {"process": index, "processes": count})
+        answer = receive(link)
+    if answer is None:
+        remedy = "start the same command on every host, with process 0's host and port"
+        raise InputError("--coordinator", where, problem, remedy)
+    if "problem" in answer:
+        value = {"--process": index, "--processes": count}[answer["flag"]]
+        remedy = "number the processes from 0 to N - 1, with the same --processes=N on every host"
+        raise InputError(answer["flag"], value, answer["problem"], remedy)
+    _probe(link)
+    return {link: 0}, answer
+
+
+class Peers:
+    """The processes of a run as a context: it ends when all have left it, and all stop when one dies.
+
+    The kernel closes the connections of a process that is killed, and probes those whose host fell
+    silent, so it does not matter what Python or XLA are busy with.
+
+    Args:
+      links: see `Links`; none: this process is alone.
+      index: of this process.
+      count: of all processes.
+      checkpoints: the directory that a stopped run continues from.
+    """
+
+    def __init__(self, links: Links, index: int, count: int, checkpoints: pathlib.Path):
+        self._links, self._index, self._count = links, index, count
+        self._checkpoints = checkpoints
+        self._failed = False
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        if links:
+            self._listener.start()
+
+    def __enter__(self) -> "Peers":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not self._links:
+            return
+        if kind is not None:
+            # A collective that a peer left fails here too, sometimes before the listener knows.
+            if issubclass(kind, jax.errors.JaxRuntimeError):
+                self._listener.join(timeout=5)
+            self._failed = True
+            self._tell({"failed": self._index})
+            # JAX's own end would wait for the others, then abort.
+            atexit.register(_exit_now, _exit_code(error))
+        elif self._index == 0:
+            self._listener.join()
+            self._tell({"done": 0})
+        else:
+            self._tell({"done": self._index})
+            self._listener.join()
+
+    def outlive(self) -> None:
+        """Keeps the connections that JAX has by now open for some seconds after this process's death.
+
+        JAX aborts a process, with a C++ stack trace, when its connection to process 0 closes. A
+        small process that inherits process 0's connections lets the others leave in good order.
+        """
+        held = []
+        for number in {int(name) for name in os.listdir("/dev/fd")} - {link.fileno() for link in self._links}:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+                connection.getpeername()  # fails for what is no connection
+                if number > 2 and connection.family in (socket.AF_INET, socket.AF_INET6):
+                    held.append(number)
+        read, _ = os.pipe()  # the other end stays open for as long as this process lives
+        subprocess.Popen(
+            ["sh", "-c", "read _; sleep 5"],
+            stdin=read,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=held,
+            start_new_session=True,  # so that Ctrl-C does not reach it
+        )
+        os.close(read)
+
+    def _tell(self, message: dict[str, int]) -> None:
+        for link in self._links:
+            send(link, message)
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for link in self._links:
+                selector.register(link, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    message = receive(key.fileobj) or {"lost": self._links[key.fileobj]}
+                    if "done" not in message and not self._failed:
+                        self._stop(message)
+                    selector.unregister(key.fileobj)
+
+    def _stop(self, message: dict[str, int]) -> None:
+        if self._index == 0:
+            self._tell(message)
+        ((event, process),) = message.items()
+        problem = "stopped responding" if event == "lost" else "stopped with an error of its own"
+        steps = [int(path.name) for path in self._checkpoints.glob("*") if path.name.isdigit()]
+        found = f"continues from the last checkpoint (round {max(steps)})" if steps else "starts afresh"
+        line = (
+            f"error: host {process} of {self._count} {problem}; this one stops. "
+            f"The same command on every host {found} in {self._checkpoints}"
+        )
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.__stderr__)  # Orbax may be silenced at this moment
+        if self._index == 0:  # leaves last: see `outlive`
+            for link in self._links:
+                link.settimeout(2)
+                receive(link)
+        _exit_now(EXIT_PEER_LOST)  # the main thread may wait for the lost process for ever
+
+
+def send(link: socket.socket, message: dict[str, Any]) -> None:
+    """Sends a small message; without effect if the other end is gone."""
+    with contextlib.suppress(OSError):
+        link.sendall(json.dumps(message).encode().ljust(_MESSAGE_BYTES))
+
+
+def receive(link: socket.socket) -> dict[str, Any] | None:
+    """Returns the next message, or None if the other end is gone or is a stranger."""
+    try:
+        return json.loads(link.recv(_MESSAGE_BYTES, socket.MSG_WAITALL))
+    except (OSError, ValueError):
+        return None
+
+
+def _probe(link: socket.socket) -> None:
+    """Makes a connection wait for ever, and its kernel close it 15 s after the other host fell silent."""
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5)):
+        if hasattr(socket, option):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _exit_code(error: BaseException | None) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, InputError) else 1
+
+
+def _exit_now(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
