@@ -48,7 +48,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def gradient(config: ConfigDict) -> ConfigDict:
-    """Task information from `jax.grad` contributions of the training passes (one scoring pass a round)."""
+    """Task information from gradient contributions of the training passes, as a running mean."""
     config.importance.update(estimate="gradient", refresh="previous")
     return config
 
@@ -86,8 +86,24 @@ def agnews(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def pod(config: ConfigDict) -> ConfigDict:
+    """For accelerators: a wider model in bfloat16, experts over two devices, 64 of 256 clients a round.
+
+    A quarter of the experts for everyone, chosen once a round, so that a client holds nothing of the
+    others. Two devices at least; on several hosts the same command, see README.
+    """
+    config.model.update(width=512, num_heads=8, hidden=2048, num_experts=32, top_k=2, num_layers=4)
+    config.model.update(precision="bfloat16", remat=True)
+    config.fl.update(clients=256, clients_per_round=64, forward="active")
+    config.importance.refresh = "round"
+    config.budget.update(fraction=0.25, tiers=1)
+    config.mesh.experts = 2
+    return config
+
+
 PRESETS = {
-    preset.__name__: preset for preset in (default, smoke, gradient, active, literal, unreliable, agnews)
+    preset.__name__: preset
+    for preset in (default, smoke, gradient, active, literal, unreliable, agnews, pod)
 }
 
 

@@ -68,6 +68,8 @@ class ClientReport(NamedTuple):
         whose expert was trained.
       dropped: share of assignments that found no room.
       router_entropy: mean entropy of the gates in nats.
+      padding: share of the batches' tokens that are padding.
+      empty_slots: share of the places for tokens that the experts which ran had and no token took.
     """
 
     status: Int[Array, ""]
@@ -80,6 +82,8 @@ class ClientReport(NamedTuple):
     trained_assignments: Float[Array, ""]
     dropped: Float[Array, ""]
     router_entropy: Float[Array, ""]
+    padding: Float[Array, ""]
+    empty_slots: Float[Array, ""]
 
 
 class ClientUpdate(NamedTuple):
@@ -234,6 +238,8 @@ def make_client(
                     importance, seen, token_mask, step_key, first, -multiplier, ran
                 )
             measured = measure(loss, logits, labels, seen, trained, token_mask)
+            places = residuals.y.shape[1] * (seen.kept.size if ran is None else jnp.sum(ran))
+            measured["empty_slots"] = 1 - jnp.sum(seen.kept) / jnp.maximum(places, 1)
             told = (
                 usage(seen.gates, seen.own, token_mask),
                 routing_importance(seen.gates, token_mask, config.importance.lam),
@@ -319,7 +325,7 @@ def measure(
     trained: Bool[Array, "layers experts"],
     token_mask: Bool[Array, " tokens"],
 ) -> dict[str, Float[Array, ""]]:
-    """Returns one step's part of the `ClientReport`, by field.
+    """Returns one step's part of the `ClientReport`, by field, without `empty_slots`.
 
     Args:
       seen: by the training pass.
@@ -335,6 +341,7 @@ def measure(
         trained_assignments=jnp.sum(jnp.where(trained, seen.kept, 0), dtype=jnp.float32),
         dropped=1 - kept / jnp.maximum(jnp.sum(seen.sent), 1),
         router_entropy=gate_entropy(seen.gates, token_mask),
+        padding=1 - jnp.mean(token_mask),
     )
 
 

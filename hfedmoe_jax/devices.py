@@ -31,7 +31,7 @@ class DeviceProfile(NamedTuple):
 
 
 class ScoringPasses(NamedTuple):
-    """What scoring adds to a client's round, in forward passes with every expert open.
+    """What scoring adds to a client's round, in units of forward passes.
 
     Attributes:
       count: how many batches are scored by a pass of their own.
@@ -93,11 +93,11 @@ def assign_devices(num_clients: int, shares: list[float], rng: np.random.Generat
 def memory_needed(cost: ModelCost, budget: int, forward: str) -> int:
     """Returns the bytes that training `budget` experts a batch takes.
 
-    The shared part and the trained experts are held with gradients, optimizer state and activations.
-    `forward=routed` also runs the other experts, so holds their parameters; `active` does not (our
-    decision: the paper's forward may not fit the device it is meant for). A scoring pass keeps neither
-    gradients nor optimizer state and is taken to hold one expert at a time: `round_cost` charges
-    its time, nothing charges its memory.
+    The shared part and the experts that a batch trains are held with gradients, optimizer state and
+    activations. `forward=routed` also runs the other experts, so holds their parameters; `active` does
+    not (our decision: the paper's forward may not fit the device it is meant for). Optimizer state of
+    experts that earlier batches of the round trained is not charged: with `importance.refresh=round`
+    there is none, with `step` and `previous` a device would keep it elsewhere.
     """
     resident = cost.num_experts if forward == "routed" else budget
     return (

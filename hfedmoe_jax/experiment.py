@@ -47,7 +47,7 @@ from hfedmoe_jax.evaluation import (
 )
 from hfedmoe_jax.models import Params, build_model, model_cost
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
-from hfedmoe_jax.population import NOBODY, Block, default_chunk
+from hfedmoe_jax.population import NOBODY, Block, default_chunk, empty_places
 
 COHORT_STREAM, DEVICE_STREAM = 101, 102  # the host's random streams, apart from those of the data
 
@@ -220,7 +220,8 @@ class Experiment:
         number, steps = int(state.round) + 1, self.config.fl.local_steps
         members = self.cohort(number)
         key = jax.random.fold_in(self.round_key, number)
-        tiers = {block.tier for block in self.algorithm.plan(members, host_of(members, self.hosts))}
+        plan = self.algorithm.plan(members, host_of(members, self.hosts))
+        tiers = {block.tier for block in plan}
         server, metrics = self.algorithm.round(state.server, self.portions(number), key)
         jax.block_until_ready(server.params)
         round_s = time.perf_counter() - began
@@ -233,6 +234,7 @@ class Experiment:
             )
         self._compiled |= tiers
         row = {"round": number, **round_row(metrics, self.cost.num_experts), **account._asdict()}
+        row["empty_places_share"] = empty_places(plan, self.chunk)
         state = state._replace(round=np.int64(number), server=server)
         last = number == self.config.fl.rounds
         if number % self.config.eval.every == 0 or last:
@@ -329,6 +331,8 @@ def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float]:
         routing_consistency=mean(metrics.consistency),
         router_entropy=mean(report.router_entropy),
         dropped_tokens_share=mean(report.dropped),
+        padding_tokens_share=mean(report.padding),
+        empty_slots_share=mean(report.empty_slots),
         **{f"clients_{name}": int(count) for name, count in zip(STATUS_NAMES, counts, strict=True)},
     )
 
@@ -353,6 +357,9 @@ COLUMNS = (
     "routing_consistency",
     "router_entropy",
     "dropped_tokens_share",
+    "padding_tokens_share",
+    "empty_slots_share",
+    "empty_places_share",
     *(f"clients_{name}" for name in STATUS_NAMES),
     "wall_s",
 )

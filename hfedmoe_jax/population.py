@@ -131,6 +131,13 @@ def plan_blocks(
     return blocks
 
 
+def empty_places(blocks: Sequence[Block], chunk: int) -> float:
+    """Returns the share of the computed places of chunks that have no member."""
+    count = np.array([block.count for block in blocks])
+    computed = np.sum(-(-count // chunk) * chunk)
+    return float(1 - count.sum() / computed)
+
+
 def stack_members(tree: Any, members: Int[np.ndarray, "devices block"]) -> Any:
     """Returns the block's rows of arrays over the population; places without a member get row 0."""
     rows = np.maximum(members, 0).reshape(-1)
