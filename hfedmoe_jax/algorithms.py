@@ -18,7 +18,7 @@ from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
 from hfedmoe_jax.engines import Clients, PersonalEngine, SharedEngine
 from hfedmoe_jax.models import MoeModel, Params
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
-from hfedmoe_jax.population import Block, place_of, plan_blocks, put_members, unstack_members
+from hfedmoe_jax.population import NOBODY, Block, place_of, plan_blocks, put_members, unstack_members
 from hfedmoe_jax.refresh import Scoring
 from hfedmoe_jax.registry import Registry
 from hfedmoe_jax.tiers import choose_tiers, tier_of
@@ -215,6 +215,7 @@ def build_algorithm(
         return plan_blocks(tier_of(budgets, tiers), mesh, chunk, hosts)
 
     def portion(block: Block, data: ClientData) -> Portion:
+        data = data._replace(available=data.available & (block.members.reshape(-1) != NOBODY))
         return Portion(block, put_members(mesh, data))
 
     def round_function(state: ServerState, portions: Iterable[Portion], key: jax.Array):

@@ -115,7 +115,7 @@ class BankLayout:
 
     def read(self, bank: ExpertBank, expert: Int[Array, ""]) -> Any:
         """Returns the weights of an expert (layer * H + expert) that the bank holds."""
-        return jax.tree.map(lambda x: x[self._place(bank, expert)], bank.weights)
+        return jax.tree.map(lambda x: x[self.place(bank, expert)], bank.weights)
 
     def update(
         self,
@@ -139,7 +139,7 @@ class BankLayout:
 
         new = optax.apply_updates(weights, updates)
         return bank._replace(
-            weights=jax.tree.map(keep(self._place(bank, expert)), bank.weights, new, weights),
+            weights=jax.tree.map(keep(self.place(bank, expert)), bank.weights, new, weights),
             state=jax.tree.map(keep(row), bank.state, stepped, state),
         )
 
@@ -148,8 +148,9 @@ class BankLayout:
         which = slots_of(trained, self.num_rows)
         number = jnp.sum(which.count)
         expert = jnp.where(jnp.arange(self.num_rows) < number, which.expert, self.num_experts)
-        row = self._place(bank, jnp.minimum(expert, self.num_experts - 1))
+        row = self.place(bank, jnp.minimum(expert, self.num_experts - 1))
         return ExpertRows(expert, jnp.minimum(row, jax.tree.leaves(bank.weights)[0].shape[0] - 1), number)
 
-    def _place(self, bank: ExpertBank, expert: Array) -> Array:
+    def place(self, bank: ExpertBank, expert: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """Returns the rows of `bank.weights` that hold these experts."""
         return expert if self.whole or self.every else bank.row[expert]

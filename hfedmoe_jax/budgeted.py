@@ -177,7 +177,8 @@ def local_slots(
 def forward_pass(
     model: MoeModel,
     params: Params,
-    read: Callable[[Array], Any],
+    weights: Any,
+    row: Int[Array, " slots"],
     slots: Slots,
     forward: Bool[Array, "layers experts"] | None,
     tokens: Int[Array, "batch tokens"],
@@ -189,7 +190,8 @@ def forward_pass(
 
     Args:
       params: its router and shared parameters are read.
-      read: slot -> weights of the expert in it.
+      weights: of experts, a tree of [P, ...].
+      row: which row of them is the expert in each slot.
       slots: experts of this device that serve tokens.
       forward: the experts that tokens may be sent to; None for all.
       capacity_factor: see `expert_capacity`.
@@ -205,7 +207,7 @@ def forward_pass(
     route = make_route(model, token_mask_bt)
     x = pieces.embed({name: params.shared[name] for name in pieces.embed_parts}, tokens)
     of_slot = jax.ShapeDtypeStruct((capacity, x.shape[-1]), x.dtype)
-    y, hidden = jax.eval_shape(pieces.expert, jax.eval_shape(read, jnp.int32(0)), of_slot)
+    y, hidden = jax.eval_shape(pieces.expert, jax.tree.map(lambda w: w[0], weights), of_slot)
     y_rows = jnp.zeros((rows, *y.shape), y.dtype)
     hidden_rows = None if remat else jnp.zeros((rows, *hidden.shape), hidden.dtype)
 
@@ -220,10 +222,12 @@ def forward_pass(
         plan = plan_slots(Assignment(expert, weight), model.num_experts, capacity)
         served = local_slots(plan, weight, slots.slot[index], first_held, rows)
 
+        # One by one also where all run: on a CPU 5% faster than the batched product, which copies them.
         def run(carry, slot, valid):
             y_rows, hidden_rows = carry
+            expert_weights = jax.tree.map(lambda w: w[row[slot]], weights)
             y, hidden = pieces.expert(
-                read(slot), take_rows(h, served.token[slots.expert[slot] - index * held])
+                expert_weights, take_rows(h, served.token[slots.expert[slot] - index * held])
             )
             y_rows = put(y_rows, slot, y, valid)
             return y_rows, None if remat else put(hidden_rows, slot, hidden, valid)
@@ -359,10 +363,8 @@ def predict(
     held, _ = experts_here(model, place)
     experts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), params.experts)
     slots = all_slots(model.num_layers, held)
-
-    def read(slot: Array) -> Any:
-        return jax.tree.map(lambda x: x[slot], experts)
-
-    x, seen, _, _ = forward_pass(model, params, read, slots, None, tokens, capacity_factor, place)
+    x, seen, _, _ = forward_pass(
+        model, params, experts, slots.expert, slots, None, tokens, capacity_factor, place
+    )
     head = {name: params.shared[name] for name in model.pieces.head_parts}
     return model.pieces.head(head, x, model.real(tokens)), seen

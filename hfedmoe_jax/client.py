@@ -173,8 +173,9 @@ def make_client(
     def by_routers(start: Params, rest: Params, tokens: Array) -> tuple[Seen, Array]:
         """What the routers say of a batch when no expert runs, and which of its tokens are real."""
         nobody = slots_of(jnp.zeros((model.num_layers, 1), bool), 1)
-        some = jax.tree.map(lambda x: x[0, 0], start.experts)
-        _, seen, _, _ = forward_pass(model, rest, lambda _: some, nobody, None, tokens, factor, ALONE)
+        _, seen, _, _ = forward_pass(
+            model, rest, flat(start.experts), nobody.expert, nobody, None, tokens, factor, ALONE
+        )
         return seen, model.real(tokens).reshape(-1)
 
     def train(start: Params, client: ClientData, key: Array) -> ClientUpdate:
@@ -194,10 +195,9 @@ def make_client(
                 ran = score.select(importance, client.budget)
                 bank = layout.enter(bank, start.experts, here(model, ran, place))
             run_slots = layout.slots(here(model, ran, place))
-            held_then = bank
             x, seen, _, residuals = forward_pass(
-                model, params, lambda slot: layout.read(held_then, run_slots.expert[slot]), run_slots, ran,
-                tokens, factor, place, remat,
+                model, params, bank.weights, layout.place(bank, run_slots.expert), run_slots, ran, tokens,
+                factor, place, remat,
             )  # fmt: skip
             head = {name: params.shared[name] for name in model.pieces.head_parts}
             (loss, logits), (d_head, dx) = jax.value_and_grad(cross_entropy, (0, 1), has_aux=True)(

@@ -6,6 +6,7 @@ of a table taking turns.
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from hfedmoe_jax.population import BY_CLIENT, CLIENTS, make_mesh
 from hfedmoe_jax.refresh import Scoring
 from launch.bench_population_beside import peers_table
 from launch.bench_population_rounds import SEED, Rounds, Size
-from launch.bench_population_scaling import MEGABYTE, SHARES, compile_table, memory_table, scaling_table
+from launch.bench_population_scaling import MEGABYTE, compile_table, memory_table, scaling_table
 from launch.compiled import total_flop
 from launch.timing import Table, each_of, rate, ratio, time_together
 
@@ -28,6 +29,8 @@ SMALL = Size("small", width=128, hidden=256, num_experts=8, top_k=1)
 HEAVY = Size("heavy", width=256, hidden=1024, num_experts=16, top_k=2)
 MOST_DEVICES = 16
 SCORE = "information_bottleneck"
+SHARES = (0.5, 0.25)  # of the experts, beside all of them
+LONG_REPEATS = 5  # at most, of rounds that take seconds
 MOMENTS = tuple(
     (forward, refresh)
     for forward, moments in {"routed": ("step", "previous", "round"), "active": ("previous", "round")}.items()
@@ -103,13 +106,14 @@ def chunk_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
         for cohort in scale.cohorts:
             calls[f"{chunk} {cohort}"] = rounds.of(cohort)
             steps[f"{chunk} {cohort}"] = cohort * size.steps
+    repeats = min(repeats, LONG_REPEATS)
     times = time_together(repeats, **calls)
     rows = [[*map(int, name.split()), rate(time_s, steps[name])] for name, time_s in times.items()]
     return Table(
         f"Chunk and cohort, {_describe(size)}; client-steps/s",
         ["clients at once on a device", "clients a round", "client-steps/s"],
         rows,
-        f"fedavg on {mesh.shape[CLIENTS]} devices.",
+        f"fedavg on {mesh.shape[CLIENTS]} devices; {repeats} repeats.",
     )
 
 
@@ -147,7 +151,9 @@ def _budget_rows(size: Size, clients: int, mesh: Mesh, product: int, repeats: in
         fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh="previous"))
         for share in SHARES:
             populations[forward, share] = Rounds(size, clients, mesh, budgets=(share,), **fields)
-    costs = {key: cost(rounds, clients) for key, rounds in populations.items()}
+    with ThreadPoolExecutor() as pool:  # compiling keeps one core busy
+        costs = pool.map(lambda rounds: cost(rounds, clients), populations.values())
+    costs = dict(zip(populations, costs, strict=True))
     peak, peak_flop = make_peak(mesh, product, size.precision)
     calls = {" ".join(map(str, key)): rounds.of(clients) for key, rounds in populations.items()}
     times = time_together(repeats, peak=peak, **calls)

@@ -120,6 +120,6 @@ def difference(theirs: Sequence[Float[np.ndarray, " clients"]], ours: Sequence) 
     largest = float(np.max(np.abs(np.array(theirs[:rounds]) - np.array(ours[:rounds]))))
     if not largest < LARGEST_DIFFERENCE:
         raise AssertionError(
-            f"losses of equal mathematics differ by {largest:.2e} nats within {rounds} rounds"
+            f"losses of equal mathematics differ by {largest:.1e} nats within {rounds} rounds"
         )
     return largest

@@ -18,7 +18,7 @@ from launch.timing import Table, Timing, rate, ratio, time_together
 
 PEAK_FILE = pathlib.Path("/proc/self/status")
 MEGABYTE = 1e6
-SHARES = (1.0, 0.5, 0.25)
+SHARES = (1.0, 0.5, 0.25)  # of the experts, a tier each
 SELECTIVE = dict(fl=dict(algorithm="hfedmoe", forward="active"), importance=dict(refresh="previous"))
 
 

@@ -16,9 +16,10 @@ from hfedmoe_jax.evaluation import (
     summarize,
 )
 from hfedmoe_jax.models import open_controls
-from hfedmoe_jax.population import make_mesh
+from hfedmoe_jax.population import make_mesh, plan_blocks, stack_members
 
 BATCHES, SIZE = 3, 4
+MESH = make_mesh(jax.devices()[:1])
 # As many slots as an expert could be asked for: an example's answer does not depend on its batch.
 ROOMY = {"model__capacity_factor": 3.0, "model__eval_capacity_factor": 3.0}
 CRAMPED = ROOMY | {"model__capacity_factor": 0.3}  # in training only
@@ -69,9 +70,15 @@ def assert_scores(scores, expected):
             np.testing.assert_allclose(getattr(scores, name)[index], value, rtol=2e-4, err_msg=name)
 
 
-def test_sums_are_those_of_a_loop_over_examples(model, apply):
+@pytest.fixture(scope="module")
+def evaluate(model):
+    """Judges a shared model, compiled once."""
+    return make_evaluate(model, False, MESH, 1, ROOMY["model__eval_capacity_factor"])
+
+
+def test_sums_are_those_of_a_loop_over_examples(model, apply, evaluate):
     params, data = tiny_params(), batches()
-    scores = make_evaluate(model, False, make_mesh(jax.devices()[:1]))(params, data)
+    scores = evaluate(params, data)
     per_batch = [jax.tree.map(lambda x, i=i: x[i], data) for i in range(BATCHES)]
     expected = [by_hand(model, apply, params, batch) for batch in per_batch]
     assert_scores(scores, expected)
@@ -85,8 +92,7 @@ def test_sums_are_those_of_a_loop_over_examples(model, apply):
     assert quality.router_entropy == pytest.approx(entropy, rel=1e-4)
 
 
-def test_padding_does_not_count_whatever_it_holds(model):
-    evaluate = make_evaluate(model, False, make_mesh(jax.devices()[:1]))
+def test_padding_does_not_count_whatever_it_holds(evaluate):
     data = batches()
     padding = data.weight == 0
     other = data._replace(
@@ -105,7 +111,8 @@ def test_personal_models_are_judged_by_their_owners(model, apply):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *owners)
     judge = np.int32([2, 0, 2])
     data = batches()._replace(judge=judge)
-    scores = make_evaluate(model, True, make_mesh(jax.devices()[:1]))(stacked, data)
+    # A chunk of two leaves a place without a batch.
+    scores = make_evaluate(model, True, MESH, 2, ROOMY["model__eval_capacity_factor"])(stacked, data)
     expected = [
         by_hand(model, apply, owners[owner], jax.tree.map(lambda x, i=i: x[i], data))
         for i, owner in enumerate(judge)
@@ -124,7 +131,9 @@ def test_usage_is_the_mean_gate_weight_of_each_expert(model, apply, personal):
     cohort = ClientData(np.int32(members), tokens, labels, zero, zero.astype(np.int32), zero == 0)
     given = jax.tree.map(lambda *leaves: jnp.stack(leaves), *owners) if personal else params
     roomy = tiny_model(tiny_config(**ROOMY))
-    result = make_usage(roomy, personal, make_mesh(jax.devices()[:1]))(given, cohort)
+    blocks = plan_blocks(np.zeros(len(members), int), MESH, 1)
+    portions = ((block, stack_members(cohort, block.members)) for block in blocks)
+    result = make_usage(roomy, personal, MESH, 1, ROOMY["model__capacity_factor"])(given, portions)
     for index, client in enumerate(members):
         expected = np.zeros((model.num_layers, model.num_experts))
         for example in tokens[index].reshape(-1, tokens.shape[-1]):

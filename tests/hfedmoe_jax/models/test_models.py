@@ -16,7 +16,7 @@ from hfedmoe_jax.models import (
     split_params,
     tree_bytes,
 )
-from hfedmoe_jax.optimizers import build_optimizer
+from hfedmoe_jax.optimizers import build_optimizer, per_expert
 
 
 def jitted(model):
@@ -48,7 +48,8 @@ def test_both_dispatches_give_the_same_model(params):
     tokens, _ = tiny_batches(1, 4)
     outputs = []
     for dispatch in ("dense", "capacity"):
-        model = jitted(tiny_model(tiny_config(model__dispatch=dispatch, model__top_k=2)))
+        config = tiny_config(model__top_k=2)
+        model = jitted(build_model(config.model, CLASSES, VOCABULARY, TOKENS, dispatch))
         outputs.append(model.apply(params, tokens, open_controls(2, 3), True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *outputs)
 
@@ -129,7 +130,7 @@ def test_cost_counts_the_real_arrays():
     config = tiny_config(model__width=32, model__hidden=64, model__num_heads=4)
     model = tiny_model(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(build_optimizer(config.client, "adam", "client").init, params)
+    state = jax.eval_shape(per_expert(build_optimizer(config.client, "adam", "client")).init, params)
     cost = model_cost(config.model, params, state, batch_size=4, seq_len=TOKENS)
     expert_numbers = 2 * 32 * 64
     assert cost.expert_parameter_bytes == 4 * expert_numbers
@@ -144,7 +145,7 @@ def test_activation_estimate_is_near_what_autodiff_stores():
     config.data.seq_len = 32
     model = build_model(config.model, CLASSES, VOCABULARY, 32)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(build_optimizer(config.client, "sgd", "client").init, params)
+    state = jax.eval_shape(per_expert(build_optimizer(config.client, "sgd", "client")).init, params)
     cost = model_cost(config.model, params, state, batch_size=16, seq_len=32)
     tokens = jax.ShapeDtypeStruct((16, 32), jnp.int32)
     controls = open_controls(model.num_layers, model.num_experts)
@@ -165,7 +166,7 @@ def test_activation_estimate_is_near_what_autodiff_stores():
     [
         ("num_heads", 3, "divisor"),
         ("top_k", 9, "at most all"),
-        ("dispatch", "capcity", "did you mean 'capacity'"),
+        ("precision", "bfloat", "did you mean 'bfloat16'"),
         ("num_layers", 0, "positive"),
         ("capacity_factor", 0.0, "e.g."),
     ],

@@ -1,0 +1,216 @@
+"""A client's round by the plain road: every expert computed, masks over all of them, `jax.grad`.
+
+What a budgeted round has to equal, written from the docstrings of `client` and `refresh` as a loop over
+steps in which nothing is saved.
+
+Axes: S steps, L layers, N tokens, E experts.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tiny import CLASSES, TOKENS, VOCABULARY, tiny_config
+
+from hfedmoe_jax.models import Params, build_model, load_balancing_loss, open_controls, own_choice
+from hfedmoe_jax.optimizers import build_optimizer, per_expert
+from hfedmoe_jax.scores import (
+    cumulative,
+    information_bottleneck_score,
+    redundancy,
+    routing_importance,
+)
+from hfedmoe_jax.selection import select
+
+
+class Look(NamedTuple):
+    """A pass over one batch: loss and its cross-entropy, routing, gradients.
+
+    Attributes:
+      gates, own: [L, N, E].
+      served: bool [L, E], experts that had room for a token.
+      gradient: of all parameters.
+      by_multiplier: [L, E].
+    """
+
+    loss: jax.Array
+    cross_entropy: jax.Array
+    gates: jax.Array
+    own: jax.Array
+    served: jax.Array
+    gradient: Params
+    by_multiplier: jax.Array
+
+
+@functools.cache
+def make_look(dispatch: str = "capacity", **fields):
+    """Returns `look(params, tokens, labels, forward, backward, anchor, mu) -> Look`, compiled once.
+
+    Args:
+      dispatch: how `apply` runs the experts.
+      fields: of `tiny_config`.
+    """
+    config = tiny_config(**fields)
+    model = build_model(config.model, CLASSES, VOCABULARY, TOKENS, dispatch)
+
+    def objective(params, multiplier, tokens, labels, forward, backward, anchor, mu):
+        controls = open_controls(model.num_layers, model.num_experts)
+        controls = controls._replace(forward=forward, backward=backward, multiplier=multiplier)
+        logits, routing = model.apply(params, tokens, controls, True)
+        mask = tokens.reshape(-1) != 0
+        own = own_choice(routing.gates, mask, model.top_k)
+        cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        balance = config.model.load_balance * load_balancing_loss(routing.gates, own, mask)
+        away = sum(
+            jnp.sum((x - y) ** 2) for x, y in zip(*map(jax.tree.leaves, (params, anchor)), strict=True)
+        )
+        loss = cross_entropy + balance
+        return loss + mu / 2 * away, (loss, cross_entropy, routing.gates, own, jnp.any(routing.kept, axis=1))
+
+    @jax.jit
+    def look(params, tokens, labels, forward, backward, anchor, mu):
+        multiplier = jnp.ones((model.num_layers, model.num_experts))
+        (_, told), gradients = jax.value_and_grad(objective, (0, 1), has_aux=True)(
+            params, multiplier, tokens, labels, forward, backward, anchor, mu
+        )
+        return Look(*told, *gradients)
+
+    return look
+
+
+@functools.cache
+def make_update(optimizer: str, **client_fields):
+    """Returns `init` and a compiled `update` of an optimizer for each expert."""
+    config = tiny_config(**client_fields)
+    both = per_expert(build_optimizer(config.client, optimizer, "client"))
+    return jax.jit(both.init), jax.jit(both.update)
+
+
+class Round(NamedTuple):
+    """What a round comes to.
+
+    Attributes:
+      params: after it.
+      trained: bool [S, L, E].
+      cross_entropy: [S].
+      gates, own: [S, L, N, E], of the training passes.
+    """
+
+    params: Params
+    trained: np.ndarray
+    cross_entropy: np.ndarray
+    gates: np.ndarray
+    own: np.ndarray
+
+
+def score_of(name: str, config, seen: Look, mask, contribution) -> np.ndarray:
+    """Returns what a score function makes of a pass."""
+    if name == "frequency":
+        return np.asarray(cumulative(seen.own.astype(jnp.float32), mask))
+    if name == "gradient_norm":
+        squares = [
+            np.sum(np.asarray(g, np.float64) ** 2, (-1, -2)) for g in jax.tree.leaves(seen.gradient.experts)
+        ]
+        return np.sqrt(sum(squares)).astype(np.float32)
+    information = contribution
+    if config.importance.estimate == "routing":
+        information = routing_importance(seen.gates, mask, config.importance.lam)
+    score = information_bottleneck_score(information, redundancy(seen.gates, mask), config.importance.beta)
+    return np.asarray(score)
+
+
+def local_round(
+    start: Params,
+    tokens,
+    labels,
+    budget: int,
+    score: str | None,
+    mu: float = 0.0,
+    dispatch="capacity",
+    **fields: Any,
+) -> Round:
+    """Trains one client; the arguments are those of `make_client` and `tiny_config`."""
+    config = tiny_config(**fields)
+    model_fields = {name: value for name, value in fields.items() if name.startswith("model__")}
+    client_fields = {name: value for name, value in fields.items() if name.startswith("client__")}
+    look = make_look(dispatch, **model_fields)
+    init, update = make_update(config.client.optimizer, **client_fields)
+    refresh, active = config.importance.refresh, config.fl.forward == "active" and score is not None
+    reads_contribution = score == "information_bottleneck" and config.importance.estimate == "gradient"
+    shape = jax.tree.leaves(start.experts)[0].shape[:2]
+    everything, nothing = np.ones(shape, bool), np.zeros(shape, bool)
+    params, state = start, init(start)
+    known = past = eligible = None
+
+    def looked(step, forward, backward):
+        seen = look(params, tokens[step], labels[step], forward, backward, start, mu)
+        return seen, tokens[step].reshape(-1) != 0
+
+    def scored(seen, mask, contribution):
+        return score_of(score, config, seen, mask, contribution)
+
+    def asked(seen):
+        return np.asarray(seen.own).any(axis=1)
+
+    if active:
+        seen, mask = looked(0, nothing, nothing)
+        past = np.asarray(routing_importance(seen.gates, mask, config.importance.lam))
+        known, eligible = scored(seen, mask, past), asked(seen)
+    rounds = []
+    for step in range(len(tokens)):
+        selected = everything
+        if score and not active:
+            seen, mask = looked(step, everything, everything)
+            stand_in = np.asarray(routing_importance(seen.gates, mask, config.importance.lam))
+            if step == 0 or refresh == "step":
+                known = scored(seen, mask, stand_in if step == 0 else past)
+            if step == 0 or refresh != "round":
+                eligible = asked(seen)
+        if score:
+            selected = np.asarray(select(known, eligible, budget))
+        ran = selected if active else everything
+        seen, mask = looked(step, ran, selected)
+        trained = selected & np.asarray(seen.served)
+        params, state = update(seen.gradient, state, params, trained)
+        rounds.append((trained, np.asarray(seen.cross_entropy), np.asarray(seen.gates), np.asarray(seen.own)))
+        if not score:
+            continue
+        contribution = -np.asarray(seen.by_multiplier)
+        before = contribution if past is None else past
+        past = np.where(ran, (before + contribution) / 2, before)
+        if refresh == "previous":
+            fresh = (known + scored(seen, mask, contribution)) / 2
+            known = np.where(ran, fresh, known) if reads_contribution else fresh
+            if active:
+                eligible = eligible | asked(seen)
+    return Round(params, *map(np.stack, zip(*rounds, strict=True)))
+
+
+def whole(update, start: Params) -> Params:
+    """Returns a client's parameters with its rows of experts and of the embedding table in their places."""
+
+    count = int(update.trained.count)
+    owners, rows = (np.asarray(x)[:count].tolist() for x in (update.trained.expert, update.trained.row))
+
+    def experts(given, held):
+        given, held = np.array(given), np.asarray(held)
+        given.reshape(-1, *given.shape[2:])[owners] = held[rows]
+        return given
+
+    shared = jax.tree.map(np.asarray, dict(update.params.shared))
+    if update.token is not None:
+        table = np.array(start.shared["embed"])
+        for row, token in zip(shared["embed"], np.asarray(update.token).tolist(), strict=True):
+            if token < len(table):
+                table[token] = row
+        shared["embed"] = table
+    router = jax.tree.map(np.asarray, update.params.router)
+    return Params(jax.tree.map(experts, start.experts, update.params.experts), router, shared)
+
+
+def bits(tree: Any) -> list[bytes]:
+    """Returns the bytes of every array of a tree."""
+    return [np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
