@@ -102,8 +102,7 @@ def pod(config: ConfigDict) -> ConfigDict:
 
 
 PRESETS = {
-    preset.__name__: preset
-    for preset in (default, smoke, gradient, active, literal, unreliable, agnews, pod)
+    preset.__name__: preset for preset in (default, smoke, gradient, active, literal, unreliable, agnews, pod)
 }
 
 

@@ -136,6 +136,18 @@ class RunningMean(NamedTuple):
     dominant: Int[Array, "layers experts"]
 
 
+class Scale(NamedTuple):
+    """How weights and terms fit into exact sums.
+
+    Attributes:
+      unit: powers of two, so that scaling loses nothing: one over the largest weight of each group.
+      largest: terms are cut to it, see `sums.largest_term`; a model diverged long before.
+    """
+
+    unit: Params
+    largest: float
+
+
 class Contribution(NamedTuple):
     """What one client adds to a running mean.
 
@@ -166,7 +178,7 @@ def mean_init(params: Params) -> RunningMean:
 
 
 def mean_accumulate(
-    mean: RunningMean, start: Params, clients: Contribution, unit: Float[Array, ""], table: str
+    mean: RunningMean, start: Params, clients: Contribution, scale: Scale, table: str
 ) -> RunningMean:
     """Adds clients, stacked on a leading axis M of at most `sums.MOST_TERMS` since the last `mean_settle`.
 
@@ -174,14 +186,15 @@ def mean_accumulate(
 
     Args:
       start: the parameters that the clients started from.
-      unit: one over the largest weight, a power of two, so that scaling loses nothing.
+      scale: of weights and terms.
       table: the name in `shared` of the table that clients hold rows of.
     """
-    weights = jax.tree.map(lambda w: w * unit, clients.weights)
+    weights = jax.tree.map(lambda w, unit: jnp.minimum(w * unit, scale.largest), clients.weights, scale.unit)
 
     def change(weight, new, old):
         weight = widen(weight, new)
-        return jnp.where(weight > 0, weight * (new.astype(jnp.float32) - old.astype(jnp.float32)), 0.0)
+        term = weight * (new.astype(jnp.float32) - old.astype(jnp.float32))
+        return jnp.where(weight > 0, jnp.clip(term, -scale.largest, scale.largest), 0.0)
 
     def dense(total, new, old, weight):
         return add_terms(total, change(weight, new, old))
@@ -272,20 +285,18 @@ def mean_finalize(mean: RunningMean, like: Params) -> Params:
     )
 
 
-def literal_gating(
-    mean: RunningMean, router: Any, unit: Float[Array, ""], union_size: Float[Array, ""]
-) -> Any:
+def literal_gating(mean: RunningMean, router: Any, scale: Scale, union_size: Float[Array, ""]) -> Any:
     """Returns sum_c alpha(c) G_c of (21) as printed, whose weights do not sum to one.
 
     Args:
-      mean: merged sums; the routers' are weighted by `gating_weight` * `unit`.
+      mean: merged sums; the routers' are weighted by `gating_weight`.
       router: the routers that the clients started from.
-      unit: see `mean_accumulate`.
+      scale: of the sums.
       union_size: |S_global|.
     """
     weight = from_fixed(mean.weight.router)
 
     def printed(total, old):
-        return (from_fixed(total) + weight * old) / unit / jnp.maximum(union_size, 1)
+        return (from_fixed(total) + weight * old) / scale.unit.router / jnp.maximum(union_size, 1)
 
     return map_totals(printed, mean.total.router, router)

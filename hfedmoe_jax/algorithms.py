@@ -18,7 +18,15 @@ from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
 from hfedmoe_jax.engines import Clients, PersonalEngine, SharedEngine
 from hfedmoe_jax.models import MoeModel, Params
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
-from hfedmoe_jax.population import NOBODY, Block, place_of, plan_blocks, put_members, unstack_members
+from hfedmoe_jax.population import (
+    NOBODY,
+    Block,
+    place_of,
+    plan_blocks,
+    put_members,
+    unstack_members,
+    wait_for_last_but_two,
+)
 from hfedmoe_jax.refresh import Scoring
 from hfedmoe_jax.registry import Registry
 from hfedmoe_jax.tiers import choose_tiers, tier_of
@@ -122,7 +130,9 @@ class Portion(NamedTuple):
 
 
 class FederatedAlgorithm(NamedTuple):
-    """A pair of pure functions, and what they are made of.
+    """Two functions of the state, and what they are made of.
+
+    One round at a time: between blocks the engine keeps the running sums.
 
     Attributes:
       init: params -> ServerState.
@@ -226,9 +236,7 @@ def build_algorithm(
             running, told = engine.run(block.tier, running, state, data, count, key)
             blocks.append(block)
             outputs.append(told)
-            # The devices always have the next block at hand, and the host never prepares many ahead.
-            if len(outputs) > 2:
-                jax.block_until_ready(outputs[-3])
+            wait_for_last_but_two(outputs)
         params, optimizer_state = engine.finish(running, state)
         size = sum(int(block.count.sum()) for block in blocks)
         client, upload, report, uploaded = unstack_members(blocks, outputs, size)

@@ -7,8 +7,9 @@ from hfedmoe_jax.algorithms import compose
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import optimizers
 from hfedmoe_jax.population import MOST_CHUNK
+from hfedmoe_jax.refresh import Scoring
 from hfedmoe_jax.registry import unknown_name
-from hfedmoe_jax.scores import estimates, score_rules
+from hfedmoe_jax.scores import estimates
 from hfedmoe_jax.sums import MOST_MEMBERS
 
 AT_LEAST_ONE = (
@@ -93,8 +94,16 @@ def check_config(config: ConfigDict) -> None:
             "use e.g. 0.1",
         )
     parts = compose(config)
+    if parts.personal and config.mesh.experts > 1:
+        raise InputError(
+            "mesh.experts",
+            config.mesh.experts,
+            f"{config.fl.algorithm} keeps a whole model a client on every device",
+            "use 1",
+        )
     if parts.score != "none":
-        score_rules[parts.score]
+        routed = config.fl.forward == "routed"
+        Scoring(config.model.num_layers, config.model.num_experts, parts.score, config.importance, routed)
     estimates[config.importance.estimate]
     expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
     for field, name in (("client", config.client.optimizer), ("server", parts.server_optimizer)):

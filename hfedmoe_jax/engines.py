@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.aggregation import (
     Contribution,
     RunningMean,
+    Scale,
     dominant_set,
     expert_rules,
     gating_rules,
@@ -41,7 +42,7 @@ from hfedmoe_jax.population import (
     place_of,
     stream,
 )
-from hfedmoe_jax.sums import MOST_TERMS, from_fixed
+from hfedmoe_jax.sums import MOST_TERMS, from_fixed, largest_term
 
 SPREAD = PartitionSpec(None, (EXPERTS, CLIENTS))
 
@@ -80,7 +81,11 @@ class SharedEngine:
         train: dict[int, Callable],
     ):
         self.mesh, self.server, self.collect = mesh, server, collect(mesh)
-        self.unit = np.float32(2.0 ** -np.ceil(np.log2(max(clients.most_examples, 1))))
+        by_size = power_below(1 / clients.most_examples)
+        # (20) adds usage * importance, both at most one a layer; other rules weigh by size.
+        by_importance = power_below(1 / model.num_layers)
+        gating = by_importance if parts.gating_rule == "importance" else by_size
+        self.scale = Scale(Params(by_size, gating, by_size), largest_term(config.fl.clients_per_round))
         place = place_of(mesh, chunk)
         aggregation = config.aggregation
         expert_rule, gating_rule = expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
@@ -114,7 +119,7 @@ class SharedEngine:
             return visit_client
 
         def merge(sums: RunningMean, broadcast, contributions: Contribution) -> RunningMean:
-            return mean_accumulate(sums, broadcast[0], contributions, self.unit, table)
+            return mean_accumulate(sums, broadcast[0], contributions, self.scale, table)
 
         def open_sums() -> RunningMean:
             empty = mean_init(shapes)
@@ -132,7 +137,7 @@ class SharedEngine:
             change = mean_finalize(mean, params)
             if aggregation.literal_gating:
                 union_size = jnp.sum(mean.dominant > 0)
-                literal = literal_gating(mean, params.router, self.unit, union_size)
+                literal = literal_gating(mean, params.router, self.scale, union_size)
                 change = change._replace(
                     router=jax.tree.map(
                         lambda new, old: jnp.where(union_size > 0, new - old, 0.0), literal, params.router
@@ -242,6 +247,11 @@ class PersonalEngine:
     def finish(self, everyone: Params, state: Any) -> tuple[Params, Any]:
         """Returns the models."""
         return everyone, ()
+
+
+def power_below(number: float) -> float:
+    """Returns the largest power of two that is at most `number`."""
+    return 2.0 ** np.floor(np.log2(number))
 
 
 def place_update(params: Params, update: ClientUpdate, table: str) -> Params:

@@ -37,6 +37,7 @@ from hfedmoe_jax.data import (
 )
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.engines import Clients
+from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import (
     EvaluationBatches,
     Quality,
@@ -132,9 +133,16 @@ class Experiment:
         self.chunk = config.fl.chunk or default_chunk(self.cost, mesh)
         self.sizes = np.array([len(rows) for rows in data.client_train])
         clients = Clients(self.budgets, int(self.sizes.max()), most_tokens(data, config.fl))
+        self.hosts = len({device.process_index for device in mesh.devices.flat})
+        if self.num_clients < self.hosts:
+            raise InputError(
+                "fl.clients",
+                self.num_clients,
+                f"fewer than the {self.hosts} processes",
+                "use at least a client a process",
+            )
         # The hosts' answers to what needs everybody's data are alike; from here on each has its own.
         self._majority_label = np.bincount(data.train.labels).argmax()
-        self.hosts = len({device.process_index for device in mesh.devices.flat})
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
         self.algorithm = build_algorithm(config, self.model, clients, mesh, self.chunk)
         self.personal = self.algorithm.composition.personal
@@ -205,7 +213,10 @@ class Experiment:
         def assembled(number: int) -> Ahead:
             return Ahead(self.algorithm.portion(*pair) for pair in self.blocks(number))
 
-        yield from self._ahead.pop(round_number, None) or assembled(round_number)
+        ready = self._ahead.pop(round_number, None) or assembled(round_number)
+        for other in self._ahead.values():  # of a round that is not the next one after all
+            other.close()
+        yield from ready
         if round_number < self.config.fl.rounds:
             self._ahead = {round_number + 1: assembled(round_number + 1)}
 

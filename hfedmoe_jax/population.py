@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -86,13 +87,15 @@ def default_chunk(cost: ModelCost, mesh: Mesh) -> int:
     A CPU is fastest with one. An accelerator takes the largest power of two, at most 64, with which the
     clients' parameters, gradients, optimizer state and activations fill half of its memory.
     """
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if device.platform == "cpu":
         return 1
     limit = (device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
     held = cost.num_experts // mesh.shape[EXPERTS]
     one = cost.shared_training_bytes + held * (cost.expert_parameter_bytes + cost.expert_training_bytes)
-    return 2 ** int(np.clip(np.log2(max(1, 0.5 * limit / one)), 0, np.log2(MOST_CHUNK)))
+    chunk = 2 ** int(np.clip(np.log2(max(1, 0.5 * limit / one)), 0, np.log2(MOST_CHUNK)))
+    # Every process must run the same program, whatever its own device says.
+    return int(np.min(multihost_utils.process_allgather(np.int32(chunk))))
 
 
 def plan_blocks(
@@ -113,12 +116,14 @@ def plan_blocks(
     size = block_size(chunk)
     processes = np.array([device.process_index for device in mesh.devices[:, 0]])
     seats = [np.flatnonzero(processes == host) for host in range(processes.max() + 1)]
+    if hosts is None:
+        seats, hosts = [np.arange(len(processes))], np.zeros(len(tiers), int)
     dealt = [0] * len(seats)
     blocks = []
     for tier in sorted(set(tiers.tolist()), reverse=True):
         queues: list[list[int]] = [[] for _ in processes]
         for member in np.flatnonzero(tiers == tier):
-            host = 0 if hosts is None else int(hosts[member])
+            host = int(hosts[member])
             # Dealing goes on where the last tier ended, so that no device gets all the remainders.
             queues[seats[host][dealt[host] % len(seats[host])]].append(int(member))
             dealt[host] += 1
@@ -177,8 +182,8 @@ def stream(
       mesh, chunk: members computed at once on a device.
       broadcast_specs, sums_specs: how these lie on the mesh, prefix trees; sums have a leading axis D.
 
-    `members` is a tree of arrays [D * B, ...], `count` [D] how many of each device's B there are; the
-    others are not computed, and their outputs are zero.
+    `members` is a tree of arrays [D * B, ...], `count` [D] how many of each device's B there are; chunks
+    without any are not computed, and their outputs are zero.
     """
 
     def run_on_device(sums: Any, broadcast: Any, members: Any, count: Any) -> tuple[Any, Any]:
@@ -227,6 +232,15 @@ def collect(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
 
+def wait_for_last_but_two(outputs: Sequence[Any]) -> None:
+    """Returns when no more than two blocks are under way: enough to keep the devices busy.
+
+    Without it the host would put block after block on the devices, and memory would follow the population.
+    """
+    if len(outputs) > 2:
+        jax.block_until_ready(outputs[-3])
+
+
 def map_members(
     visit: Callable[[Any, Any], tuple[tuple, Any]], mesh: Mesh, chunk: int, broadcast_specs: Any
 ) -> Callable[[Any, Iterable[tuple[Block, Any]]], Any]:
@@ -246,6 +260,7 @@ def map_members(
             _, output = program((), broadcast, put_members(mesh, members), put_members(mesh, block.count))
             done.append(block)
             outputs.append(readable(output))
+            wait_for_last_but_two(outputs)
         return unstack_members(done, outputs, sum(int(block.count.sum()) for block in done))
 
     return run

@@ -8,10 +8,13 @@
 
 Contributions (`Evidence.contribution`) are known only after a backward pass, so a batch reads a running
 mean of those of the batches before it; the first of a round reads the routing importance (5)
-in their place, and with `round` there are none. They are gradients of the training loss, load
-balancing included. `routed` selects from the batch's own union. `active` selects before the forward
-pass: from the unions of the batches so far, and before the first batch from what the routers say
-of it when no expert runs. Only gradient norms of experts cost a backward pass of their own.
+in their place (with `previous` its score keeps a fading part in the running mean), and with `round`
+there are none. They are gradients of the training loss, load balancing included, in a pass where
+experts that are not selected are constants.
+
+`routed` selects from the batch's own union. `active` selects before the forward pass: from the unions
+of the batches so far, and before the first batch from what the routers say of it when no expert
+runs. Only gradient norms of experts cost a backward pass of their own.
 
 Axes: L layers, N tokens, E experts.
 """

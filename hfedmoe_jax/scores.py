@@ -194,7 +194,7 @@ def gradient_norm(evidence: Evidence, importance: ConfigDict) -> PerExpert:
 
 @score_rules.register("random")
 def random(evidence: Evidence, importance: ConfigDict) -> PerExpert:
-    """Uniform numbers, drawn anew each step."""
+    """Uniform numbers, drawn anew each time that scores are asked for (see `refresh`)."""
     num_layers, _, num_experts = evidence.gates.shape
     return jax.random.uniform(evidence.key, (num_layers, num_experts))
 
@@ -211,5 +211,5 @@ def routing_estimate(evidence: Evidence, importance: ConfigDict) -> PerExpert:
 
 @estimates.register("gradient")
 def gradient_estimate(evidence: Evidence, importance: ConfigDict) -> PerExpert:
-    """The bound itself to first order, from `jax.grad`."""
+    """The bound itself to first order, from the gradients of the experts' multipliers."""
     return evidence.contribution

@@ -8,6 +8,7 @@ A number is high * 2^-16 + low * 2^-40 in two int32. Sums must stay below 2^15 i
 `MOST_TERMS` terms may be added before `settle` carries what has gathered in `low`.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,12 +16,17 @@ from jaxtyping import Array, Float, Int
 
 HIGH_BITS, LOW_BITS = 16, 24
 MOST_TERMS = 96  # 2^31 / 2^24 is 128
+
 LARGEST = 2.0**14
 """Terms beyond it are cut to it."""
 
-
 MOST_MEMBERS = 2**15 - 1
 """Terms of magnitude at most one whose sum has room."""
+
+
+def largest_term(members: int) -> float:
+    """Returns the magnitude that terms must be cut to, so that the sum of so many has room."""
+    return min(LARGEST, 2.0 ** math.floor(math.log2(2**15 / members)))
 
 
 class Fixed(NamedTuple):

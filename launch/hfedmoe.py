@@ -1,6 +1,7 @@
 """Runs a federated experiment in a work directory: progress, metrics, checkpoints, figures, report."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import shlex
@@ -13,10 +14,12 @@ from ml_collections import ConfigDict
 from hfedmoe_jax import COLUMNS, Experiment, Outcome, RunState, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.client import STATUS_NAMES
+from hfedmoe_jax.errors import InputError
 from launch.checkpoints import Checkpoints
 from launch.distributed import (
     HERE,
     Host,
+    gather_processes,
     is_first_process,
     keep_compiled,
     start_devices,
@@ -50,6 +53,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
 
 def run_here(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
     """Runs this process's part."""
+    check_same_everywhere(config)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
     writes = is_first_process()
     if writes:
@@ -76,6 +80,15 @@ def run_here(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
     )
     write_json(workdir / "summary.json", summary)
     print_summary("Summary", summary_rows(summary, workdir))
+
+
+def check_same_everywhere(config: ConfigDict) -> None:
+    """Refuses processes that were given unlike configs: they would wait for each other for ever."""
+    digest = np.frombuffer(hashlib.sha256(config.to_json(sort_keys=True).encode()).digest(), np.uint8)
+    unlike = np.flatnonzero((gather_processes(digest) != digest).any(axis=1))
+    if len(unlike):
+        problem = f"process {unlike[0]} has another config"
+        raise InputError("config", config.experiment, problem, "give every process the same --config flags")
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:

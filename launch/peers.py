@@ -90,6 +90,9 @@ def join(address: Address, index: int, count: int) -> tuple[Links, dict[str, Any
         link.settimeout(JOIN_TIMEOUT_S + 10)  # process 0 waits for the others
         send(link, {"process": index, "processes": count})
         answer = receive(link)
+        if answer is None:  # another server, or one that ends
+            link.close()
+            time.sleep(0.2)
     if answer is None:
         remedy = "start the same command on every host, with process 0's host and port"
         raise InputError("--coordinator", where, problem, remedy)

@@ -7,9 +7,10 @@ from typing import Any
 
 
 class Ahead:
-    """Iterates over `items`, which another thread takes from their source, at most `depth` of them ahead.
+    """Iterates once over `items`, which another thread takes from their source, at most `depth` ahead.
 
-    What the source raises is raised where the items are used.
+    What the source raises is raised where the items are used. An iteration that is left early, or
+    `close`, ends the thread.
 
     >>> list(Ahead(number**2 for number in range(4)))
     [0, 1, 4, 9]
@@ -17,21 +18,43 @@ class Ahead:
 
     def __init__(self, items: Iterable[Any], depth: int = 2):
         self._queue: queue.Queue = queue.Queue(depth)
+        self._closed = threading.Event()
         threading.Thread(target=self._work, args=(items,), daemon=True).start()
 
-    def _work(self, items: Iterable[Any]) -> None:
-        try:
-            for item in items:
-                self._queue.put((item, None))
-            self._queue.put((None, StopIteration()))
-        except BaseException as error:
-            self._queue.put((None, error))
+    def close(self) -> None:
+        """Lets the thread end and forgets what it had prepared."""
+        self._closed.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
 
     def __iter__(self) -> Iterator[Any]:
-        while True:
-            item, end = self._queue.get()
-            if isinstance(end, StopIteration):
-                return
-            if end is not None:
-                raise end
-            yield item
+        try:
+            while True:
+                item, end = self._queue.get()
+                if isinstance(end, StopIteration):
+                    return
+                if end is not None:
+                    raise end
+                yield item
+        finally:
+            self.close()
+
+    def _work(self, items: Iterable[Any]) -> None:
+        end: BaseException = StopIteration()
+        try:
+            for item in items:
+                if not self._put((item, None)):
+                    return
+        except BaseException as error:
+            end = error
+        self._put((None, end))
+
+    def _put(self, entry: tuple) -> bool:
+        """Waits for room and says whether somebody still wants it."""
+        while not self._closed.is_set():
+            try:
+                self._queue.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -15,7 +15,8 @@ from hfedmoe_jax.models.switch import PAD_ID, SwitchClassifier, switch_pieces
 from hfedmoe_jax.registry import unknown_name
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-"""What pieces compute in; parameters, gradients, routers, losses and sums are float32 always."""
+"""What pieces compute in. Parameters, gradients of experts, routers, losses, optimizers and the sums over
+clients are float32 always; gradients of attention leave its products in the chosen precision."""
 
 
 class MoeModel(NamedTuple):

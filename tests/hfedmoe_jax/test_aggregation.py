@@ -53,8 +53,9 @@ BLOCK = 2  # clients of a chunk, and between two settlings
 
 
 def unit_of(largest):
-    """One over the smallest power of two that holds the largest weight."""
-    return np.float32(2.0 ** -np.ceil(np.log2(max(largest, 1.0))))
+    """One over the smallest power of two that holds the largest weight, for every group."""
+    unit = np.float32(2.0 ** -np.ceil(np.log2(max(largest, 1.0))))
+    return a.Scale(Params(unit, unit, unit), np.float32(2.0**14))
 
 
 @jax.jit
