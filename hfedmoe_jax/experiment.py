@@ -105,6 +105,9 @@ class Experiment:
       model, algorithm, cost: see their modules.
       profiles: each client's device.
       budgets: int [C], experts that each client can train, over all layers.
+      sizes: int [C], passages that each client trains on.
+      num_passages: of all clients, those they hold out included.
+      hosts: how many processes share the work; `data` then has this one's clients only.
 
     Raises:
       InputError: what the config asks for cannot be done.
@@ -131,6 +134,7 @@ class Experiment:
         self.profiles = [classes[index] for index in assign_devices(self.num_clients, shares, rng)]
         self.budgets = self._budgets()
         self.chunk = config.fl.chunk or default_chunk(self.cost, mesh)
+        self.num_passages = len(data.train.labels)
         self.sizes = np.array([len(rows) for rows in data.client_train])
         clients = Clients(self.budgets, int(self.sizes.max()), most_tokens(data, config.fl))
         self.hosts = len({device.process_index for device in mesh.devices.flat})

@@ -19,7 +19,7 @@ from hfedmoe_jax.models import own_choice
 from hfedmoe_jax.population import BY_CLIENT, CLIENTS, make_mesh
 from hfedmoe_jax.refresh import Scoring
 from launch.bench_population_beside import peers_table
-from launch.bench_population_rounds import SEED, Rounds, Size
+from launch.bench_population_rounds import BALANCED, SEED, Rounds, Size
 from launch.bench_population_scaling import MEGABYTE, compile_table, memory_table, scaling_table
 from launch.compiled import total_flop
 from launch.timing import Table, each_of, rate, ratio, time_together
@@ -146,11 +146,13 @@ def budget_tables(scale: Scale, mesh: Mesh, repeats: int) -> Iterator[Table]:
 
 
 def _budget_rows(size: Size, clients: int, mesh: Mesh, product: int, repeats: int) -> tuple[list, list]:
-    populations = {("all", 1.0): Rounds(size, clients, mesh)}
+    populations = {("all", 1.0): Rounds(size, clients, mesh, client=BALANCED)}
     for forward in ("routed", "active"):
         fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh="previous"))
         for share in SHARES:
-            populations[forward, share] = Rounds(size, clients, mesh, budgets=(share,), **fields)
+            populations[forward, share] = Rounds(
+                size, clients, mesh, budgets=(share,), client=BALANCED, **fields
+            )
     with ThreadPoolExecutor() as pool:  # compiling keeps one core busy
         costs = pool.map(lambda rounds: cost(rounds, clients), populations.values())
     costs = dict(zip(populations, costs, strict=True))
@@ -219,7 +221,7 @@ def refresh_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
     for forward, refresh in MOMENTS:
         fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))
         name = f"{forward} {refresh}"
-        populations[name] = rounds = Rounds(size, clients, mesh, budgets=(share,), **fields)
+        populations[name] = rounds = Rounds(size, clients, mesh, budgets=(share,), client=BALANCED, **fields)
         calls[name] = rounds.of(clients)
         calls[f"{name} selection"] = make_selection(rounds)
     times = time_together(repeats, **calls)
@@ -228,11 +230,11 @@ def refresh_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
         step_s = each_of(times[name], clients * size.steps / rounds.num_devices)
         selection_s = each_of(times[f"{name} selection"], SELECTIONS)
         against = ratio(times[name], times[" ".join(MOMENTS[0])])
-        part, loss = ratio(selection_s, step_s), float(np.mean(rounds.report.loss))
-        rows.append([*name.split(), step_s, against, selection_s, part, loss])
+        part, trained = ratio(selection_s, step_s), float(np.mean(rounds.report.trained_size))
+        rows.append([*name.split(), trained, step_s, against, selection_s, part])
     return Table(
         f"Refresh of the scores, {share:.0%} of the experts; ms of one device a client-step",
-        ["forward", "refresh", "step", "over the first", "selection", "its part", "last loss"],
+        ["forward", "refresh", "trained", "step", "over the first", "selection", "its part"],
         rows,
         f"{_describe(size)}. Selection: score and select of {SELECTIONS} batches in a program of their own, "
         "on one device.",

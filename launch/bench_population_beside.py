@@ -13,7 +13,7 @@ from jaxtyping import Float
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models.params import merge_params
 from launch.bench_population_peers import ARRANGEMENTS
-from launch.bench_population_rounds import LEARNING_RATE, Rounds, Size
+from launch.bench_population_rounds import BALANCED, LEARNING_RATE, Rounds, Size
 from launch.bench_population_torch import Loop, Settings, Task
 from launch.timing import Table, Timing, rate, ratio, time_together
 
@@ -34,7 +34,7 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
     ours = Rounds(size, clients, mesh)
     task = make_task(ours)
     active = Rounds(
-        size, clients, mesh, budgets=(SHARE,),
+        size, clients, mesh, budgets=(SHARE,), client=BALANCED,
         fl=dict(algorithm="hfedmoe", forward="active"), importance=dict(refresh="previous"),
     )  # fmt: skip
     own = {OURS: ours.of(clients), OURS_ACTIVE: active.of(clients)}
@@ -71,7 +71,8 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
         rows,
         f"Losses of a client apart from ours, over the first {COMPARED_ROUNDS} rounds: at most {largest:.1e} "
         f"nats ({LARGEST_DIFFERENCE:g} would have stopped the suite). The packages take turns in groups, "
-        f"with ours and {fastest} in each; a ratio is of its group.",
+        f"with ours and {fastest} in each; a ratio is of its group. At {SHARE:.0%} "
+        f"{np.mean(active.report.trained_size):.3g} of {size.all_experts} experts were trained.",
     )
 
 

@@ -28,6 +28,11 @@ from launch.compiled import Product, products
 NUM_CLASSES, NUM_EXAMPLES = 5, 100
 LEARNING_RATE = 0.1
 SEED = 0
+BALANCED = dict(learning_rate=1e-3)
+"""The section `client` where budgets are compared: routing stays as even as it starts.
+
+At `LEARNING_RATE` the routers give up most experts within a round, and a budget would not be used.
+"""
 
 
 class Size(NamedTuple):

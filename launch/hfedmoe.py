@@ -125,7 +125,7 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     data, config = experiment.data, experiment.config
     sizes = (
         len(data.client_train),
-        int(experiment.sizes.sum()),
+        experiment.num_passages,
         len(data.validation.labels),
         len(data.test.labels),
     )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 from tensorboardX.proto.event_pb2 import Event
@@ -119,7 +120,10 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 def last_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns every array of the newest checkpoint by its name, without the real times."""
-    leaves = ocp.load(workdir / "checkpoints" / str(steps(workdir)[-1]))["leaves"]
+    path = workdir / "checkpoints" / str(steps(workdir)[-1])
+    # As host arrays, wherever they were saved.
+    shapes = ocp.metadata(path).metadata
+    leaves = ocp.load(path, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes))["leaves"]
     real = (".ledger.wall_s", ".ledger.train_s", ".ledger.timed_steps")
     return {name: np.asarray(leaf) for name, leaf in leaves.items() if name not in real}
 

@@ -21,9 +21,8 @@ BUDGETS = np.int32([2 + c % 3 for c in range(CLIENTS)])
 KEY = jax.random.key(7)
 # One program for all budgets; test_reproducible has several.
 MODEL = {"model__num_layers": 1, "model__num_experts": 6}  # one layer: less to compile
-FIELDS = {"budget__tiers": 1} | MODEL
 # With Adam's default epsilon, weights without any gradient follow the sign of rounding errors.
-CALM = {"client__epsilon": 1e-3}
+FIELDS = {"budget__tiers": 1, "client__epsilon": 1e-3} | MODEL
 
 
 def cohort(config, members=(0, 2, 3), available=None):
@@ -60,8 +59,10 @@ def run(algorithm, params, data, key=KEY):
     return step(algorithm, algorithm.init(jax.tree.map(jnp.copy, params)), data, key)
 
 
-def one_by_one(config, model, algorithm, params, data):
-    """Returns every client's update, trained alone; parameters of full size."""
+@functools.cache
+def alone(name: str):
+    """Returns the client function of an algorithm, compiled once."""
+    config, model, algorithm = build(fl__algorithm=name)
     parts = algorithm.composition
     rule = LocalRule(
         None if parts.score == "none" else parts.score,
@@ -69,9 +70,13 @@ def one_by_one(config, model, algorithm, params, data):
         config.client.proximal_mu if parts.proximal else 0.0,
     )
     optimizer = build_optimizer(config.client, config.client.optimizer, "client")
-    train = jax.jit(make_client(model, optimizer, rule, config, int(BUDGETS.max()), VOCABULARY))
+    return jax.jit(make_client(model, optimizer, rule, config, int(BUDGETS.max()), VOCABULARY))
+
+
+def one_by_one(name, params, data):
+    """Returns every client's update, trained alone; parameters of full size."""
     updates = [
-        train(params, jax.tree.map(lambda x, i=i: x[i], data), jax.random.fold_in(KEY, data.client[i]))
+        alone(name)(params, jax.tree.map(lambda x, i=i: x[i], data), jax.random.fold_in(KEY, data.client[i]))
         for i in range(len(data.client))
     ]
     return [update._replace(params=whole(update, params)) for update in updates]
@@ -83,12 +88,12 @@ def weighted(values, weights):
     return sum(w * np.asarray(v, np.float64) for v, w in zip(values, weights, strict=True)) / total
 
 
-@pytest.mark.parametrize("name", ["hfedmoe", "fedavg", "fedprox"])
+@pytest.mark.parametrize("name", ["hfedmoe", "fedavg"])
 def test_a_round_is_the_naive_aggregation_of_the_clients(name):
     config, model, algorithm = build(fl__algorithm=name)
     params = tiny_params(**MODEL)
     data = cohort(config)
-    updates = one_by_one(config, model, algorithm, params, data)
+    updates = one_by_one(name, params, data)
     state, metrics = run(algorithm, params, data)
     sizes = data.num_examples.astype(np.float64)
     sparse = algorithm.composition.expert_rule == "dominant"
@@ -121,7 +126,7 @@ def test_a_round_is_the_naive_aggregation_of_the_clients(name):
 
 
 def test_the_order_of_a_cohort_does_not_matter():
-    config, model, algorithm = build()
+    config, model, algorithm = build(fl__algorithm="hfedmoe")
     params = tiny_params(**MODEL)
     one, metrics = run(algorithm, params, cohort(config, (0, 2, 3)))
     other, moved = run(algorithm, params, cohort(config, (3, 0, 2)))
@@ -130,18 +135,20 @@ def test_the_order_of_a_cohort_does_not_matter():
 
 
 def test_one_client_alone_gets_its_own_model_back():
-    config, model, algorithm = build()
+    """All but the experts that it trained and hardly uses: their usage is below tau."""
+    config, model, algorithm = build(fl__algorithm="hfedmoe")
     params = tiny_params(**MODEL)
     data = cohort(config, (2,))
-    (update,) = one_by_one(config, model, algorithm, params, data)
-    state, _ = run(algorithm, params, data)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, update.params
-    )
+    (update,) = one_by_one("hfedmoe", params, data)
+    state, metrics = run(algorithm, params, data)
+    sent = metrics.uploaded[0][..., None, None]
+    experts = jax.tree.map(lambda new, old: np.where(sent, new, old), update.params.experts, params.experts)
+    expected = update.params._replace(experts=experts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, expected)
 
 
 def test_a_failing_client_changes_nothing():
-    config, model, algorithm = build()
+    config, model, algorithm = build(fl__algorithm="hfedmoe")
     params = tiny_params(**MODEL)
     without, _ = run(algorithm, params, cohort(config, (0, 3)))
     with_dropout, metrics = run(algorithm, params, cohort(config, (0, 2, 3), available=[True, False, True]))
@@ -158,7 +165,7 @@ def test_a_round_without_any_update_leaves_everything():
 
 
 def test_a_loss_that_is_not_finite_loses_its_client_alone():
-    config, model, algorithm = build()
+    config, model, algorithm = build(fl__algorithm="hfedmoe")
     start = tiny_params(**MODEL)
     # A word that only client 2 uses has an embedding whose variance overflows; the others never read it.
     params = start._replace(shared={**start.shared, "embed": start.shared["embed"].at[49].set(1e20)})
@@ -189,10 +196,9 @@ def test_clients_over_budget_fail_and_the_others_are_averaged():
     assert np.isnan(mixed.records.usage[2]).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_places_without_a_member_leave_no_trace(chunk):
+def test_places_without_a_member_leave_no_trace():
     """Three members: a chunk of two has one place too many, whatever lies in it."""
-    config, model, algorithm = build(chunk, **CALM)
+    config, model, algorithm = build(chunk=2)
     data = cohort(config)
     (block,) = algorithm.plan(data.client)
     empty = block.members.reshape(-1) == NOBODY
@@ -204,7 +210,7 @@ def test_places_without_a_member_leave_no_trace(chunk):
         for filled in (placed, placed._replace(num_examples=heavy))
     ]
     assert bits(results[0]) == bits(results[1])
-    expected = run(build(**CALM)[2], tiny_params(**MODEL), data)
+    expected = run(build(fl__algorithm="hfedmoe")[2], tiny_params(**MODEL), data)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), results[0], expected)
 
 
@@ -239,7 +245,7 @@ def test_local_keeps_a_model_a_client():
     config, model, algorithm = build(fl__algorithm="local")
     params = tiny_params(**MODEL)
     data = cohort(config, (0, 3))
-    updates = one_by_one(config, model, algorithm, params, data)
+    updates = one_by_one("local", params, data)
     state, _ = run(algorithm, params, data)
     for client, update in zip((0, 3), updates, strict=True):
         mine = jax.tree.map(lambda x, c=client: x[c], state.params)
@@ -249,7 +255,7 @@ def test_local_keeps_a_model_a_client():
 
 
 def test_the_server_remembers_its_clients():
-    config, model, algorithm = build()
+    config, model, algorithm = build(fl__algorithm="hfedmoe")
     state = algorithm.init(tiny_params(**MODEL))
     state, first = step(algorithm, state, cohort(config, (1, 4)), jax.random.key(1))
     state, second = step(algorithm, state, cohort(config, (4, 2)), jax.random.key(2))
@@ -266,8 +272,9 @@ def test_the_server_remembers_its_clients():
     assert trained[[0, 3]].sum() == 0
 
 
-@pytest.mark.parametrize("name", [name for name in algorithms if name != "fedavg_dropout"])
-def test_every_algorithm_learns(name):
+# One of each kind of program: the others differ by a score or an optimizer, tested where those are.
+@pytest.mark.parametrize("name", ["hfedmoe", "fedavg", "fedprox", "fedadam", "local"])
+def test_algorithms_learn(name):
     """After a few rounds on the same batches the loss is lower, with the algorithm's default settings."""
     config, model, algorithm = build(fl__algorithm=name)
     state = algorithm.init(tiny_params(**MODEL))

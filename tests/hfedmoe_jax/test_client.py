@@ -56,13 +56,12 @@ def moved(params, start):
 CASES = {
     "routed step": dict(tier=2, **SGD),
     "routed step gradient": dict(tier=4, importance__estimate="gradient", **ADAM),
-    "routed step frequency": dict(tier=3, score="frequency", **ADAM),
     "routed step gradient norm": dict(tier=2, score="gradient_norm", **SGD),
     "routed previous": dict(tier=4, importance__refresh="previous", importance__beta=2.0, **SGD),
     "routed previous gradient": dict(
         tier=2, importance__refresh="previous", importance__estimate="gradient", **ADAM
     ),
-    "routed round": dict(tier=2, importance__refresh="round", **ADAM),
+    "routed round frequency": dict(tier=3, score="frequency", importance__refresh="round", **ADAM),
     "active previous": dict(tier=2, importance__refresh="previous", importance__beta=2.0, **ACTIVE, **ADAM),
     "active previous gradient": dict(
         tier=4, importance__refresh="previous", importance__estimate="gradient", **ACTIVE, **SGD

@@ -32,7 +32,7 @@ def runs(tmp_path, monkeypatch):
     """An empty directory with a config file in it, an experiment that only notes its calls, and they."""
     calls = []
     module = types.ModuleType("launch.hfedmoe")
-    module.run = lambda config, workdir: calls.append((config, workdir))
+    module.run = lambda config, workdir, host: calls.append((config, workdir))
     monkeypatch.setitem(sys.modules, "launch.hfedmoe", module)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.py").write_text(CONFIG_FILE)
@@ -154,7 +154,7 @@ def test_bugs_keep_their_traceback(runs, monkeypatch):
 
 
 def _raises(error):
-    def run(config, workdir):
+    def run(config, workdir, host):
         raise error
 
     return run
@@ -179,7 +179,7 @@ STUB = """
 import sys, types
 experiment = types.ModuleType("launch.hfedmoe")
 sys.modules["launch.hfedmoe"] = experiment
-def run(config, workdir):
+def run(config, workdir, host):
 {body}
 experiment.run = run
 from launch.main import main

@@ -82,6 +82,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
         "config.json",
         "figures",
         "metrics.csv",
+        "compiled",
         "report.html",
         "scenario.json",
         "summary.json",
