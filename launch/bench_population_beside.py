@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models.params import merge_params
-from launch.bench_population_peers import ARRANGEMENTS
+from launch.bench_population_peers import ARRANGEMENTS, require
 from launch.bench_population_rounds import BALANCED, LEARNING_RATE, Rounds, Size
 from launch.bench_population_torch import Loop, Settings, Task
 from launch.timing import Table, Timing, rate, ratio, time_together
@@ -21,6 +21,7 @@ COMPARED_ROUNDS = 5
 LARGEST_DIFFERENCE = 1e-3  # nats, of a round's mean loss
 SHARE = 0.25
 REFERENCE = "PyTorch"
+PACKAGES = {"PyTorch": "torch", "pfl-research": "pfl", "Flower": "flwr"}
 OURS, OURS_ACTIVE = "ours", f"ours, {SHARE:.0%} of the experts, active"
 
 
@@ -69,10 +70,11 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
         f"Beside other packages, {clients} clients of the {size.name} model, fedavg; client-steps/s",
         ["who", "client-steps/s", f"over {fastest}", "largest difference of a loss"],
         rows,
-        f"Mean losses of a round apart from ours, over the first {COMPARED_ROUNDS} rounds: at most {largest:.1e} "
-        f"nats ({LARGEST_DIFFERENCE:g} would have stopped the suite). The packages take turns in groups, "
+        f"Mean losses of a round apart from ours, over the first {COMPARED_ROUNDS} rounds: at most "
+        f"{largest:.1e} nats ({LARGEST_DIFFERENCE:g} would have stopped the suite). The packages take turns in groups, "
         f"with ours and {fastest} in each; a ratio is of its group. At {SHARE:.0%} "
-        f"{np.mean(active.report.trained_size):.3g} of {size.all_experts} experts were trained.",
+        f"{np.mean(active.report.trained_size):.3g} of {size.all_experts} experts were trained."
+        + "".join(f" {package} is not installed." for package in absent()),
     )
 
 
@@ -91,14 +93,27 @@ def make_task(ours: Rounds) -> Task:
     )
 
 
+def package_of(name: str) -> str:
+    """Returns the package that an arrangement needs."""
+    return PACKAGES[name.split(",")[0]]
+
+
+def absent() -> list[str]:
+    """Returns the packages that are not installed; they are left out, and the table says so."""
+    return [package for package in PACKAGES.values() if importlib.util.find_spec(package) is None]
+
+
 def arrangements() -> dict[str, Callable]:
     """Returns the peers of this machine: on a GPU that PyTorch can use its loop there, else all on the CPU.
 
     Raises:
-      InputError: JAX computes on an accelerator that PyTorch cannot use.
+      InputError: PyTorch is not installed, or JAX computes on an accelerator that PyTorch cannot use.
     """
     if jax.default_backend() == "cpu":
-        return ARRANGEMENTS
+        missing = absent()
+        if PACKAGES[REFERENCE] in missing:
+            require(PACKAGES[REFERENCE])
+        return {name: peer for name, peer in ARRANGEMENTS.items() if package_of(name) not in missing}
     if importlib.util.find_spec("torch") is not None:
         import torch
 

@@ -26,7 +26,9 @@ from hfedmoe_jax.population import CLIENTS, default_chunk, put_members
 from launch.compiled import Product, products
 
 NUM_CLASSES, NUM_EXAMPLES = 5, 100
-LEARNING_RATE = 0.01  # at 0.1 a token that changes its expert by rounding moves a loss by 1e-2 in a few rounds
+LEARNING_RATE = (
+    0.01  # at 0.1 a token that changes its expert by rounding moves a loss by 1e-2 in a few rounds
+)
 SEED = 0
 BALANCED = dict(learning_rate=1e-3)
 """The section `client` where budgets are compared: routing stays as even as it starts.

@@ -172,5 +172,5 @@ def test_the_chunk_fills_half_of_the_memory(platform, limit, chunk):
     cost = ModelCost(8, 0, 2**19, 2**15, 2**15, 0.0, 0.0)
     stats = None if limit is None else {"bytes_limit": limit}
     device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
-    mesh = SimpleNamespace(devices=np.array([[device]], dtype=object), shape={"clients": 1, "experts": 1})
+    mesh = SimpleNamespace(local_devices=[device], shape={"clients": 1, "experts": 1})
     assert p.default_chunk(cost, mesh) == chunk

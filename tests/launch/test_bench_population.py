@@ -165,6 +165,7 @@ def test_peers_take_turns_and_their_losses_are_compared(monkeypatch):
 
     peers = {"PyTorch": start(0.0), "PyTorch, compiled": start(1e-4), "Flower, compiled": start(5e-4)}
     monkeypatch.setattr(bench_population_beside, "ARRANGEMENTS", peers)
+    monkeypatch.setattr(bench_population_beside, "absent", list)
     monkeypatch.setattr(bench_population_beside, "Rounds", rounds)
     table = bench_population_beside.peers_table(TINY, CLIENTS, mesh, 3)
     assert [row[0] for row in table.rows] == ["ours", "ours, 25% of the experts, active", *peers]
