@@ -71,8 +71,8 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
         ["who", "client-steps/s", f"over {fastest}", "largest difference of a loss"],
         rows,
         f"Mean losses of a round apart from ours, over the first {COMPARED_ROUNDS} rounds: at most "
-        f"{largest:.1e} nats ({LARGEST_DIFFERENCE:g} would have stopped the suite). The packages take turns in groups, "
-        f"with ours and {fastest} in each; a ratio is of its group. At {SHARE:.0%} "
+        f"{largest:.1e} nats ({LARGEST_DIFFERENCE:g} would have stopped the suite). The packages take turns "
+        f"in groups, with ours and {fastest} in each; a ratio is of its group. At {SHARE:.0%} "
         f"{np.mean(active.report.trained_size):.3g} of {size.all_experts} experts were trained."
         + "".join(f" {package} is not installed." for package in absent()),
     )
