@@ -313,7 +313,7 @@ def initial(task: Task) -> Float[np.ndarray, " parameters"]:
 class Loop(contextlib.AbstractContextManager):
     """Plain PyTorch in this process, on one device, client after client.
 
-    It is meant for a GPU; it has been run on the CPU alone.
+    It is meant for a GPU, and has not been run on one.
 
     Args:
       task, settings: see there; a GPU has no oneDNN.
