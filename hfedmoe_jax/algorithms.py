@@ -203,7 +203,7 @@ def build_algorithm(
     place = place_of(mesh, chunk)
     tiers = [num_experts]
     if rule.score is not None:
-        tiers = choose_tiers(clients.budget, config.budget.tiers)
+        tiers = choose_tiers(clients.budget, 1 if parts.personal else config.budget.tiers)
     train = {
         tier: make_client(model, optimizer, rule, config, tier, clients.table_rows, place) for tier in tiers
     }
