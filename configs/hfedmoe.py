@@ -158,7 +158,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     fl.score = ""  # these three replace the algorithm's own part, for ablations
     fl.expert_rule = ""
     fl.gating_rule = ""
-    fl.chunk = 0  # clients computed at once on a device; 0: by backend
+    fl.chunk = 0  # clients computed at once on an accelerator; 0: by its memory
 
     importance = config.importance = ConfigDict()
     importance.estimate = "routing"  # of the task information: routing | gradient

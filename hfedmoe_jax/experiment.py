@@ -48,7 +48,7 @@ from hfedmoe_jax.evaluation import (
 )
 from hfedmoe_jax.models import Params, build_model, model_cost
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
-from hfedmoe_jax.population import NOBODY, Block, default_chunk, empty_places
+from hfedmoe_jax.population import NOBODY, Block, chunk_size, empty_places
 
 COHORT_STREAM, DEVICE_STREAM = 101, 102  # the host's random streams, apart from those of the data
 
@@ -133,7 +133,7 @@ class Experiment:
         rng = np.random.default_rng([config.seed, DEVICE_STREAM])
         self.profiles = [classes[index] for index in assign_devices(self.num_clients, shares, rng)]
         self.budgets = self._budgets()
-        self.chunk = config.fl.chunk or default_chunk(self.cost, mesh)
+        self.chunk = chunk_size(config.fl.chunk, self.cost, mesh)
         self.num_passages = len(data.train.labels)
         self.sizes = np.array([len(rows) for rows in data.client_train])
         clients = Clients(self.budgets, int(self.sizes.max()), most_tokens(data, config.fl))

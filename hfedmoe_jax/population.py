@@ -81,15 +81,22 @@ def block_size(chunk: int) -> int:
     return -(-BLOCK // chunk) * chunk
 
 
-def default_chunk(cost: ModelCost, mesh: Mesh) -> int:
-    """Returns how many clients to run at once on a device.
+def chunk_size(wanted: int, cost: ModelCost, mesh: Mesh) -> int:
+    """Returns how many clients run at once on a device, vmapped.
 
-    A CPU is fastest with one. An accelerator takes the largest power of two, at most 64, with which the
-    clients' parameters, gradients, optimizer state and activations fill half of its memory.
+    A CPU takes one, whatever is wanted: a batch axis costs it a slower matrix product, and XLA rounds a
+    program with one otherwise (it contracts multiply-adds by the shape of a loop). So a run on CPUs has
+    the same bits at any setting. An accelerator takes what is wanted.
+
+    Args:
+      wanted: 0 for the largest power of two, at most 64, with which the clients' parameters, gradients,
+        optimizer state and activations fill half of the memory.
     """
     device = mesh.local_devices[0]
     if device.platform == "cpu":
         return 1
+    if wanted:
+        return wanted
     limit = (device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
     held = cost.num_experts // mesh.shape[EXPERTS]
     one = cost.shared_training_bytes + held * (cost.expert_parameter_bytes + cost.expert_training_bytes)

@@ -22,7 +22,7 @@ from hfedmoe_jax.engines import Clients
 from hfedmoe_jax.models import build_model, model_cost
 from hfedmoe_jax.models.dispatch import expert_capacity
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
-from hfedmoe_jax.population import CLIENTS, default_chunk, put_members
+from hfedmoe_jax.population import CLIENTS, chunk_size, put_members
 from launch.compiled import Product, products
 
 NUM_CLASSES, NUM_EXAMPLES = 5, 100
@@ -133,7 +133,7 @@ class Rounds:
         optimizer = per_expert(build_optimizer(self.config.client, "sgd", "client"))
         state = jax.eval_shape(optimizer.init, self.params)
         cost = model_cost(self.config.model, self.params, state, size.batch_size, size.seq_len)
-        self.chunk = chunk or default_chunk(cost, mesh)
+        self.chunk = chunk or chunk_size(0, cost, mesh)
         most_tokens = min(size.vocab_size, 1 + size.steps * size.batch_size * size.seq_len)
         clients = Clients(self.budget, NUM_EXAMPLES, most_tokens)
         self.algorithm = build_algorithm(self.config, self.model, clients, mesh, self.chunk)

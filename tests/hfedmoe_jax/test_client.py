@@ -91,7 +91,7 @@ def test_a_round_is_that_of_the_masked_oracle(case):
         )
         after = whole(update, start)
         np.testing.assert_array_equal(update.upload.trained, expected.trained.any(axis=0))
-        close(after, expected.params)
+        close(after, expected.params, atol=5e-5)  # three steps of Adam move a weight by up to 0.06
         np.testing.assert_array_equal(moved(after, start), update.upload.trained)
         owners = np.flatnonzero(update.upload.trained).tolist()
         found = np.asarray(update.trained.expert).tolist()

@@ -173,4 +173,5 @@ def test_the_chunk_fills_half_of_the_memory(platform, limit, chunk):
     stats = None if limit is None else {"bytes_limit": limit}
     device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
     mesh = SimpleNamespace(local_devices=[device], shape={"clients": 1, "experts": 1})
-    assert p.default_chunk(cost, mesh) == chunk
+    assert p.chunk_size(0, cost, mesh) == chunk
+    assert p.chunk_size(3, cost, mesh) == (1 if platform == "cpu" else 3)

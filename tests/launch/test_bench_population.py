@@ -181,7 +181,7 @@ def test_peers_take_turns_and_their_losses_are_compared(monkeypatch):
 def test_a_peer_with_other_losses_stops_the_suite(wrong):
     ours = [np.array([1.0, 2.0]), np.array([0.5, 1.0])]
     with pytest.raises(AssertionError, match=f"differ by {wrong:.1e} nats within 2 rounds"):
-        bench_population_beside.difference([ours[0], ours[1] + [0, wrong]], ours)
+        bench_population_beside.difference([ours[0], ours[1] + wrong], ours)
 
 
 def test_an_accelerator_needs_a_pytorch_that_uses_it(monkeypatch):

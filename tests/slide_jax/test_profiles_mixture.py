@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from hfedmoe_jax.models import build_model, model_cost
-from hfedmoe_jax.optimizers import build_optimizer
+from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from slide_jax.errors import InputError
 from slide_jax.profiles import switch_classifier
 
@@ -34,7 +34,7 @@ def test_layers_hold_the_real_models_parameters(sizes):
     embedding, *blocks, head = (layer.parameters for layer in result.layers)
     shared = params.shared
     assert embedding == count((shared["embed"], shared["position"]))
-    assert head == count((shared["norm_head"], shared["head"]))
+    assert head == count(shared["head"])
     per_block = count((shared["blocks"], params.router, params.experts)) // len(blocks)
     assert blocks == [per_block] * (MODEL | sizes)["num_layers"]
     assert result.parameters == count(params)
@@ -43,7 +43,7 @@ def test_layers_hold_the_real_models_parameters(sizes):
 @pytest.mark.parametrize("sizes", [{}, dict(num_layers=1, top_k=1), dict(width=16, num_experts=7)])
 def test_work_is_that_of_the_cost_model(sizes):
     config, params = real(**sizes)
-    state = jax.eval_shape(build_optimizer(config.client, "adam", "client").init, params)
+    state = jax.eval_shape(per_expert(build_optimizer(config.client, "adam", "client")).init, params)
     cost = model_cost(config.model, params, state, 1, TASK["seq_len"])
     result = switch_classifier(**TASK, **(MODEL | sizes), accuracy=0.5)
     assignments = config.model.num_layers * TASK["seq_len"] * config.model.top_k
