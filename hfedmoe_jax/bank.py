@@ -64,8 +64,9 @@ class BankLayout:
     def __init__(self, num_layers: int, held: int, tier: int, touched: int, whole: bool):
         self.num_layers, self.held, self.whole = num_layers, held, whole
         self.num_experts = num_layers * held
-        self.num_slots = min(tier, self.num_experts)
-        self.num_rows = min(touched, self.num_experts)
+        # Two at least: XLA drops an axis of one, compiles a step otherwise, and rounds otherwise.
+        self.num_slots = max(2, min(tier, self.num_experts))
+        self.num_rows = min(max(2, touched), self.num_experts)
         self.every = self.num_rows == self.num_experts  # a row for each expert: nothing to look up
 
     def open(self, start: Any, optimizer: optax.GradientTransformation) -> ExpertBank:

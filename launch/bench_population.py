@@ -19,7 +19,7 @@ from hfedmoe_jax.models import own_choice
 from hfedmoe_jax.population import BY_CLIENT, CLIENTS, make_mesh
 from hfedmoe_jax.refresh import Scoring
 from launch.bench_population_beside import peers_table
-from launch.bench_population_rounds import BALANCED, SEED, Rounds, Size
+from launch.bench_population_rounds import BALANCED, SEED, SHARE, Rounds, Size
 from launch.bench_population_scaling import MEGABYTE, compile_table, memory_table, scaling_table
 from launch.compiled import total_flop
 from launch.timing import Table, each_of, rate, ratio, time_together
@@ -29,7 +29,15 @@ SMALL = Size("small", width=128, hidden=256, num_experts=8, top_k=1)
 HEAVY = Size("heavy", width=256, hidden=1024, num_experts=16, top_k=2)
 MOST_DEVICES = 16
 SCORE = "information_bottleneck"
-SHARES = (0.5, 0.25)  # of the experts, beside all of them
+BUDGETS = (
+    ("routed", "previous", 0.5),
+    ("routed", "previous", 0.25),
+    ("active", "previous", 0.25),
+    ("active", "round", 0.5),
+    ("active", "round", 0.25),
+)
+"""fl.forward, importance.refresh and the share of the experts, compared with all experts."""
+ALL = ("all", "-", 1.0)
 LONG_REPEATS = 5  # at most, of rounds that take seconds
 MOMENTS = tuple(
     (forward, refresh)
@@ -55,7 +63,7 @@ class Scale(NamedTuple):
     small: Size = SMALL
     heavy: Size = HEAVY
     clients: int = 16
-    heavy_clients: int = 1
+    heavy_clients: int = 8
     chunks: tuple[int, ...] = (1, 2, 4)
     cohorts: tuple[int, ...] = (4, 16, 64)
     memory_cohorts: tuple[int, ...] = (16, 256, 4096)
@@ -126,15 +134,16 @@ def budget_tables(scale: Scale, mesh: Mesh, repeats: int) -> Iterator[Table]:
         budgets += rows
         peaks.append(peak)
     yield Table(
-        "Cost by budget, hfedmoe with refresh=previous; ms of one device a client-step",
+        "Cost by budget, hfedmoe; ms of one device a client-step",
         [
-            "model", "forward", "budget", "trained", "step", "over all experts", "expert FLOP over all",
+            "model", "forward", "refresh", "budget", "trained", "step", "over all experts", "expert FLOP over all",
             "GFLOP of products", "temporary MB",
         ],
         budgets,
         f"{_describe(scale.small)}; {_describe(scale.heavy)}. FLOP and memory are of the compiled program; "
         'a loop over selected experts counts as if it used its budget. "all" is fedavg, which selects '
-        "nothing. Trained: experts, mean over the steps of the last round.",
+        "nothing. Trained: experts, mean over the steps of the last round. With refresh=round a client holds "
+        "the experts of its budget alone, with previous those of all its steps.",
     )  # fmt: skip
     yield Table(
         "Part of the peak, all experts; GFLOP/s of all devices",
@@ -146,13 +155,12 @@ def budget_tables(scale: Scale, mesh: Mesh, repeats: int) -> Iterator[Table]:
 
 
 def _budget_rows(size: Size, clients: int, mesh: Mesh, product: int, repeats: int) -> tuple[list, list]:
-    populations = {("all", 1.0): Rounds(size, clients, mesh, client=BALANCED)}
-    for forward in ("routed", "active"):
-        fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh="previous"))
-        for share in SHARES:
-            populations[forward, share] = Rounds(
-                size, clients, mesh, budgets=(share,), client=BALANCED, **fields
-            )
+    populations = {ALL: Rounds(size, clients, mesh, client=BALANCED)}
+    for forward, refresh, share in BUDGETS:
+        fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))
+        populations[forward, refresh, share] = Rounds(
+            size, clients, mesh, budgets=(share,), client=BALANCED, **fields
+        )
     with ThreadPoolExecutor() as pool:  # compiling keeps one core busy
         costs = pool.map(lambda rounds: cost(rounds, clients), populations.values())
     costs = dict(zip(populations, costs, strict=True))
@@ -161,16 +169,16 @@ def _budget_rows(size: Size, clients: int, mesh: Mesh, product: int, repeats: in
     times = time_together(repeats, peak=peak, **calls)
     peak_s = times.pop("peak")
     steps = clients * size.steps
-    full_s, full = times["all 1.0"], costs["all", 1.0]
+    full_s, full = times[" ".join(map(str, ALL))], costs[ALL]
     rows = []
-    for (forward, share), rounds in populations.items():
-        round_s = times[f"{forward} {share}"]
-        flop, expert_flop, temporary_bytes = costs[forward, share]
+    for key, rounds in populations.items():
+        round_s = times[" ".join(map(str, key))]
+        flop, expert_flop, temporary_bytes = costs[key]
         trained = float(np.mean(rounds.report.trained_size))
         step_s = each_of(round_s, steps / rounds.num_devices)
         against = [ratio(round_s, full_s), expert_flop / full.expert_flop]
         sizes = [flop / GIGA, temporary_bytes / MEGABYTE]
-        rows.append([size.name, forward, share, trained, step_s, *against, *sizes])
+        rows.append([size.name, *key, trained, step_s, *against, *sizes])
     reached, top = full.flop * steps / full_s.median_s, peak_flop / peak_s.median_s
     return rows, [size.name, full.flop / GIGA, reached / GIGA, top / GIGA, reached / top]
 
@@ -216,7 +224,7 @@ def make_peak(mesh: Mesh, rows: int, dtype: str) -> tuple[Callable[[], None], fl
 
 def refresh_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
     """Compares the moments at which a client scores its experts."""
-    size, clients, share = scale.small, scale.clients, SHARES[-1]
+    size, clients, share = scale.small, scale.clients, SHARE
     populations, calls = {}, {}
     for forward, refresh in MOMENTS:
         fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))

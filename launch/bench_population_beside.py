@@ -13,13 +13,12 @@ from jaxtyping import Float
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models.params import merge_params
 from launch.bench_population_peers import ARRANGEMENTS, require
-from launch.bench_population_rounds import BALANCED, LEARNING_RATE, Rounds, Size
+from launch.bench_population_rounds import BALANCED, LEARNING_RATE, SHARE, Rounds, Size
 from launch.bench_population_torch import Loop, Settings, Task
 from launch.timing import Table, Timing, rate, ratio, time_together
 
 COMPARED_ROUNDS = 5
 LARGEST_DIFFERENCE = 1e-3  # nats, of a round's mean loss
-SHARE = 0.25
 REFERENCE = "PyTorch"
 PACKAGES = {"PyTorch": "torch", "pfl-research": "pfl", "Flower": "flwr"}
 OURS, OURS_ACTIVE = "ours", f"ours, {SHARE:.0%} of the experts, active"

@@ -30,6 +30,7 @@ LEARNING_RATE = (
     0.01  # at 0.1 a token that changes its expert by rounding moves a loss by 1e-2 in a few rounds
 )
 SEED = 0
+SHARE = 0.25  # of the experts, where one budget stands for all
 BALANCED = dict(learning_rate=1e-3)
 """The section `client` where budgets are compared: routing stays as even as it starts.
 

@@ -125,13 +125,13 @@ def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, whole, seed):
 def test_arrays_have_a_row_for_each_expert_that_a_round_touches(tier, touched, whole):
     layout = BankLayout(LAYERS, HELD, tier, touched, whole)
     bank = jax.eval_shape(lambda start: layout.open(start, ADAM), start_of())
-    rows = min(touched, EXPERTS)
+    rows = min(max(touched, 2), EXPERTS)  # two at least, see `BankLayout`
     assert {leaf.shape[0] for leaf in jax.tree.leaves(bank.state)} == {rows}
     assert {leaf.shape[0] for leaf in jax.tree.leaves(bank.weights)} == {EXPERTS if whole else rows}
     trained = jax.eval_shape(layout.rows_of, bank, jax.ShapeDtypeStruct((LAYERS, HELD), bool))
     assert trained.expert.shape == trained.row.shape == (rows,)
     slots = jax.eval_shape(layout.slots, jax.ShapeDtypeStruct((LAYERS, HELD), bool))
-    assert slots.expert.shape == (min(tier, EXPERTS),)
+    assert slots.expert.shape == (min(max(tier, 2), EXPERTS),)
     assert layout.slots(None).expert.shape == (EXPERTS,)
 
 

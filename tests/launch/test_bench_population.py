@@ -20,6 +20,7 @@ TINY = Size(
 )  # fmt: skip
 SHARE = 0.25
 CLIENTS = 3
+CASES = (("all", "-", 1.0), ("routed", "previous", SHARE), ("active", "round", SHARE))
 
 
 def shared_rounds():
@@ -45,7 +46,7 @@ def record(tmp_path_factory):
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench_population.SCALES, "cpu", scale)
-        patch.setattr(bench_population, "SHARES", (SHARE,))
+        patch.setattr(bench_population, "BUDGETS", CASES[1:])
         patch.setattr(bench_population, "MOMENTS", (("routed", "previous"), ("active", "previous")))
         patch.setattr(bench_population_scaling, "SHARES", (SHARE,))
         # Processes of their own take seconds to start; one test below starts one.
@@ -73,8 +74,7 @@ def test_the_suite_writes_its_tables(record):
     chunks, budgets, peaks, moments, memory, devices, tiers = (table["rows"] for table in record["tables"])
     assert [row["clients a round"] for row in chunks] == [2, 3]
     assert all(row["client-steps/s"]["median_hz"] > 0 for row in chunks)
-    cases = [("all", 1), ("routed", SHARE), ("active", SHARE)]
-    assert [(row["forward"], row["budget"]) for row in budgets] == 2 * cases
+    assert [(row["forward"], row["refresh"], row["budget"]) for row in budgets] == 2 * list(CASES)
     assert [row["model"] for row in budgets] == 3 * ["tiny"] + 3 * ["other"]
     assert all(0 < row["trained"] <= TINY.all_experts * row["budget"] for row in budgets)
     assert [row["model"] for row in peaks] == ["tiny", "other"]
