@@ -21,13 +21,13 @@ from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.population import (
     NOBODY,
     Block,
+    fetch_last_but_two,
     place_of,
     plan_blocks,
     put_members,
     unstack_members,
-    wait_for_last_but_two,
 )
-from hfedmoe_jax.refresh import Scoring
+from hfedmoe_jax.refresh import build_scoring
 from hfedmoe_jax.registry import Registry
 from hfedmoe_jax.tiers import choose_tiers, tier_of
 
@@ -82,7 +82,8 @@ class ClientRecords(NamedTuple):
 
     Attributes:
       usage: float32 [C, L, E], u_c of the client's last round; NaN if its update did not count.
-      times_trained: int32 [C, L, E], rounds in which an expert of the client was aggregated.
+      times_trained: int32 [C, L, E], rounds in which an expert of the client was aggregated, or
+        trained if the model is the client's own.
       rounds_measured: int32 [C], rounds in which its batches were routed to the end: those whose
         update counted, and those that failed for the size of their union.
       union_total: float32 [C], sum over those rounds of the mean union size.
@@ -195,7 +196,7 @@ def build_algorithm(
     )
     optimizer = build_optimizer(config.client, config.client.optimizer, "client")
     rule = LocalRule(
-        score=None if parts.score == "none" else parts.score,
+        score=build_scoring(config, parts.score),
         fail_over_budget=parts.fail_over_budget,
         proximal_mu=config.client.proximal_mu if parts.proximal else 0.0,
     )
@@ -236,22 +237,19 @@ def build_algorithm(
             running, told = engine.run(block.tier, running, state, data, count, key)
             blocks.append(block)
             outputs.append(told)
-            wait_for_last_but_two(outputs)
+            fetch_last_but_two(outputs)
         params, optimizer_state = engine.finish(running, state)
         size = sum(int(block.count.sum()) for block in blocks)
         client, upload, report, uploaded = unstack_members(blocks, outputs, size)
-        records = remember(state.records, client, upload, report, uploaded & upload.trained)
+        trained = upload.trained if parts.personal else uploaded & upload.trained
+        records = remember(state.records, client, upload, report, trained)
         dominant = dominant_set(upload.usage, upload.trained, config.aggregation.tau)
         consistency = np.full(size, np.nan, np.float32)  # of personal models, of which nothing is shared
         if not parts.personal:
             consistency = np.asarray(routing_consistency(dominant, report.status == OK))
         return ServerState(params, optimizer_state, records), RoundMetrics(report, uploaded, consistency)
 
-    scoring = NO_SCORING
-    if rule.score is not None:
-        routed = config.fl.forward == "routed"
-        scoring = Scoring(model.num_layers, model.num_experts, rule.score, config.importance, routed)
-        scoring = scoring.passes(config.fl.local_steps)
+    scoring = NO_SCORING if rule.score is None else rule.score.passes(config.fl.local_steps)
     return FederatedAlgorithm(init, round_function, plan, portion, parts, scoring, engine.programs)
 
 

@@ -7,7 +7,7 @@ from hfedmoe_jax.algorithms import compose
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import optimizers
 from hfedmoe_jax.population import MOST_CHUNK
-from hfedmoe_jax.refresh import Scoring
+from hfedmoe_jax.refresh import build_scoring
 from hfedmoe_jax.registry import unknown_name
 from hfedmoe_jax.scores import estimates
 from hfedmoe_jax.sums import MOST_MEMBERS
@@ -101,9 +101,7 @@ def check_config(config: ConfigDict) -> None:
             f"{config.fl.algorithm} keeps a whole model a client on every device",
             "use 1",
         )
-    if parts.score != "none":
-        routed = config.fl.forward == "routed"
-        Scoring(config.model.num_layers, config.model.num_experts, parts.score, config.importance, routed)
+    build_scoring(config, parts.score)
     estimates[config.importance.estimate]
     expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
     for field, name in (("client", config.client.optimizer), ("server", parts.server_optimizer)):

@@ -28,7 +28,7 @@ from hfedmoe_jax.budgeted import (
     total,
 )
 from hfedmoe_jax.models import MoeModel, Params, slots_of
-from hfedmoe_jax.refresh import Importance, Scoring
+from hfedmoe_jax.refresh import Batch, Importance, Scoring
 from hfedmoe_jax.scores import routing_importance, union, usage, usage_over_batches
 
 OK, DROPPED_OUT, OVER_BUDGET, NONFINITE = range(4)
@@ -109,12 +109,12 @@ class LocalRule(NamedTuple):
     """How a client treats its experts.
 
     Attributes:
-      score: a name in `score_rules`, or None: all experts are trained.
+      score: how experts are scored, or None: all of them are trained.
       fail_over_budget: the client fails if a batch activates more experts than it can train.
       proximal_mu: weight of FedProx's mu / 2 |w - w_global|^2, 0 for none.
     """
 
-    score: str | None
+    score: Scoring | None
     fail_over_budget: bool
     proximal_mu: float
 
@@ -153,15 +153,10 @@ def make_client(
       tier: the most experts over all layers that a client of this program trains on a batch.
       table_rows: R, at least the distinct tokens of a client's round, padding included.
       place: where it runs.
-
-    Raises:
-      InputError: the score reads what the config's `importance.refresh` cannot give it.
     """
-    routed = config.fl.forward == "routed" or rule.score is None
+    score = rule.score
+    routed = score is None or score.routed
     remat, factor, balance = config.model.remat, config.model.capacity_factor, config.model.load_balance
-    score = None
-    if rule.score is not None:
-        score = Scoring(model.num_layers, model.num_experts, rule.score, config.importance, routed)
     touched = tier if config.importance.refresh == "round" else tier * config.fl.local_steps
     if score is None:
         tier = touched = model.num_layers * model.num_experts
@@ -210,10 +205,10 @@ def make_client(
                     carry, place,
                 )  # fmt: skip
 
-            active = ran
+            active, scored = ran, Batch(seen, token_mask, step_key, first)
             if score is not None and routed:
                 norms = functools.partial(gradient_norms, layout, bank, backward, place)
-                importance = score.of_batch(importance, seen, token_mask, step_key, first, norms)
+                importance = score.of_batch(importance, scored, norms)
                 active = score.select(importance, client.budget)
                 bank = layout.enter(bank, start.experts, here(model, active, place))
 
@@ -234,9 +229,7 @@ def make_client(
             params = optax.apply_updates(params, updates)
             trained = seen.kept > 0 if active is None else active & (seen.kept > 0)
             if score is not None:
-                importance = score.after_batch(
-                    importance, seen, token_mask, step_key, first, -multiplier, ran
-                )
+                importance = score.after_batch(importance, scored, -multiplier, ran)
             measured = measure(loss, logits, labels, seen, trained, token_mask)
             places = residuals.y.shape[1] * (seen.kept.size if ran is None else jnp.sum(ran))
             measured["empty_slots"] = 1 - jnp.sum(seen.kept) / jnp.maximum(places, 1)
@@ -253,7 +246,8 @@ def make_client(
         if score is not None:
             importance = score.start()
             if not routed:
-                importance = score.before_round(*by_routers(start, rest, tokens[0]), first_key)
+                before = Batch(*by_routers(start, rest, tokens[0]), first_key, jnp.bool_(True))
+                importance = score.of_batch(importance, before)
         bank = layout.open(start.experts, optimizer)
         carry = Carry(rest, optimizer.init(rest), bank, importance)
         batches = (tokens, client.labels, jnp.stack(keys), jnp.arange(num_steps) == 0)
@@ -271,9 +265,8 @@ def make_client(
         over_budget = rule.fail_over_budget & (max_union_size > client.budget)
         finite = jnp.isfinite(jnp.sum(measured["loss"])) & all_finite(carry.params)
         finite &= rows_finite(carry.bank.weights, rows, place)
-        finite = (
-            total((~finite).astype(jnp.int32), place) == 0
-        )  # on every device that holds some of the experts
+        # On every device that holds some of the experts.
+        finite = total((~finite).astype(jnp.int32), place) == 0
         status = jnp.select(
             [~client.available, ~finite, over_budget], [DROPPED_OUT, NONFINITE, OVER_BUDGET], OK
         )

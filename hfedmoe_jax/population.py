@@ -239,13 +239,14 @@ def collect(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
 
-def wait_for_last_but_two(outputs: Sequence[Any]) -> None:
-    """Returns when no more than two blocks are under way: enough to keep the devices busy.
+def fetch_last_but_two(outputs: list[Any]) -> None:
+    """Moves the outputs of the last block but two to the host, when they are there.
 
-    Without it the host would put block after block on the devices, and memory would follow the population.
+    So no more than two blocks are under way, which keeps the devices busy, and their memory does not
+    follow the population.
     """
     if len(outputs) > 2:
-        jax.block_until_ready(outputs[-3])
+        outputs[-3] = jax.device_get(outputs[-3])
 
 
 def map_members(
@@ -267,7 +268,7 @@ def map_members(
             _, output = program((), broadcast, put_members(mesh, members), put_members(mesh, block.count))
             done.append(block)
             outputs.append(readable(output))
-            wait_for_last_but_two(outputs)
+            fetch_last_but_two(outputs)
         return unstack_members(done, outputs, sum(int(block.count.sum()) for block in done))
 
     return run

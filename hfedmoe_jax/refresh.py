@@ -6,10 +6,10 @@
 | previous | a running mean over the batches before it | routed, active |
 | round | of the round's first batch, kept for all of its batches | routed, active |
 
-Contributions (`Evidence.contribution`) are known only after a backward pass, so a batch reads a running
-mean of those of the batches before it; the first of a round reads the routing importance (5)
-in their place (with `previous` its score keeps a fading part in the running mean), and with `round`
-there are none. They are gradients of the training loss, load balancing included, in a pass where
+Contributions (`Evidence.contribution`) are known only after a backward pass. With `step` a batch reads a
+running mean of those of the batches before it. With `previous` a batch is scored after its backward
+pass, by its own. The first batch of a round reads the routing importance (5) in their place (with
+`previous` it keeps a fading part in the running mean). With `round` there are none. They are gradients of the training loss, load balancing included, in a pass where
 experts that are not selected are constants.
 
 `routed` selects from the batch's own union. `active` selects before the forward pass: from the unions
@@ -40,13 +40,29 @@ class Importance(NamedTuple):
 
     Attributes:
       score: what it selects by.
-      contribution: running mean of the contributions.
+      contribution: running mean of the contributions, kept for `step` alone.
       eligible: the experts that may be selected, E_union.
     """
 
     score: Float[Array, "layers experts"]
     contribution: Float[Array, "layers experts"]
     eligible: Bool[Array, "layers experts"]
+
+
+class Batch(NamedTuple):
+    """What scoring reads of a batch beside gradients.
+
+    Attributes:
+      seen: what the routers did.
+      token_mask: its real tokens.
+      key: for scores that draw.
+      first: whether it is the first batch of the round.
+    """
+
+    seen: Seen
+    token_mask: Bool[Array, " tokens"]
+    key: Array
+    first: Bool[Array, ""]
 
 
 class Scoring:
@@ -97,44 +113,30 @@ class Scoring:
         zeros = jnp.zeros(self.shape, jnp.float32)
         return Importance(zeros, zeros, jnp.zeros(self.shape, bool))
 
-    def before_round(self, seen: Seen, token_mask: Array, key: Array) -> Importance:
-        """Returns the importance by the routers alone, for `active`."""
-        contribution = routing_importance(seen.gates, token_mask, self.importance.lam)
-        score = self._score(seen, token_mask, key, contribution)
-        return Importance(score, contribution, union(seen.own))
-
     def of_batch(
-        self,
-        known: Importance,
-        seen: Seen,
-        token_mask: Bool[Array, " tokens"],
-        key: Array,
-        first: Bool[Array, ""],
-        gradient_norm: Callable[[], PerExpert],
+        self, known: Importance, batch: Batch, gradient_norm: Callable[[], PerExpert] | None = None
     ) -> Importance:
-        """Returns the importance after a batch's forward pass, for `routed`.
+        """Returns the importance after a batch's routers.
+
+        `routed` asks after each forward pass, `active` once a round: after the routers of its first batch.
 
         Args:
-          first: whether it is the first batch of the round.
           gradient_norm: computes them.
         """
-        stand_in = routing_importance(seen.gates, token_mask, self.importance.lam)
-        contribution = jnp.where(first, stand_in, known.contribution)
-        score = self._score(seen, token_mask, key, contribution, gradient_norm)
-        eligible = union(seen.own)
+        stand_in = routing_importance(batch.seen.gates, batch.token_mask, self.importance.lam)
+        contribution = jnp.where(batch.first, stand_in, known.contribution)
+        score = self._score(batch, contribution, gradient_norm)
+        eligible = union(batch.seen.own)
         if self.refresh != "step":
-            score = jnp.where(first, score, known.score)
+            score = jnp.where(batch.first, score, known.score)
         if self.refresh == "round":
-            eligible = jnp.where(first, eligible, known.eligible)
-        return Importance(score, contribution, eligible)
+            eligible = jnp.where(batch.first, eligible, known.eligible)
+        return known._replace(score=score, eligible=eligible)
 
     def after_batch(
         self,
         known: Importance,
-        seen: Seen,
-        token_mask: Bool[Array, " tokens"],
-        key: Array,
-        first: Bool[Array, ""],
+        batch: Batch,
         contribution: PerExpert,
         ran: Bool[Array, "layers experts"] | None,
     ) -> Importance:
@@ -145,24 +147,35 @@ class Scoring:
           ran: the experts that tokens could be sent to, None for all; of others the contribution was
             not measured.
         """
-        measured = True if ran is None else ran
-        past = jnp.where(first & self.routed, contribution, known.contribution)
-        contributions = jnp.where(measured, mix(past, contribution), past)
-        if self.refresh != "previous":
-            return known._replace(contribution=contributions)
-        fresh = mix(known.score, self._score(seen, token_mask, key, contribution))
-        if "contribution" in self.reads:
-            fresh = jnp.where(measured, fresh, known.score)
-        eligible = known.eligible if self.routed else known.eligible | union(seen.own)
-        return Importance(fresh, contributions, eligible)
+        if self.refresh == "round":
+            return known
+        if self.refresh == "step":
+            mean = jnp.where(batch.first, contribution, mix(known.contribution, contribution))
+            return known._replace(contribution=mean)
+        score = mix(known.score, self._score(batch, contribution))
+        if ran is not None and "contribution" in self.reads:
+            score = jnp.where(ran, score, known.score)
+        eligible = known.eligible if self.routed else known.eligible | union(batch.seen.own)
+        return known._replace(score=score, eligible=eligible)
 
     def select(self, known: Importance, budget: Int[Array, ""]) -> Bool[Array, "layers experts"]:
         """Returns E_active (15)."""
         return select(known.score, known.eligible, budget)
 
-    def _score(self, seen, token_mask, key, contribution, gradient_norm=None) -> PerExpert:
-        evidence = Evidence(seen.gates, seen.own, token_mask, key, lambda: contribution, gradient_norm)
+    def _score(self, batch: Batch, contribution: PerExpert, gradient_norm=None) -> PerExpert:
+        seen = batch.seen
+        evidence = Evidence(
+            seen.gates, seen.own, batch.token_mask, batch.key, lambda: contribution, gradient_norm
+        )
         return self.rule(evidence, self.importance)
+
+
+def build_scoring(config: ConfigDict, score: str) -> Scoring | None:
+    """Returns the scoring of a run's config; None for the score "none", with which all experts train."""
+    if score == "none":
+        return None
+    model, routed = config.model, config.fl.forward == "routed"
+    return Scoring(model.num_layers, model.num_experts, score, config.importance, routed)
 
 
 def mix(past: PerExpert, now: PerExpert) -> PerExpert:

@@ -26,7 +26,7 @@ MOST_MEMBERS = 2**15 - 1
 
 def largest_term(members: int) -> float:
     """Returns the magnitude that terms must be cut to, so that the sum of so many has room."""
-    return min(LARGEST, 2.0 ** math.floor(math.log2(2**15 / members)))
+    return min(LARGEST, 2.0 ** math.floor(math.log2((2**15 - 1) / members)))
 
 
 class Fixed(NamedTuple):
@@ -81,8 +81,6 @@ def merge_over_devices(total: Fixed) -> Fixed:
     """Adds sums over their leading axis, of at most 2^18 devices; the result is settled."""
     total = settle(total)
     high = jnp.sum(total.high, axis=0, dtype=jnp.int32)
-    if total.low.shape[0] <= MOST_TERMS:
-        return settle(Fixed(high, jnp.sum(total.low, axis=0, dtype=jnp.int32)))
     half = LOW_BITS // 2
     lower = jnp.sum(total.low & (2**half - 1), axis=0, dtype=jnp.int32)
     upper = jnp.sum(total.low >> half, axis=0, dtype=jnp.int32) + (lower >> half)

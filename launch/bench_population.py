@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from hfedmoe_jax.budgeted import Seen
 from hfedmoe_jax.models import own_choice
 from hfedmoe_jax.population import BY_CLIENT, CLIENTS, make_mesh
-from hfedmoe_jax.refresh import Scoring
+from hfedmoe_jax.refresh import Batch, build_scoring
 from launch.bench_population_beside import peers_table
 from launch.bench_population_rounds import BALANCED, SEED, SHARE, Rounds, Size
 from launch.bench_population_scaling import MEGABYTE, compile_table, memory_table, scaling_table
@@ -252,8 +252,7 @@ def refresh_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
 def make_selection(rounds: Rounds) -> Callable[[], Any]:
     """Returns a call that scores and selects `SELECTIONS` times, each with the gates of another batch."""
     size, config = rounds.size, rounds.config
-    routed = config.fl.forward == "routed"
-    scoring = Scoring(size.num_layers, size.num_experts, SCORE, config.importance, routed)
+    scoring = build_scoring(config, SCORE)
     mask = jnp.ones(size.batch_size * size.seq_len, bool)
     shape = (SELECTIONS, size.num_layers, mask.size, size.num_experts)
     gates = jax.nn.softmax(jax.random.normal(jax.random.key(SEED), shape))
@@ -263,13 +262,12 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
     def step(known, batch):
         gates, own, first = batch
         counts = jnp.zeros(scoring.shape, jnp.int32)
-        seen = Seen(gates, own, counts, counts)
-        if routed:
-            known = scoring.of_batch(known, seen, mask, key, first, None)
+        scored = Batch(Seen(gates, own, counts, counts), mask, key, first)
+        if scoring.routed:
+            known = scoring.of_batch(known, scored)
         active = scoring.select(known, budget)
-        known = scoring.after_batch(
-            known, seen, mask, key, first, active.astype(jnp.float32), None if routed else active
-        )
+        contribution = active.astype(jnp.float32)
+        known = scoring.after_batch(known, scored, contribution, None if scoring.routed else active)
         return known, active
 
     @jax.jit

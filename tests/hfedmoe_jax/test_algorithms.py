@@ -15,6 +15,7 @@ from hfedmoe_jax.engines import Clients
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import NOBODY, make_mesh, stack_members
+from hfedmoe_jax.refresh import build_scoring
 
 CLIENTS = 5
 BUDGETS = np.int32([2 + c % 3 for c in range(CLIENTS)])
@@ -65,7 +66,7 @@ def alone(name: str):
     config, model, algorithm = build(fl__algorithm=name)
     parts = algorithm.composition
     rule = LocalRule(
-        None if parts.score == "none" else parts.score,
+        build_scoring(config, parts.score),
         parts.fail_over_budget,
         config.client.proximal_mu if parts.proximal else 0.0,
     )

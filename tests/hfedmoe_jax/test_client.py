@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from masked_oracle import bits, local_round, whole
-from tiny import VOCABULARY, tiny_batches, tiny_config, tiny_model, tiny_params
+from tiny import TOKENS, VOCABULARY, tiny_batches, tiny_config, tiny_model, tiny_params
 
 from hfedmoe_jax import client as c
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
+from hfedmoe_jax.refresh import build_scoring
 from hfedmoe_jax.scores import routing_importance, usage, usage_over_batches
 
 LAYERS, EXPERTS, STEPS = 2, 3, 3
@@ -37,7 +38,7 @@ def setup(
 ):
     config = tiny_config(**fields)
     optimizer = build_optimizer(config.client, config.client.optimizer, "client")
-    rule = c.LocalRule(score, fail_over_budget, proximal_mu)
+    rule = c.LocalRule(build_scoring(config, score or "none"), fail_over_budget, proximal_mu)
     train = jax.jit(c.make_client(tiny_model(config), optimizer, rule, config, tier, rows))
     return config, tiny_params(), train
 
@@ -202,7 +203,17 @@ def test_report_counts_assignments():
     np.testing.assert_allclose(update.report.assignments, real, rtol=1e-6)
     np.testing.assert_allclose(update.report.trained_assignments, real, rtol=1e-6)
     assert update.report.dropped == 0  # the tiny model has room for every token
+    room = config.fl.batch_size * TOKENS  # of an expert: the capacity factor is the number of experts
+    np.testing.assert_allclose(update.report.empty_slots, 1 - real / (ALL * room), rtol=1e-6)
+    np.testing.assert_allclose(update.report.padding, np.mean(data.tokens == 0), rtol=1e-6)
     assert np.all(np.sum(update.upload.usage, axis=1) <= 1 + 1e-6)
+
+
+def test_experts_that_do_not_run_have_no_empty_slots():
+    config, start, train = setup(score="random", fl__forward="active", importance__refresh="round")
+    report = train(start, member(config), jax.random.key(3)).report
+    room = 2 * config.fl.batch_size * TOKENS
+    np.testing.assert_allclose(report.empty_slots, 1 - report.assignments / room, rtol=1e-6)
 
 
 def test_a_bfloat16_client_keeps_float32():

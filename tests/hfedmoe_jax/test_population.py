@@ -157,6 +157,13 @@ def test_every_member_has_one_place_in_a_block_of_its_tier(tiers, processes, chu
         assert on_device.max() - on_device.min() <= 1
 
 
+def test_empty_places_are_those_of_chunks_that_run():
+    """Five members on two devices: chunks of two and one on the first, of two on the second."""
+    blocks = p.plan_blocks(np.zeros(5, int), mesh_of((0, 0)), 2)
+    assert p.empty_places(blocks, 2) == pytest.approx(1 / 6)
+    assert p.empty_places(blocks, 1) == 0
+
+
 def test_experts_have_to_divide_the_devices():
     for experts in (0, 2):
         with pytest.raises(InputError, match=rf"mesh\.experts={experts}: does not divide the 1 devices"):

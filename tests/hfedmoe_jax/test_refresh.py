@@ -38,6 +38,10 @@ def batch(seed):
     )
 
 
+def scored(seed, first=True):
+    return r.Batch(batch(seed)[0], MASK, KEY, jnp.array(first))
+
+
 def contributions(evidence, importance):
     """A score that reads contributions, and nothing that normalises them."""
     return evidence.contribution
@@ -112,11 +116,11 @@ def routed_scores(score, refresh, seeds, norms=False):
     """Returns the score and the eligible experts that each batch selects by."""
     rule, known, asked = scoring(score, refresh), scoring(score, refresh).start(), []
     for index, seed in enumerate(seeds):
-        seen, contribution, norm = batch(seed)
-        first = jnp.array(index == 0)
-        known = rule.of_batch(known, seen, MASK, KEY, first, (lambda n=norm: n) if norms else unread)
+        _, contribution, norm = batch(seed)
+        now = scored(seed, index == 0)
+        known = rule.of_batch(known, now, (lambda n=norm: n) if norms else unread)
         asked.append((np.asarray(known.score), np.asarray(known.eligible)))
-        known = rule.after_batch(known, seen, MASK, KEY, first, contribution, None)
+        known = rule.after_batch(known, now, contribution, None)
     return asked
 
 
@@ -184,13 +188,11 @@ def test_round_keeps_the_first_batch(score):
 @pytest.mark.parametrize("refresh", ["previous", "round"])
 def test_active_begins_with_what_the_routers_say(refresh):
     rule = scoring("frequency", refresh, "active")
-    known = rule.before_round(batch(0)[0], MASK, KEY)
+    known = rule.of_batch(rule.start(), scored(0))
     expected, union = of("frequency", 0)
     np.testing.assert_allclose(known.score, expected)
     np.testing.assert_array_equal(known.eligible, union)
-    after = rule.after_batch(
-        known, batch(1)[0], MASK, KEY, jnp.array(True), batch(1)[1], jnp.ones((LAYERS, EXPERTS), bool)
-    )
+    after = rule.after_batch(known, scored(1), batch(1)[1], jnp.ones((LAYERS, EXPERTS), bool))
     if refresh == "round":
         np.testing.assert_array_equal(after.score, known.score)
         np.testing.assert_array_equal(after.eligible, known.eligible)
@@ -206,17 +208,18 @@ def test_active_keeps_the_score_of_experts_that_did_not_run(seed):
     """Their contribution was not measured."""
     ran = np.random.default_rng(seed).random((LAYERS, EXPERTS)) < 0.5
     rule = scoring("contributions", "previous", "active")
-    known = rule.before_round(batch(seed)[0], MASK, KEY)
-    seen, contribution, _ = batch(seed + 1)
-    after = rule.after_batch(known, seen, MASK, KEY, jnp.array(True), contribution, ran)
-    for new, old in ((after.score, known.score), (after.contribution, known.contribution)):
-        np.testing.assert_allclose(new, np.where(ran, (old + contribution) / 2, old), rtol=1e-6)
+    known = rule.of_batch(rule.start(), scored(seed))
+    contribution = batch(seed + 1)[1]
+    after = rule.after_batch(known, scored(seed + 1), contribution, ran)
+    np.testing.assert_allclose(
+        after.score, np.where(ran, (known.score + contribution) / 2, known.score), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3, 6])
 def test_selection_is_of_the_eligible_within_the_budget(budget):
     rule = scoring("frequency", "step")
-    known = rule.of_batch(rule.start(), batch(3)[0], MASK, KEY, jnp.array(True), unread)
+    known = rule.of_batch(rule.start(), scored(3), unread)
     active = np.asarray(rule.select(known, budget))
     assert active.sum() == min(budget, int(known.eligible.sum()))
     assert not active[~np.asarray(known.eligible)].any()
