@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.aggregation import dominant_set, routing_consistency
+from hfedmoe_jax.aggregation import dominant_set, expert_rules, gating_rules, routing_consistency
 from hfedmoe_jax.client import OK, OVER_BUDGET, ClientData, ClientReport, LocalRule, make_client
 from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
-from hfedmoe_jax.engines import Clients, PersonalEngine, SharedEngine
+from hfedmoe_jax.engines import Clients, PersonalEngine, SharedEngine, Weighing
 from hfedmoe_jax.models import MoeModel, Params
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.population import (
@@ -143,7 +143,7 @@ class FederatedAlgorithm(NamedTuple):
       portion: (block, ClientData [D * B, ...] as host arrays) -> Portion.
       composition: the parts it is made of.
       scoring: what scoring adds to a client's round.
-      programs: the compiled functions by name: one a tier, and what opens and ends a round.
+      programs: the compiled functions by name: `tier K` for each tier, and the engine's own.
     """
 
     init: Callable[[Params], ServerState]
@@ -208,8 +208,12 @@ def build_algorithm(
     train = {
         tier: make_client(model, optimizer, rule, config, tier, clients.table_rows, place) for tier in tiers
     }
-    engine = PersonalEngine if parts.personal else SharedEngine
-    engine = engine(config, parts, model, server, clients, mesh, chunk, train)
+    if parts.personal:
+        engine = PersonalEngine(model, mesh, chunk, train, num_clients)
+    else:
+        expert_rule, gating_rule = expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
+        weighing = Weighing(expert_rule, gating_rule, config.aggregation, config.fl.clients_per_round)
+        engine = SharedEngine(model, mesh, chunk, train, server, weighing)
 
     def init(params: Params) -> ServerState:
         per_expert = (num_clients, model.num_layers, model.num_experts)

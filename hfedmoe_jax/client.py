@@ -41,7 +41,7 @@ class ClientData(NamedTuple):
     Attributes:
       client: its number.
       tokens, labels: one batch a local step.
-      num_examples: |D_c|.
+      size: |D_c| over a power of two that no client's exceeds, so at most one.
       budget: experts it can train, over all layers.
       available: False for a client that drops out of the round.
     """
@@ -49,7 +49,7 @@ class ClientData(NamedTuple):
     client: Int[Array, ""]
     tokens: Int[Array, "steps batch tokens"]
     labels: Int[Array, "steps batch"]
-    num_examples: Float[Array, ""]
+    size: Float[Array, ""]
     budget: Int[Array, ""]
     available: Bool[Array, ""]
 
@@ -257,7 +257,7 @@ def make_client(
             usage=usage_over_batches(usages, num_tokens),
             importance=jnp.mean(importances, axis=0),
             trained=jnp.any(trained, axis=0),
-            num_examples=client.num_examples,
+            size=client.size,
         )
         params = carry.params._replace(experts=carry.bank.weights)
         rows = layout.rows_of(carry.bank, here(model, upload.trained, place))

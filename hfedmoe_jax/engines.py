@@ -15,20 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.aggregation import (
-    Contribution,
-    RunningMean,
-    Scale,
-    dominant_set,
-    expert_rules,
-    gating_rules,
-    literal_gating,
-    mean_accumulate,
-    mean_finalize,
-    mean_init,
-    mean_merge,
-    mean_settle,
-)
+from hfedmoe_jax.aggregation import dominant_set
+from hfedmoe_jax.bank import flat
 from hfedmoe_jax.budgeted import here
 from hfedmoe_jax.client import OK, ClientData, ClientUpdate
 from hfedmoe_jax.models import MoeModel, Params
@@ -42,7 +30,18 @@ from hfedmoe_jax.population import (
     place_of,
     stream,
 )
-from hfedmoe_jax.sums import MOST_TERMS, from_fixed, largest_term
+from hfedmoe_jax.running_mean import (
+    Contribution,
+    RunningMean,
+    Scale,
+    literal_gating,
+    mean_accumulate,
+    mean_finalize,
+    mean_init,
+    mean_merge,
+    mean_settle,
+)
+from hfedmoe_jax.sums import MOST_TERMS, from_fixed, largest_term, power_below
 
 SPREAD = PartitionSpec(None, (EXPERTS, CLIENTS))
 
@@ -52,13 +51,26 @@ class Clients(NamedTuple):
 
     Attributes:
       budget: int [C], experts that each client can train, over all layers.
-      most_examples: of any client.
       table_rows: at least the distinct tokens of any client's round, padding included.
     """
 
     budget: Int[np.ndarray, " clients"]
-    most_examples: int
     table_rows: int
+
+
+class Weighing(NamedTuple):
+    """What an update counts.
+
+    Attributes:
+      experts, router: an entry of `expert_rules`, and of `gating_rules`.
+      aggregation: the config's section.
+      members: clients of a round.
+    """
+
+    experts: Callable
+    router: Callable
+    aggregation: ConfigDict
+    members: int
 
 
 def told_of(client: ClientData, update: ClientUpdate, uploaded: Any) -> tuple:
@@ -67,59 +79,45 @@ def told_of(client: ClientData, update: ClientUpdate, uploaded: Any) -> tuple:
 
 
 class SharedEngine:
-    """One model for all, a server optimizer over the mean change."""
+    """One model for all, a server optimizer over the mean change.
+
+    Args:
+      model, mesh, chunk: what is trained, and where.
+      train: the clients' function of each tier, see `make_client`.
+      server: the server optimizer.
+      weighing: of the clients' updates.
+    """
 
     def __init__(
         self,
-        config: ConfigDict,
-        parts: Any,
         model: MoeModel,
-        server: PerExpertOptimizer,
-        clients: Clients,
         mesh: Mesh,
         chunk: int,
         train: dict[int, Callable],
+        server: PerExpertOptimizer,
+        weighing: Weighing,
     ):
         self.mesh, self.server, self.collect = mesh, server, collect(mesh)
-        by_size = power_below(1 / clients.most_examples)
-        # (20) adds usage * importance, both at most one a layer; other rules weigh by size.
-        by_importance = power_below(1 / model.num_layers)
-        gating = by_importance if parts.gating_rule == "importance" else by_size
-        self.scale = Scale(Params(by_size, gating, by_size), largest_term(config.fl.clients_per_round))
         place = place_of(mesh, chunk)
-        aggregation = config.aggregation
-        expert_rule, gating_rule = expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
+        scale = Scale(power_below(1 / model.num_layers), largest_term(weighing.members))
         shapes = jax.eval_shape(model.init, jax.random.key(0))
-        self.specs = params_specs(shapes)
-        self.optimizer_specs = optimizer_specs(server, shapes)
+        specs = params_specs(shapes)
         sums_specs = with_devices(sums_specs_of(shapes))
-        table = model.pieces.table
 
-        def visit(tier: int) -> Callable:
-            def visit_client(broadcast, client: ClientData):
+        def contribute(tier: int) -> Callable:
+            def visit(broadcast, client: ClientData):
                 params, key = broadcast
                 update = train[tier](params, client, jax.random.fold_in(key, client.client))
-                ok = update.report.status == OK
-                weights = Params(
-                    experts=expert_rule(update.upload, aggregation),
-                    router=gating_rule(update.upload, aggregation),
-                    shared=client.num_examples,
-                )
-                weights = jax.tree.map(lambda w: jnp.where(ok, w, 0.0), weights)
-                dominant = dominant_set(update.upload.usage, update.upload.trained, aggregation.tau) & ok
-                contribution = Contribution(
-                    params=update.params,
-                    trained=update.trained,
-                    token=update.token,
-                    weights=weights._replace(experts=here(model, weights.experts, place)),
-                    dominant=dominant,
-                )
-                return contribution, told_of(client, update, weights.experts > 0)
+                contribution = weigh(update, weighing)
+                uploaded = contribution.weights.experts > 0
+                held = here(model, contribution.weights.experts, place)
+                contribution = contribution._replace(weights=contribution.weights._replace(experts=held))
+                return contribution, told_of(client, update, uploaded)
 
-            return visit_client
+            return visit
 
         def merge(sums: RunningMean, broadcast, contributions: Contribution) -> RunningMean:
-            return mean_accumulate(sums, broadcast[0], contributions, self.scale, table)
+            return mean_accumulate(sums, broadcast[0], contributions, scale, model.pieces.table)
 
         def open_sums() -> RunningMean:
             empty = mean_init(shapes)
@@ -135,14 +133,8 @@ class SharedEngine:
             mean = mean_merge(sums)
             mean = mean._replace(total=mean.total._replace(experts=share_out(mean.total.experts)))
             change = mean_finalize(mean, params)
-            if aggregation.literal_gating:
-                union_size = jnp.sum(mean.dominant > 0)
-                literal = literal_gating(mean, params.router, self.scale, union_size)
-                change = change._replace(
-                    router=jax.tree.map(
-                        lambda new, old: jnp.where(union_size > 0, new - old, 0.0), literal, params.router
-                    )
-                )
+            if weighing.aggregation.literal_gating:
+                change = change._replace(router=literal_change(mean, params.router, scale))
             pseudo_gradient = jax.tree.map(jnp.negative, change)
             anyone = from_fixed(mean.weight.shared) > 0
             trained = from_fixed(mean.weight.experts) > 0
@@ -153,30 +145,27 @@ class SharedEngine:
             return updated, jax.tree.map(jnp.zeros_like, sums)
 
         def on_mesh(specs: Any) -> Any:
-            return jax.tree.map(
-                lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-            )
+            return map_specs(lambda spec: NamedSharding(mesh, spec), specs)
 
-        self.on_mesh = on_mesh
-        states = (on_mesh(self.specs), on_mesh(self.optimizer_specs))
-        self.tiers = {
-            tier: stream(visit(tier), merge, mesh, chunk, (self.specs, EVERYWHERE), sums_specs)
+        self._state = (on_mesh(specs), on_mesh(optimizer_specs(server, shapes)))
+        sums = on_mesh(sums_specs)
+        self._tiers = {
+            tier: stream(contribute(tier), merge, mesh, chunk, (specs, EVERYWHERE), sums_specs)
             for tier in train
         }
-        self._open = jax.jit(open_sums, out_shardings=on_mesh(sums_specs))
-        states = (states, on_mesh(sums_specs))
-        self._finish = jax.jit(finish, donate_argnums=(0, 1, 2), out_shardings=states)
-        self._settle = jax.jit(mean_settle, donate_argnums=0, out_shardings=on_mesh(sums_specs))
+        self._open = jax.jit(open_sums, out_shardings=sums)
+        self._finish = jax.jit(finish, donate_argnums=(0, 1, 2), out_shardings=(self._state, sums))
+        self._settle = jax.jit(mean_settle, donate_argnums=0, out_shardings=sums)
         self._spare = None  # the last round's sums, cleared: fresh memory costs a CPU its page faults
         self._terms = 0
-        self.programs = {f"tier {tier}": run for tier, run in self.tiers.items()}
-        self.programs |= {"open": self._open, "finish": self._finish}
+        self.programs = {f"tier {tier}": run for tier, run in self._tiers.items()}
+        self.programs |= {"open": self._open, "settle": self._settle, "finish": self._finish}
 
     def init(self, params: Params) -> tuple[Params, Any]:
         """Returns parameters and optimizer state on the mesh."""
-        params = jax.device_put(params, self.on_mesh(self.specs))
-        optimizer = jax.jit(self.server.init, out_shardings=self.on_mesh(self.optimizer_specs))(params)
-        return params, optimizer
+        on_params, on_optimizer = self._state
+        params = jax.device_put(params, on_params)
+        return params, jax.jit(self.server.init, out_shardings=on_optimizer)(params)
 
     def open(self, state: Any) -> RunningMean:
         """Returns empty sums."""
@@ -190,7 +179,7 @@ class SharedEngine:
         if self._terms + size > MOST_TERMS:
             sums, self._terms = self._settle(sums), 0
         self._terms += size
-        sums, told = self.tiers[tier](sums, (state.params, key), data, count)
+        sums, told = self._tiers[tier](sums, (state.params, key), data, count)
         return sums, self.collect(told)
 
     def finish(self, sums: RunningMean, state: Any) -> tuple[Params, Any]:
@@ -200,16 +189,22 @@ class SharedEngine:
 
 
 class PersonalEngine:
-    """A model a client: no aggregation."""
+    """A model a client: no aggregation.
 
-    def __init__(self, config, parts, model, server, clients, mesh, chunk, train):
-        self.mesh, self.num_clients, self.collect = mesh, len(clients.budget), collect(mesh)
-        (tier_train,) = train.values()
+    Args:
+      model, mesh, chunk: what is trained, and where.
+      train: the clients' function, of the one tier there is.
+      num_clients: C.
+    """
+
+    def __init__(self, model: MoeModel, mesh: Mesh, chunk: int, train: dict[int, Callable], num_clients: int):
+        self.num_clients, self.collect = num_clients, collect(mesh)
+        ((tier, train_client),) = train.items()
 
         def visit(broadcast, client: ClientData):
             everyone, key = broadcast
             own = jax.tree.map(lambda x: x[client.client], everyone)
-            update = tier_train(own, client, jax.random.fold_in(key, client.client))
+            update = train_client(own, client, jax.random.fold_in(key, client.client))
             ok = update.report.status == OK
             after = place_update(own, update, model.pieces.table)
             kept = jax.tree.map(lambda new, old: jnp.where(ok, new, old), after, own)
@@ -220,10 +215,10 @@ class PersonalEngine:
         self._run = stream(visit, None, mesh, chunk, EVERYWHERE)
         self._keep = jax.jit(self._write, donate_argnums=0, out_shardings=everyone)
         self._spread = jax.jit(
-            lambda params: jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_clients, *x.shape)), params),
+            lambda params: jax.tree.map(lambda x: jnp.broadcast_to(x, (num_clients, *x.shape)), params),
             out_shardings=everyone,
         )
-        self.programs = {"tier": self._run, "keep": self._keep}
+        self.programs = {f"tier {tier}": self._run, "keep": self._keep}
 
     def _write(self, everyone: Params, client, kept: Params, count) -> Params:
         size = client.shape[0] // count.shape[0]
@@ -249,17 +244,32 @@ class PersonalEngine:
         return everyone, ()
 
 
-def power_below(number: float) -> float:
-    """Returns the largest power of two that is at most `number`."""
-    return 2.0 ** np.floor(np.log2(number))
+def weigh(update: ClientUpdate, weighing: Weighing) -> Contribution:
+    """Returns what an update adds to the running mean; one that is not OK has weights of zero."""
+    upload, ok = update.upload, update.report.status == OK
+    weights = Params(
+        experts=weighing.experts(upload, weighing.aggregation),
+        router=weighing.router(upload, weighing.aggregation),
+        shared=upload.size,
+    )
+    weights = jax.tree.map(lambda w: jnp.where(ok, w, 0.0), weights)
+    dominant = dominant_set(upload.usage, upload.trained, weighing.aggregation.tau) & ok
+    return Contribution(update.params, update.trained, update.token, weights, dominant)
+
+
+def literal_change(mean: RunningMean, router: Any, scale: Scale) -> Any:
+    """Returns the change of the routers by (21) as printed; none if no expert was dominant."""
+    union_size = jnp.sum(mean.dominant > 0)
+    literal = literal_gating(mean, router, scale, union_size)
+    return jax.tree.map(lambda new, old: jnp.where(union_size > 0, new - old, 0.0), literal, router)
 
 
 def place_update(params: Params, update: ClientUpdate, table: str) -> Params:
     """Returns a model with a client's rows put in their places."""
 
     def experts(whole, rows):
-        flat = whole.reshape(-1, *whole.shape[2:])
-        return flat.at[update.trained.expert].set(rows[update.trained.row], mode="drop").reshape(whole.shape)
+        placed = flat(whole).at[update.trained.expert].set(rows[update.trained.row], mode="drop")
+        return placed.reshape(whole.shape)
 
     shared = dict(update.params.shared)
     if update.token is not None:
@@ -273,11 +283,14 @@ def sums_specs_of(params: Params) -> RunningMean:
     return RunningMean(params_specs(params), weight, EVERYWHERE)
 
 
+def map_specs(function: Callable[[PartitionSpec], Any], specs: Any) -> Any:
+    """Maps over a tree of specs."""
+    return jax.tree.map(function, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
 def with_devices(specs: Any) -> Any:
     """Returns specs of arrays with a leading axis D."""
-    return jax.tree.map(
-        lambda spec: PartitionSpec(CLIENTS, *spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    return map_specs(lambda spec: PartitionSpec(CLIENTS, *spec), specs)
 
 
 def optimizer_specs(server: PerExpertOptimizer, params: Params) -> PerExpertState:

@@ -49,6 +49,7 @@ from hfedmoe_jax.evaluation import (
 from hfedmoe_jax.models import Params, build_model, model_cost
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.population import NOBODY, Block, chunk_size, empty_places
+from hfedmoe_jax.sums import power_below
 
 COHORT_STREAM, DEVICE_STREAM = 101, 102  # the host's random streams, apart from those of the data
 
@@ -136,7 +137,8 @@ class Experiment:
         self.chunk = chunk_size(config.fl.chunk, self.cost, mesh)
         self.num_passages = len(data.train.labels)
         self.sizes = np.array([len(rows) for rows in data.client_train])
-        clients = Clients(self.budgets, int(self.sizes.max()), most_tokens(data, config.fl))
+        self.relative_sizes = (self.sizes * power_below(1 / self.sizes.max())).astype(np.float32)
+        clients = Clients(self.budgets, most_tokens(data, config.fl))
         self.hosts = len({device.process_index for device in mesh.devices.flat})
         if self.num_clients < self.hosts:
             raise InputError(
@@ -193,7 +195,7 @@ class Experiment:
         tokens, labels = round_batches(
             self.data, clients, round_number, fl.local_steps, fl.batch_size, self.config.seed
         )
-        sizes = self.sizes[clients].astype(np.float32)
+        sizes = self.relative_sizes[clients]
         data = ClientData(clients.astype(np.int32), tokens, labels, sizes, self.budgets[clients], available)
 
         def spread(values):

@@ -6,11 +6,12 @@
 | previous | a running mean over the batches before it | routed, active |
 | round | of the round's first batch, kept for all of its batches | routed, active |
 
-Contributions (`Evidence.contribution`) are known only after a backward pass. With `step` a batch reads a
-running mean of those of the batches before it. With `previous` a batch is scored after its backward
-pass, by its own. The first batch of a round reads the routing importance (5) in their place (with
-`previous` it keeps a fading part in the running mean). With `round` there are none. They are gradients of the training loss, load balancing included, in a pass where
-experts that are not selected are constants.
+Contributions (`Evidence.contribution`) are known only after a backward pass. With `step` a batch
+reads a running mean of those of the batches before it. With `previous` a batch is scored after its
+backward pass, by its own. The first batch of a round reads the routing importance (5) in their
+place (with `previous` it keeps a fading part in the running mean). With `round` there are none.
+They are gradients of the training loss, load balancing included, in a pass where experts that are
+not selected are constants.
 
 `routed` selects from the batch's own union. `active` selects before the forward pass: from the unions
 of the batches so far, and before the first batch from what the routers say of it when no expert

@@ -26,7 +26,12 @@ MOST_MEMBERS = 2**15 - 1
 
 def largest_term(members: int) -> float:
     """Returns the magnitude that terms must be cut to, so that the sum of so many has room."""
-    return min(LARGEST, 2.0 ** math.floor(math.log2((2**15 - 1) / members)))
+    return min(LARGEST, power_below((2**15 - 1) / members))
+
+
+def power_below(number: float) -> float:
+    """Returns the largest power of two that is at most `number`."""
+    return 2.0 ** math.floor(math.log2(number))
 
 
 class Fixed(NamedTuple):

@@ -136,8 +136,8 @@ def budget_tables(scale: Scale, mesh: Mesh, repeats: int) -> Iterator[Table]:
     yield Table(
         "Cost by budget, hfedmoe; ms of one device a client-step",
         [
-            "model", "forward", "refresh", "budget", "trained", "step", "over all experts", "expert FLOP over all",
-            "GFLOP of products", "temporary MB",
+            "model", "forward", "refresh", "budget", "trained", "step", "over all experts",
+            "expert FLOP over all", "GFLOP of products", "temporary MB",
         ],
         budgets,
         f"{_describe(scale.small)}; {_describe(scale.heavy)}. FLOP and memory are of the compiled program; "

@@ -25,7 +25,7 @@ from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.population import CLIENTS, chunk_size, put_members
 from launch.compiled import Product, products
 
-NUM_CLASSES, NUM_EXAMPLES = 5, 100
+NUM_CLASSES = 5
 LEARNING_RATE = (
     0.01  # at 0.1 a token that changes its expert by rounding moves a loss by 1e-2 in a few rounds
 )
@@ -136,7 +136,7 @@ class Rounds:
         cost = model_cost(self.config.model, self.params, state, size.batch_size, size.seq_len)
         self.chunk = chunk or chunk_size(0, cost, mesh)
         most_tokens = min(size.vocab_size, 1 + size.steps * size.batch_size * size.seq_len)
-        clients = Clients(self.budget, NUM_EXAMPLES, most_tokens)
+        clients = Clients(self.budget, most_tokens)
         self.algorithm = build_algorithm(self.config, self.model, clients, mesh, self.chunk)
         # The state is donated to each round; a peer still needs what it started from.
         self.state = self.algorithm.init(jax.tree.map(jnp.copy, self.params))
@@ -147,7 +147,7 @@ class Rounds:
         tokens, labels = texts(self.size, clients)
         same = np.ones(len(clients), np.float32)
         numbers = clients.astype(np.int32)
-        return ClientData(numbers, tokens, labels, NUM_EXAMPLES * same, self.budget[clients], same > 0)
+        return ClientData(numbers, tokens, labels, same, self.budget[clients], same > 0)
 
     def portions(self, cohort: int) -> Iterator[Portion]:
         """Yields the data of a round of the first clients, block by block, as they are asked for."""

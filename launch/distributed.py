@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
 
 from hfedmoe_jax.errors import InputError
-from launch.peers import Links, Peers, join, listen, welcome
+from launch.processes import Links, Processes, join, listen, welcome
 
 _TOGETHER = "give --coordinator=HOST:PORT --processes=N --process=I on every host, alike but for I"
 
@@ -37,7 +37,7 @@ class Host(NamedTuple):
 HERE = Host()
 
 
-def start_devices(most: int) -> None:
+def start_devices(most: int, experts: int = 1) -> None:
     """Sets JAX up for a population of clients; without effect once JAX has computed something.
 
     On a CPU a client runs fastest alone on one core, so each core becomes a device and the
@@ -46,6 +46,7 @@ def start_devices(most: int) -> None:
 
     Args:
       most: devices that there is work for.
+      experts: see `num_devices`.
     """
     chosen = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" in chosen:
@@ -54,7 +55,21 @@ def start_devices(most: int) -> None:
         os.environ["XLA_FLAGS"] = f"{chosen} --xla_cpu_multi_thread_eigen=false".strip()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # JAX has started: in a notebook, say
-        jax.config.update("jax_num_cpu_devices", min(cores, most))
+        jax.config.update("jax_num_cpu_devices", num_devices(cores, most, experts))
+
+
+def num_devices(cores: int, most: int, experts: int) -> int:
+    """Returns how many devices to make of a CPU: a multiple of `experts`, if possible at most one a core.
+
+    Args:
+      cores: that this process may use; fewer than `experts` take turns.
+      most: devices that there is work for.
+      experts: devices that the experts of one client's model are spread over.
+
+    >>> num_devices(cores=3, most=16, experts=2), num_devices(cores=1, most=16, experts=2)
+    (2, 2)
+    """
+    return max(experts, min(cores, most) // experts * experts)
 
 
 def start_processes(
@@ -62,7 +77,7 @@ def start_processes(
     processes: int | None,
     process: int | None,
     checkpoints: str | os.PathLike,
-) -> Peers:
+) -> Processes:
     """Joins this process to the others of its run; call it before JAX computes anything.
 
     With nothing given, SLURM and TPU pods are recognised by their environment (see `cluster`), and
@@ -77,7 +92,7 @@ def start_processes(
 
     Returns:
       a context to run in, which ends when every process has left it. When one of them dies, the
-      others print one line and exit with `EXIT_PEER_LOST` within seconds.
+      others print one line and exit with `EXIT_PROCESS_LOST` within seconds.
 
     Raises:
       InputError: a value is missing or cannot be used, or the processes do not find each other.
@@ -87,15 +102,15 @@ def start_processes(
     if given:
         _check_place(coordinator, processes, process)
     if processes == 1 or not (given or coordinator or cluster(os.environ)):
-        return Peers({}, 0, 1, directory)
+        return Processes({}, 0, 1, directory)
     # CPUs of several processes compute together through gloo alone.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would swallow SIGTERM, and nothing here asks it for preemptions.
     jax.config.update("jax_enable_preemption_service", False)
     if given:
-        # Peers first: JAX aborts a process that finds no others, or that they leave meanwhile.
+        # Our own connections first: JAX aborts a process that finds no others, or that they leave meanwhile.
         links, address = _meet(coordinator, processes, process)
-        peers = Peers(links, process, processes, directory)
+        joined = Processes(links, process, processes, directory)
         jax.distributed.initialize(address, processes, process)
         _mute_gloo()
     else:
@@ -105,13 +120,13 @@ def start_processes(
             problem = f"JAX recognises no cluster here ({error})"
             raise InputError("--coordinator", coordinator or "auto", problem, _TOGETHER) from None
         if jax.process_count() == 1:
-            return Peers({}, 0, 1, directory)
+            return Processes({}, 0, 1, directory)
         _mute_gloo()
-        peers = Peers(_meet_by_jax(), jax.process_index(), jax.process_count(), directory)
+        joined = Processes(_meet_by_jax(), jax.process_index(), jax.process_count(), directory)
     multihost_utils.sync_global_devices("started")  # connects all of them
     if is_first_process():
-        peers.outlive()
-    return peers
+        joined.outlive()
+    return joined
 
 
 def cluster(environment: Mapping[str, str]) -> str | None:

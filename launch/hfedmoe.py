@@ -42,7 +42,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
       InputError: the config, the data or the directory cannot be used; nothing was written.
     """
     check_config(config)
-    start_devices(most=config.fl.clients_per_round * config.mesh.experts)
+    experts = config.mesh.experts
+    start_devices(config.fl.clients_per_round * experts, experts)
     with start_processes(host.coordinator, host.processes, host.process, workdir / "checkpoints"):
         if is_first_process():
             run_here(config, workdir, host)

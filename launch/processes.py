@@ -18,7 +18,7 @@ import jax
 
 from hfedmoe_jax.errors import InputError
 
-EXIT_PEER_LOST = 3
+EXIT_PROCESS_LOST = 3
 """Exit code of a process that stops because another one is gone."""
 
 JOIN_TIMEOUT_S = 300.0
@@ -104,7 +104,7 @@ def join(address: Address, index: int, count: int) -> tuple[Links, dict[str, Any
     return {link: 0}, answer
 
 
-class Peers:
+class Processes:
     """The processes of a run as a context: it ends when all have left it, and all stop when one dies.
 
     The kernel closes the connections of a process that is killed, and probes those whose host fell
@@ -125,14 +125,14 @@ class Peers:
         if links:
             self._listener.start()
 
-    def __enter__(self) -> "Peers":
+    def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not self._links:
             return
         if kind is not None:
-            # A collective that a peer left fails here too, sometimes before the listener knows.
+            # A collective that another process left fails here too, sometimes before the listener knows.
             if issubclass(kind, jax.errors.JaxRuntimeError):
                 self._listener.join(timeout=5)
             self._failed = True
@@ -201,7 +201,7 @@ class Peers:
             for link in self._links:
                 link.settimeout(2)
                 receive(link)
-        _exit_now(EXIT_PEER_LOST)  # the main thread may wait for the lost process for ever
+        _exit_now(EXIT_PROCESS_LOST)  # the main thread may wait for the lost process for ever
 
 
 def send(link: socket.socket, message: dict[str, Any]) -> None:

@@ -80,11 +80,14 @@ def run_here(command: list[str]) -> Screen:
     return Screen(code, out.getvalue(), err.getvalue())
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    """Starts a command line in a process of its own."""
-    # The flag shortens compilation, as tests/conftest.py does here. XLA_FLAGS belong to this process.
+def start(command: list[str], devices: int | None = None) -> subprocess.Popen:
+    """Starts a command line in a process of its own, on so many devices; None: its own choice."""
+    # The variable shortens compilation, as tests/conftest.py does here. XLA_FLAGS belong to this process.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    if devices:
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.Popen(
         [sys.executable, "-m", "launch.main", *command],
         env=environment,
@@ -94,9 +97,9 @@ def start(command: list[str]) -> subprocess.Popen:
     )
 
 
-def run_apart(command: list[str]) -> Screen:
-    """Runs a command line in a process of its own."""
-    child = start(command)
+def run_apart(command: list[str], devices: int | None = None) -> Screen:
+    """Runs a command line in a process of its own, on so many devices; None: its own choice."""
+    child = start(command, devices)
     out, err = child.communicate(timeout=300)
     return Screen(child.returncode, out, err)
 
@@ -115,7 +118,7 @@ def summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """Returns the rounds of which there is a checkpoint."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
 
 
 def last_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from masked_oracle import bits
 from ml_collections import ConfigDict
 
 from hfedmoe_jax import aggregation as a
+from hfedmoe_jax import running_mean as m
 from hfedmoe_jax.bank import ExpertRows
 from hfedmoe_jax.models import Params
 
@@ -53,17 +54,16 @@ BLOCK = 2  # clients of a chunk, and between two settlings
 
 
 def unit_of(largest):
-    """One over the smallest power of two that holds the largest weight, for every group."""
-    unit = np.float32(2.0 ** -np.ceil(np.log2(max(largest, 1.0))))
-    return a.Scale(Params(unit, unit, unit), np.float32(2.0**14))
+    """One over the smallest power of two that holds the largest weight."""
+    return m.Scale(np.float32(2.0 ** -np.ceil(np.log2(max(largest, 1.0)))), np.float32(2.0**14))
 
 
 @jax.jit
 def add_block(mean, start, clients, unit):
-    return a.mean_settle(a.mean_accumulate(mean, start, clients, unit, "table"))
+    return m.mean_settle(m.mean_accumulate(mean, start, clients, unit, "table"))
 
 
-finalize, merge = jax.jit(a.mean_finalize), jax.jit(a.mean_merge)
+finalize, merge = jax.jit(m.mean_finalize), jax.jit(m.mean_merge)
 
 
 def parameters(p, clients):
@@ -88,9 +88,7 @@ def start_of(p):
 def stacked_weights(p, section):
     """Returns the weights of all clients by the sparse rules."""
     each = [
-        Params(
-            a.expert_rules["dominant"](u, section), a.gating_rules["importance"](u, section), u.num_examples
-        )
+        Params(a.expert_rules["dominant"](u, section), a.gating_rules["importance"](u, section), u.size)
         for u in uploads(p)
     ]
     return jax.tree.map(lambda *x: np.stack(x), *each)
@@ -109,7 +107,7 @@ def streamed(p, groups=None, by_row=False, weights=None, block=BLOCK):
     unit = unit_of(p["sizes"].max())
     sums = []
     for group in groups or [list(range(clients))]:
-        mean = a.mean_init(start)
+        mean = m.mean_init(start)
         for begin in range(0, len(group), block):
             # A block has a fixed size: the last one is filled up with clients of weight zero.
             part = group[begin : begin + block]
@@ -122,7 +120,7 @@ def streamed(p, groups=None, by_row=False, weights=None, block=BLOCK):
             if by_row:
                 params, trained, token = as_rows(p, members)
             dominant = (p["usage"][members] >= p["tau"]) & p["trained"][members] & real[:, None, None]
-            mean = add_block(mean, start, a.Contribution(params, trained, token, own, dominant), unit)
+            mean = add_block(mean, start, m.Contribution(params, trained, token, own, dominant), unit)
         sums.append(mean)
     mean = merge(jax.tree.map(lambda *x: jnp.stack(x), *sums))
     change = finalize(mean, start)
@@ -207,7 +205,7 @@ def test_gating_is_averaged_by_importance(p):
     if alpha.sum() > 0:
         expected = np.einsum("c,cld->ld", alpha / alpha.sum(), router)
         literal = np.einsum("c,cld->ld", alpha / union_size, router)  # (20)-(21) as printed
-        printed = a.literal_gating(mean, start_of(p).router, unit, np.float32(union_size))
+        printed = m.literal_gating(mean, start_of(p).router, unit, np.float32(union_size))
         np.testing.assert_allclose(printed["r"], literal, rtol=1e-4, atol=1e-5)
     else:
         expected = previous
@@ -271,5 +269,5 @@ def test_the_mean_of_many_clients_is_exact_to_float32():
     p["trained"][:], p["usage"][:], p["importance"][:] = True, 0.5, 0.5
     mean, _, _ = streamed(p)
     moved = np.float32(7.0) + step - np.float32(7.0)
-    for leaf in jax.tree.leaves(a.mean_finalize(mean, start_of(p))):
+    for leaf in jax.tree.leaves(m.mean_finalize(mean, start_of(p))):
         np.testing.assert_allclose(leaf, moved, rtol=1e-6)

@@ -35,7 +35,7 @@ def cohort(config, members=(0, 2, 3), available=None):
         client=np.array(members, np.int32),
         tokens=np.stack(tokens),
         labels=np.stack(labels),
-        num_examples=np.float32([10 + 7 * c for c in members]),
+        size=np.float32([10 + 7 * c for c in members]) / 64,
         budget=BUDGETS[list(members)],
         available=np.array(available),
     )
@@ -45,7 +45,7 @@ def cohort(config, members=(0, 2, 3), available=None):
 def build(chunk=1, budgets=tuple(BUDGETS), **fields):
     config = tiny_config(**(FIELDS | fields))
     model = tiny_model(config)
-    clients = Clients(np.int32(budgets), most_examples=10 + 7 * CLIENTS, table_rows=VOCABULARY)
+    clients = Clients(np.int32(budgets), table_rows=VOCABULARY)
     return config, model, build_algorithm(config, model, clients, make_mesh(jax.devices()[:1]), chunk)
 
 
@@ -96,7 +96,7 @@ def test_a_round_is_the_naive_aggregation_of_the_clients(name):
     data = cohort(config)
     updates = one_by_one(name, params, data)
     state, metrics = run(algorithm, params, data)
-    sizes = data.num_examples.astype(np.float64)
+    sizes = data.size.astype(np.float64)
     sparse = algorithm.composition.expert_rule == "dominant"
     dominant = [np.asarray(u.upload.trained) & (np.asarray(u.upload.usage) >= 0.02) for u in updates]
 
@@ -205,10 +205,10 @@ def test_places_without_a_member_leave_no_trace():
     empty = block.members.reshape(-1) == NOBODY
     assert empty.sum() == len(empty) - 3
     placed = stack_members(data, block.members)
-    heavy = np.where(empty, 1e6, placed.num_examples).astype(np.float32)
+    heavy = np.where(empty, 1e6, placed.size).astype(np.float32)
     results = [
         algorithm.round(algorithm.init(tiny_params(**MODEL)), [algorithm.portion(block, filled)], KEY)
-        for filled in (placed, placed._replace(num_examples=heavy))
+        for filled in (placed, placed._replace(size=heavy))
     ]
     assert bits(results[0]) == bits(results[1])
     expected = run(build(fl__algorithm="hfedmoe")[2], tiny_params(**MODEL), data)

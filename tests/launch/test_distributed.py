@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from hfedmoe_jax.errors import InputError
-from launch import peers
+from launch import processes
 from launch.checkpoints import Checkpoints
-from launch.distributed import cluster, gather_processes, keep_compiled, start_processes
-from launch.peers import EXIT_PEER_LOST, join, listen, receive, send, welcome
+from launch.distributed import (
+    cluster,
+    gather_processes,
+    keep_compiled,
+    num_devices,
+    start_devices,
+    start_processes,
+)
+from launch.processes import EXIT_PROCESS_LOST, join, listen, receive, send, welcome
 
 # Shared by the processes and the test: a state of every kind of leaf, as a function of the step. Four
 # devices in all, whatever the number of processes.
@@ -168,17 +175,17 @@ def test_others_stop_with_one_line_when_a_process_is_killed(groups):
     )
     # The newest checkpoint was damaged on purpose: only the first process says so.
     (first, *others), expected = ends["member killed"], line.format(2, 4, 3)
-    assert first[0] == EXIT_PEER_LOST
+    assert first[0] == EXIT_PROCESS_LOST
     warning, rest = first[2].split("\n", 1)
     assert warning.startswith("warning: checkpoint 2 is damaged") and "from checkpoint 1" in warning
     assert rest == expected
-    assert others == [(EXIT_PEER_LOST, "", expected), (-9, "", ""), (EXIT_PEER_LOST, "", expected)]
-    assert ends["first killed"] == [(-9, "", ""), (EXIT_PEER_LOST, "", line.format(0, 2, 5))]
+    assert others == [(EXIT_PROCESS_LOST, "", expected), (-9, "", ""), (EXIT_PROCESS_LOST, "", expected)]
+    assert ends["first killed"] == [(-9, "", ""), (EXIT_PROCESS_LOST, "", line.format(0, 2, 5))]
 
 
 def test_a_process_that_fails_says_why_and_the_others_stop(groups):
     (first, failed) = groups[1]["failed"]
-    assert first[0] == EXIT_PEER_LOST
+    assert first[0] == EXIT_PROCESS_LOST
     assert first[2].startswith("error: host 1 of 2 stopped with an error of its own; this one stops.")
     assert first[2].count("\n") == 1
     assert failed[0] == 1
@@ -264,6 +271,28 @@ def test_clusters_are_known_by_their_environment(environment, kind):
     assert cluster(environment) == kind
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3, 7, 8])
+@pytest.mark.parametrize("most", [1, 2, 3, 16])
+@pytest.mark.parametrize("experts", [1, 2, 3, 4])
+def test_the_devices_of_a_cpu_are_as_many_as_useful(cores, most, experts):
+    # The most that the experts divide, and no more than there is work or cores for: found one by one.
+    useful = [number for number in range(experts, 17, experts) if number <= min(cores, most)]
+    assert num_devices(cores, most, experts) == (useful[-1] if useful else experts)
+
+
+def test_devices_are_set_up_unless_the_user_did(monkeypatch):
+    made = {}
+    monkeypatch.setattr(jax.config, "update", made.__setitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    start_devices(most=16, experts=2)
+    assert (made, os.environ["XLA_FLAGS"]) == ({}, "--xla_force_host_platform_device_count=3")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_the_user=1")
+    start_devices(most=16, experts=2)
+    assert made == {"jax_num_cpu_devices": 2}
+    assert os.environ["XLA_FLAGS"] == "--xla_of_the_user=1 --xla_cpu_multi_thread_eigen=false"
+
+
 def test_impostors_are_refused_and_strangers_ignored():
     with listen(0) as server:
         address = ("localhost", server.getsockname()[1])
@@ -285,7 +314,7 @@ def test_impostors_are_refused_and_strangers_ignored():
 
 
 def test_who_did_not_come_is_named(monkeypatch):
-    monkeypatch.setattr(peers, "JOIN_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 0.3)
     with listen(0) as server, pytest.raises(InputError, match=r"processes \[1, 2\] did not come"):
         welcome(server, 3, {})
     with pytest.raises(InputError, match=r"--coordinator='localhost:.*process 0 did not answer"):
