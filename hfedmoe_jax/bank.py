@@ -1,7 +1,6 @@
-"""The experts that a client holds during its round: weights and optimizer state, a row each.
+"""The experts that a client trains during its round: weights and optimizer state, a row each.
 
-With `fl.forward=routed` a client runs every expert, so it holds the weights of all; optimizer state
-it holds for those that it trains. With `active` it holds nothing of the others.
+Experts that it only runs (`fl.forward=routed`) it reads from the global model.
 
 Axes: L layers, H experts of a layer on this device, U rows, K slots.
 """
@@ -20,7 +19,7 @@ class ExpertBank(NamedTuple):
     """A client's experts.
 
     Attributes:
-      weights: tree of [L * H, ...], or of [U, ...] for a client that holds no others.
+      weights: tree of [U, ...].
       state: tree of [U, ...], an optimizer state a row.
       row: of each expert, U for none.
       count: rows in use.
@@ -51,18 +50,22 @@ def flat(experts: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), experts)
 
 
+def row_of(rows: Any, row: Int[Array, ""]) -> Any:
+    """Returns a row of a tree of arrays."""
+    return jax.tree.map(lambda x: x[row], rows)
+
+
 class BankLayout:
     """The static sizes of a bank, and what can be done with it.
 
     Args:
       num_layers, held: L, H.
       tier: experts that a batch trains at most, over all layers.
-      touched: experts that a round trains at most.
-      whole: hold the weights of every expert.
+      touched: experts that a round trains at most; U, or L * H where that is less.
     """
 
-    def __init__(self, num_layers: int, held: int, tier: int, touched: int, whole: bool):
-        self.num_layers, self.held, self.whole = num_layers, held, whole
+    def __init__(self, num_layers: int, held: int, tier: int, touched: int):
+        self.num_layers, self.held = num_layers, held
         self.num_experts = num_layers * held
         # Two at least: XLA drops an axis of one, compiles a step otherwise, and rounds otherwise.
         self.num_slots = max(2, min(tier, self.num_experts))
@@ -79,7 +82,7 @@ class BankLayout:
         rows = jax.tree.map(lambda x: jnp.zeros((self.num_rows, *x.shape[2:]), x.dtype), start)
         every = jnp.arange(self.num_experts, dtype=jnp.int32)
         return ExpertBank(
-            weights=flat(start) if self.whole or self.every else rows,
+            weights=flat(start) if self.every else rows,
             state=jax.vmap(optimizer.init)(rows),
             row=every if self.every else jnp.full_like(every, self.num_rows),
             count=jnp.int32(self.num_experts if self.every else 0),
@@ -98,25 +101,33 @@ class BankLayout:
         new = active.reshape(-1) & (bank.row == self.num_rows)
         rank = jnp.cumsum(new, dtype=jnp.int32)
         row = jnp.where(new, bank.count + rank - 1, bank.row)
-        weights = bank.weights
-        if not self.whole:
-            wanted, experts = self.slots(active).expert, flat(start)
+        wanted, experts = self.slots(active).expert, flat(start)
 
-            def bring(index, weights):
-                expert = wanted[index]
-                place = jnp.minimum(row[expert], self.num_rows - 1)
+        def bring(index, weights):
+            expert = wanted[index]
+            place = jnp.minimum(row[expert], self.num_rows - 1)
 
-                def choose(held, given):
-                    return held.at[place].set(jnp.where(new[expert], given[expert], held[place]))
+            def choose(held, given):
+                return held.at[place].set(jnp.where(new[expert], given[expert], held[place]))
 
-                return jax.tree.map(choose, weights, experts)
+            return jax.tree.map(choose, weights, experts)
 
-            weights = jax.lax.fori_loop(0, self.num_slots, bring, weights)
+        weights = jax.lax.fori_loop(0, self.num_slots, bring, bank.weights)
         return ExpertBank(weights, bank.state, row, bank.count + rank[-1])
 
     def read(self, bank: ExpertBank, expert: Int[Array, ""]) -> Any:
         """Returns the weights of an expert (layer * H + expert) that the bank holds."""
-        return jax.tree.map(lambda x: x[self.place(bank, expert)], bank.weights)
+        return row_of(bank.weights, bank.row[expert])
+
+    def read_any(self, bank: ExpertBank, start: Any, expert: Int[Array, ""]) -> Any:
+        """Returns the weights of any expert: the bank's, or those of the global model."""
+        if self.every:
+            return self.read(bank, expert)
+        return jax.lax.cond(
+            bank.row[expert] < self.num_rows,
+            lambda: self.read(bank, expert),
+            lambda: row_of(flat(start), expert),
+        )
 
     def update(
         self,
@@ -132,7 +143,7 @@ class BankLayout:
         `weights` are those of the expert, as `read` gives them.
         """
         row = bank.row[expert]
-        state = jax.tree.map(lambda x: x[row], bank.state)
+        state = row_of(bank.state, row)
         updates, stepped = optimizer.update(gradient, state, weights)
 
         def keep(place):
@@ -140,7 +151,7 @@ class BankLayout:
 
         new = optax.apply_updates(weights, updates)
         return bank._replace(
-            weights=jax.tree.map(keep(self.place(bank, expert)), bank.weights, new, weights),
+            weights=jax.tree.map(keep(row), bank.weights, new, weights),
             state=jax.tree.map(keep(row), bank.state, stepped, state),
         )
 
@@ -149,9 +160,5 @@ class BankLayout:
         which = slots_of(trained, self.num_rows)
         number = jnp.sum(which.count)
         expert = jnp.where(jnp.arange(self.num_rows) < number, which.expert, self.num_experts)
-        row = self.place(bank, jnp.minimum(expert, self.num_experts - 1))
-        return ExpertRows(expert, jnp.minimum(row, jax.tree.leaves(bank.weights)[0].shape[0] - 1), number)
-
-    def place(self, bank: ExpertBank, expert: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-        """Returns the rows of `bank.weights` that hold these experts."""
-        return expert if self.whole or self.every else bank.row[expert]
+        row = bank.row[jnp.minimum(expert, self.num_experts - 1)]
+        return ExpertRows(expert, jnp.minimum(row, self.num_rows - 1), number)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import Upload
-from hfedmoe_jax.bank import BankLayout, ExpertBank, ExpertRows, flat
+from hfedmoe_jax.bank import BankLayout, ExpertBank, ExpertRows, flat, row_of
 from hfedmoe_jax.budgeted import (
     ALONE,
     Place,
@@ -168,9 +168,8 @@ def make_client(
     def by_routers(start: Params, rest: Params, tokens: Array) -> tuple[Seen, Array]:
         """What the routers say of a batch when no expert runs, and which of its tokens are real."""
         nobody = slots_of(jnp.zeros((model.num_layers, 1), bool), 1)
-        _, seen, _, _ = forward_pass(
-            model, rest, flat(start.experts), nobody.expert, nobody, None, tokens, factor, ALONE
-        )
+        read = functools.partial(row_of, flat(start.experts))
+        _, seen, _, _ = forward_pass(model, rest, read, nobody, None, tokens, factor)
         return seen, model.real(tokens).reshape(-1)
 
     def train(start: Params, client: ClientData, key: Array) -> ClientUpdate:
@@ -179,7 +178,7 @@ def make_client(
         shared = start.shared if used is None else start.shared | {model.pieces.table: table[used]}
         rest = Params(None, start.router, shared)
         held, _ = experts_here(model, place)
-        layout = BankLayout(model.num_layers, held, tier, touched, whole=routed)
+        layout = BankLayout(model.num_layers, held, tier, touched)
 
         def step(carry: Carry, batch):
             tokens, labels, step_key, first = batch
@@ -190,10 +189,12 @@ def make_client(
                 ran = score.select(importance, client.budget)
                 bank = layout.enter(bank, start.experts, here(model, ran, place))
             run_slots = layout.slots(here(model, ran, place))
+            read = functools.partial(layout.read_any, bank, start.experts)
+            if not routed:
+                read = functools.partial(layout.read, bank)
             x, seen, _, residuals = forward_pass(
-                model, params, bank.weights, layout.place(bank, run_slots.expert), run_slots, ran, tokens,
-                factor, place, remat,
-            )  # fmt: skip
+                model, params, read, run_slots, ran, tokens, factor, place, remat
+            )
             head = {name: params.shared[name] for name in model.pieces.head_parts}
             (loss, logits), (d_head, dx) = jax.value_and_grad(cross_entropy, (0, 1), has_aux=True)(
                 head, x, tokens, labels
@@ -207,7 +208,7 @@ def make_client(
 
             active, scored = ran, Batch(seen, token_mask, step_key, first)
             if score is not None and routed:
-                norms = functools.partial(gradient_norms, layout, bank, backward, place)
+                norms = functools.partial(gradient_norms, layout, read, backward, place)
                 importance = score.of_batch(importance, scored, norms)
                 active = score.select(importance, client.budget)
                 bank = layout.enter(bank, start.experts, here(model, active, place))
@@ -277,7 +278,7 @@ def make_client(
     return train
 
 
-def gradient_norms(layout: BankLayout, bank: ExpertBank, backward: Callable, place: Place) -> Array:
+def gradient_norms(layout: BankLayout, read: Callable, backward: Callable, place: Place) -> Array:
     """Returns the L2 norm of each expert's gradient [L, E], by a backward pass of its own."""
 
     def note(norms, expert, weights, gradient, reached):
@@ -285,7 +286,7 @@ def gradient_norms(layout: BankLayout, bank: ExpertBank, backward: Callable, pla
         return norms.at[expert].set(jnp.where(reached, jnp.sqrt(square), norms[expert]))
 
     _, _, norms = backward(
-        layout.slots(None), lambda _, expert: layout.read(bank, expert), note, jnp.zeros(layout.num_experts)
+        layout.slots(None), lambda _, expert: read(expert), note, jnp.zeros(layout.num_experts)
     )
     return everywhere(norms.reshape(layout.num_layers, layout.held), place)
 

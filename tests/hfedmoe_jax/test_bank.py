@@ -21,9 +21,9 @@ SIZES = [(2, 4), (3, 3), (1, 5), (6, 6), (4, 12)]
 
 
 @functools.cache
-def bank_of(tier, touched, whole):
+def bank_of(tier, touched):
     """Returns a layout and its operations, compiled once."""
-    layout = BankLayout(LAYERS, HELD, tier, touched, whole)
+    layout = BankLayout(LAYERS, HELD, tier, touched)
 
     def step(bank, expert, gradient, trained):
         return layout.update(bank, expert, layout.read(bank, expert), gradient, trained, ADAM)
@@ -34,6 +34,7 @@ def bank_of(tier, touched, whole):
         jax.jit(layout.enter),
         jax.jit(step),
         jax.jit(layout.rows_of),
+        jax.jit(layout.read_any),
     )
 
 
@@ -66,12 +67,12 @@ def rounds(draw):
     return tier, touched, batches
 
 
-@given(rounds(), st.booleans(), st.integers(0, 2**16))
+@given(rounds(), st.integers(0, 2**16))
 @settings(max_examples=40)
-def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, whole, seed):
+def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, seed):
     """Rows enter once and in order; an update moves one row, if it trained; `rows_of` finds them again."""
     tier, touched, batches = drawn
-    layout, open_bank, enter, step, rows_of = bank_of(tier, touched, whole)
+    layout, open_bank, enter, step, rows_of, read_any = bank_of(tier, touched)
     start, rng = start_of(seed), np.random.default_rng(seed)
     bank = open_bank(start)
     held: dict = {}
@@ -108,6 +109,9 @@ def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, whole, seed):
             else:
                 assert bits(own) == bits(held[expert])
     assert int(bank.count) == len(order)
+    for expert in range(EXPERTS):  # of those that never entered the global weights
+        expected = layout.read(bank, expert) if expert in order else expert_of(start, expert)
+        assert bits(read_any(bank, start, expert)) == bits(expected)
     trained = np.zeros((LAYERS, HELD), bool)
     trained.reshape(-1)[list(held)] = rng.random(len(held)) < 0.7
     rows = rows_of(bank, trained)
@@ -120,14 +124,13 @@ def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, whole, seed):
     assert np.all((np.asarray(rows.row) >= 0) & (np.asarray(rows.row) < size))
 
 
-@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("tier", "touched"), SIZES)
-def test_arrays_have_a_row_for_each_expert_that_a_round_touches(tier, touched, whole):
-    layout = BankLayout(LAYERS, HELD, tier, touched, whole)
+def test_arrays_have_a_row_for_each_expert_that_a_round_touches(tier, touched):
+    layout = BankLayout(LAYERS, HELD, tier, touched)
     bank = jax.eval_shape(lambda start: layout.open(start, ADAM), start_of())
     rows = min(max(touched, 2), EXPERTS)  # two at least, see `BankLayout`
     assert {leaf.shape[0] for leaf in jax.tree.leaves(bank.state)} == {rows}
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(bank.weights)} == {EXPERTS if whole else rows}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(bank.weights)} == {rows}
     trained = jax.eval_shape(layout.rows_of, bank, jax.ShapeDtypeStruct((LAYERS, HELD), bool))
     assert trained.expert.shape == trained.row.shape == (rows,)
     slots = jax.eval_shape(layout.slots, jax.ShapeDtypeStruct((LAYERS, HELD), bool))
@@ -136,7 +139,7 @@ def test_arrays_have_a_row_for_each_expert_that_a_round_touches(tier, touched, w
 
 
 def test_a_client_that_selects_nothing_brings_nothing():
-    layout, open_bank, enter, *_ = bank_of(2, 4, False)
+    layout, open_bank, enter, *_ = bank_of(2, 4)
     bank = open_bank(start_of())
     assert layout.enter(bank, start_of(), None) is bank
     assert bits(enter(bank, start_of(), np.zeros((LAYERS, HELD), bool))) == bits(bank)

@@ -10,6 +10,7 @@ import pytest
 from masked_oracle import bits, make_look
 from tiny import tiny_batches, tiny_config, tiny_model, tiny_params
 
+from hfedmoe_jax.bank import flat, row_of
 from hfedmoe_jax.budgeted import ALONE, Place, backward_pass, forward_pass, predict
 from hfedmoe_jax.models import all_slots, open_controls, slots_of
 
@@ -31,10 +32,6 @@ def chosen(name):
     return np.array(SELECTIONS[name], bool)
 
 
-def flat(experts):
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), experts)
-
-
 def make_step(config, forward: str, place: Place = ALONE):
     """Returns a step, (params, tokens, labels, selected) -> losses, gradients (of multipliers), seen."""
     model = tiny_model(config)
@@ -45,8 +42,8 @@ def make_step(config, forward: str, place: Place = ALONE):
         run, ran = (all_slots(LAYERS, EXPERTS), None) if forward == "routed" else (slots, selected)
 
         x, seen, balance, residuals = forward_pass(
-            model, params, experts, run.expert, run, ran, tokens, config.model.capacity_factor, place,
-            config.model.remat,
+            model, params, lambda expert: row_of(experts, expert), run, ran, tokens,
+            config.model.capacity_factor, place, config.model.remat,
         )  # fmt: skip
 
         def cross_entropy(head, x):

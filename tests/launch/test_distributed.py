@@ -69,8 +69,8 @@ with joined, Checkpoints(directory, keep=2) as checkpoints:
         mesh=mesh, in_specs=PartitionSpec("clients"), out_specs=PartitionSpec(),
     ))
     assert np.array_equal(total(state(1, mesh)["sharded"]), values(1)["sharded"].sum(0))
-    assert gather_processes(np.float64(1 / 3 + int(process))).tolist() == [
-        1 / 3 + other for other in range(int(processes))
+    assert gather_processes(np.array([[1 / 3, -0.0, int(process)]])).tolist() == [
+        [[1 / 3, -0.0, other]] for other in range(int(processes))
     ]
     step = 0
     if restore != "0":

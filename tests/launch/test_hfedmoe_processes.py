@@ -5,9 +5,13 @@ import signal
 import socket
 import time
 
+import numpy as np
 import pytest
 import tiny_run
 
+from configs.hfedmoe import get_config
+from hfedmoe_jax.errors import InputError
+from launch import hfedmoe
 from launch.processes import EXIT_PROCESS_LOST
 
 DEVICES = 4
@@ -81,9 +85,20 @@ def assert_near(one: list[dict], other: list[dict]) -> None:
                 assert float(text) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-5), name
 
 
+def test_processes_with_unlike_configs_are_refused(monkeypatch):
+    digests = []
+    monkeypatch.setattr(hfedmoe, "gather_processes", lambda own: digests.append(own) or np.stack(digests))
+    config = get_config("smoke")
+    for _ in range(2):
+        hfedmoe.check_same_everywhere(config)
+    config.seed += 1
+    with pytest.raises(InputError, match="process 0 has another config"):
+        hfedmoe.check_same_everywhere(config)
+
+
 def test_when_one_is_killed_the_others_stop_and_one_process_goes_on(tmp_path, texts):
     rounds, keep = 300, 4
-    fields = FIELDS | {"fl__rounds": rounds, "checkpoint__every": 1, "checkpoint__keep": keep}
+    fields = FIELDS | {"fl__rounds": rounds, "eval__every": rounds, "checkpoint__keep": keep}
     workdir = tmp_path / "run"
     command = tiny_run.arguments(workdir, texts, **fields)
     children = start_group(2, 2, command)
