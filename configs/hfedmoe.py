@@ -144,7 +144,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     model.eval_capacity_factor = 2.0
     model.load_balance = 0.01  # weight of the load-balancing loss
     model.precision = "float32"  # of the products: float32 | bfloat16
-    model.remat = False  # keep a layer's input alone and compute the rest again in the backward pass
+    model.remat = False  # compute most of a layer again in the backward pass instead of keeping it
 
     fl = config.fl = ConfigDict()
     fl.algorithm = "hfedmoe"  # see hfedmoe_jax/algorithms.py

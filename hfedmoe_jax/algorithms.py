@@ -21,7 +21,7 @@ from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.population import (
     NOBODY,
     Block,
-    fetch_last_but_two,
+    fetch_finished,
     place_of,
     plan_blocks,
     put_members,
@@ -241,7 +241,7 @@ def build_algorithm(
             running, told = engine.run(block.tier, running, state, data, count, key)
             blocks.append(block)
             outputs.append(told)
-            fetch_last_but_two(outputs)
+            fetch_finished(outputs)
         params, optimizer_state = engine.finish(running, state)
         size = sum(int(block.count.sum()) for block in blocks)
         client, upload, report, uploaded = unstack_members(blocks, outputs, size)

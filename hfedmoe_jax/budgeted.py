@@ -195,7 +195,8 @@ def forward_pass(
       slots: experts of this device that serve tokens.
       forward: the experts that tokens may be sent to; None for all.
       capacity_factor: see `expert_capacity`.
-      remat: keep no more of a layer than its input; the backward pass computes the rest again.
+      remat: keep of a layer its input and what its experts read and gave; the backward pass computes the
+        rest again.
 
     Returns:
       The input of the head, what the routers did, the load-balancing loss, and the residuals.

@@ -24,6 +24,7 @@ CLIENTS, EXPERTS = "clients", "experts"
 EVERYWHERE, BY_CLIENT = PartitionSpec(), PartitionSpec(CLIENTS)
 BLOCK = 16  # members of a block on a device, if a chunk is not larger
 MOST_CHUNK = 64
+IN_FLIGHT = 8  # blocks that the host is ahead of the devices
 NOBODY = -1
 
 
@@ -239,14 +240,13 @@ def collect(mesh: Mesh) -> Callable[[Any], Any]:
     return jax.jit(lambda tree: tree, out_shardings=NamedSharding(mesh, EVERYWHERE))
 
 
-def fetch_last_but_two(outputs: list[Any]) -> None:
-    """Moves the outputs of the last block but two to the host, when they are there.
+def fetch_finished(outputs: list[Any]) -> None:
+    """Moves the outputs of a block to the host once `IN_FLIGHT` later ones are on their way to the devices.
 
-    So no more than two blocks are under way, which keeps the devices busy, and their memory does not
-    follow the population.
+    A round of so few blocks never waits; in a longer one device memory does not follow the population.
     """
-    if len(outputs) > 2:
-        outputs[-3] = jax.device_get(outputs[-3])
+    if len(outputs) > IN_FLIGHT:
+        outputs[-1 - IN_FLIGHT] = jax.device_get(outputs[-1 - IN_FLIGHT])
 
 
 def map_members(
@@ -268,7 +268,7 @@ def map_members(
             _, output = program((), broadcast, put_members(mesh, members), put_members(mesh, block.count))
             done.append(block)
             outputs.append(readable(output))
-            fetch_last_but_two(outputs)
+            fetch_finished(outputs)
         return unstack_members(done, outputs, sum(int(block.count.sum()) for block in done))
 
     return run

@@ -2,13 +2,14 @@
 
 from hfedmoe_jax.models.build import MoeModel, build_model
 from hfedmoe_jax.models.cost import ModelCost, model_cost
-from hfedmoe_jax.models.dispatch import dispatchers
+from hfedmoe_jax.models.dispatch import DISPATCHERS
 from hfedmoe_jax.models.params import Params, merge_params, split_params, tree_bytes
 from hfedmoe_jax.models.pieces import Pieces
 from hfedmoe_jax.models.routing import ExpertControls, Routing, load_balancing_loss, open_controls, own_choice
 from hfedmoe_jax.models.slots import Slots, all_slots, slots_of
 
 __all__ = [
+    "DISPATCHERS",
     "ExpertControls",
     "ModelCost",
     "MoeModel",
@@ -18,7 +19,6 @@ __all__ = [
     "Slots",
     "all_slots",
     "build_model",
-    "dispatchers",
     "load_balancing_loss",
     "merge_params",
     "model_cost",

@@ -24,7 +24,8 @@ class MoeModel(NamedTuple):
 
     Attributes:
       init: key -> Params.
-      apply: (params, tokens [B, T], controls, training) -> (logits [B, classes], Routing).
+      apply: (params, tokens [B, T], controls, training) -> (logits [B, classes], Routing); the reference
+        that `pieces` are tested against, used in training no more.
         `training` (static) chooses between the two capacity factors.
       pieces: the same model cut for `hfedmoe_jax.budgeted`.
       real: tokens [B, T] -> bool [B, T], False for padding.
@@ -48,7 +49,7 @@ def build_model(
     """Returns the model of `config` (the section `model` of a run's config).
 
     Args:
-      dispatch: how the reference `apply` runs its experts, a name in `dispatchers`.
+      dispatch: how the reference `apply` runs its experts, a name in `DISPATCHERS`.
 
     Raises:
       InputError: a size below one, heads that do not divide the width, top_k above the experts.

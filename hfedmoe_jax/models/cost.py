@@ -6,12 +6,11 @@ Axes: B batch, T tokens, N = B * T, L layers, E experts, D model, F hidden, S sl
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.models.dispatch import expert_capacity
 from hfedmoe_jax.models.params import Params, tree_bytes
-
-FLOAT_BYTES = 4
 
 
 class ModelCost(NamedTuple):
@@ -43,9 +42,11 @@ def model_cost(
     """Returns the cost of training `params` on batches of one shape.
 
     Parameters, gradients and optimizer state are counted from the arrays themselves. Activations are
-    those that the backward pass reads again: per layer nine [N, D] tensors (norm inputs and outputs,
-    queries, keys, values, attention and expert outputs) and two [B, heads, T, T], per expert
-    its S slots of input and hidden units before and after the ReLU.
+    those that the backward pass reads again, in the model's precision: per layer nine [N, D] tensors
+    (norm inputs and outputs, queries, keys, values, attention and expert outputs) and two [B, heads, T, T],
+    per expert its S slots of input and hidden units before and after the ReLU. With `remat` a layer keeps
+    three [N, D] (its input, its experts' inputs and outputs) and computes the rest again when its turn
+    comes, one layer at a time; an expert keeps its output alone.
 
     Args:
       config: the section `model`.
@@ -57,10 +58,15 @@ def model_cost(
     num_experts = config.num_layers * config.num_experts
     shared_bytes = tree_bytes((params.router, params.shared))
     expert_bytes = tree_bytes(params.experts) // num_experts
-    attention_maps = 2 * batch_size * config.num_heads * seq_len**2
-    shared_activations = FLOAT_BYTES * config.num_layers * (9 * tokens * config.width + attention_maps)
+    bytes_each = jnp.dtype(config.precision).itemsize
+    layer = 9 * tokens * config.width + 2 * batch_size * config.num_heads * seq_len**2
     slots = expert_capacity(tokens, config.num_experts, config.top_k, config.capacity_factor)
-    expert_activations = FLOAT_BYTES * slots * (config.width + 2 * config.hidden)
+    if config.remat:
+        shared_activations = bytes_each * (config.num_layers * 3 * tokens * config.width + layer)
+        expert_activations = bytes_each * slots * config.width
+    else:
+        shared_activations = bytes_each * config.num_layers * layer
+        expert_activations = bytes_each * slots * (config.width + 2 * config.hidden)
     classes = jax.tree.leaves(params.shared["head"]["classes"]["bias"])[0].size
     layer_flop = 8 * tokens * config.width**2 + 4 * tokens * seq_len * config.width
     router_flop = 2 * tokens * config.width * config.num_experts

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hfedmoe_jax.models.routing import Assignment
-from hfedmoe_jax.registry import Registry
 
 
 class ExpertWeights(NamedTuple):
@@ -37,9 +36,6 @@ class SlotPlan(NamedTuple):
     token: Int[Array, "experts slots"]
 
 
-dispatchers = Registry("model.dispatch")
-
-
 def feed_forward(
     x_esd: Float[Array, "experts slots model"],
     weights: ExpertWeights,
@@ -59,7 +55,6 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
     return max(1, min(num_tokens, math.ceil(capacity_factor * even_share)))
 
 
-@dispatchers.register("dense")
 def dense(
     x_nd: Float[Array, "tokens model"],
     assignment: Assignment,
@@ -100,7 +95,6 @@ def take_rows(array: Float[Array, "rows width"], index: Int[Array, "*shape"]) ->
     return array.at[index].get(mode="fill", fill_value=0)
 
 
-@dispatchers.register("capacity")
 def capacity_gather(
     x_nd: Float[Array, "tokens model"],
     assignment: Assignment,
@@ -121,3 +115,7 @@ def capacity_gather(
     weight_kn = jnp.where(kept_kn, assignment.weight.T, 0.0)
     y_knd = take_rows(y_esd.reshape(num_experts * capacity, -1), plan.slot)
     return jnp.einsum("kn,knd->nd", weight_kn, y_knd), kept_kn.T
+
+
+DISPATCHERS = {"dense": dense, "capacity": capacity_gather}
+"""What the reference model may run its experts by; training has `hfedmoe_jax.budgeted`."""

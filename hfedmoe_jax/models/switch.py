@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.models.attention import masked_attention
-from hfedmoe_jax.models.dispatch import ExpertWeights, dispatchers, expert_capacity
+from hfedmoe_jax.models.dispatch import DISPATCHERS, ExpertWeights, expert_capacity
 from hfedmoe_jax.models.pieces import Pieces
 from hfedmoe_jax.models.routing import ExpertControls, Routing, assign
 
@@ -63,7 +63,7 @@ class MixtureOfExperts(nn.Module):
         gates, assignment = assign(router(x_nd), controls.forward, token_mask, self.top_k)
         weights = Experts(self.num_experts, self.hidden, name="experts")(x_nd.shape[-1])
         capacity = expert_capacity(x_nd.shape[0], self.num_experts, self.top_k, capacity_factor)
-        y_nd, kept = dispatchers[self.dispatch](
+        y_nd, kept = DISPATCHERS[self.dispatch](
             x_nd, assignment, weights, controls.backward, controls.multiplier, capacity
         )
         one_hot_nke = nn.one_hot(assignment.expert, self.num_experts, dtype=bool)

@@ -251,8 +251,15 @@ def test_local_keeps_a_model_a_client():
     for client, update in zip((0, 3), updates, strict=True):
         mine = jax.tree.map(lambda x, c=client: x[c], state.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), mine, update.params)
+        np.testing.assert_array_equal(state.records.times_trained[client], update.upload.trained)
     for client in (1, 2, 4):
         jax.tree.map(lambda x, p, c=client: np.testing.assert_array_equal(x[c], p), state.params, params)
+
+
+def test_local_runs_every_budget_in_one_program():
+    config, _, algorithm = build(fl__algorithm="local", fl__score="random", budget__tiers=3)
+    assert len(set(BUDGETS.tolist())) == 3
+    assert [block.tier for block in algorithm.plan(np.arange(CLIENTS))] == [BUDGETS.max()]
 
 
 def test_the_server_remembers_its_clients():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from masked_oracle import bits
 from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config
 
@@ -81,9 +82,12 @@ def run(experiment):
     """The loop of the module's docstring: every round's row and parameters, and the last state."""
     state = experiment.init()
     rows, params = [], []
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
+        before = compilations()
         state, row, failures = experiment.step(state)
         assert failures == []
+        if number > 1:  # the second round is the first with an evaluation
+            assert compilations() == before
         rows.append(row)
         params.append(jax.tree.map(np.array, state.server.params))
     return rows, params, state
@@ -107,12 +111,9 @@ def test_every_round_has_a_row_and_some_an_evaluation(run):
 
 def test_every_program_compiles_once_in_a_run(experiment, run):
     """A tier's program takes its first round's server state and every later one alike."""
-    assert {name: program._cache_size() for name, program in experiment.algorithm.programs.items()} == {
-        "tier 4": 1,
-        "open": 1,
-        "settle": 0,  # for more clients a device than these
-        "finish": 1,
-    }
+    sizes = {name: program._cache_size() for name, program in experiment.algorithm.programs.items()}
+    del sizes["settle"]  # which all engines share
+    assert sizes == {"tier 4": 1, "open": 1, "finish": 1}
 
 
 def test_a_run_goes_on_from_a_copy_of_its_state_bit_for_bit(experiment, run):
@@ -307,11 +308,11 @@ import json
 import jax
 import hfedmoe_jax.experiment
 from test_experiment import FIELDS, Experiment, make_mesh, tiny_config, tiny_data
-assert jax.device_count() == 4
+assert jax.device_count() == 8
 hfedmoe_jax.experiment.chunk_size = lambda wanted, cost, mesh: wanted  # as on an accelerator
 results = []
-for devices, experts, chunk in ((2, 2, 1), (4, 2, 2)):
-    every = 2 if devices == 4 else 5  # the other mesh does not compile an evaluation
+for devices, experts, chunk in ((2, 2, 1), (8, 2, 2)):
+    every = 2 if devices == 8 else 5  # the other mesh does not compile an evaluation
     config = tiny_config(**FIELDS | dict(fl__chunk=chunk, eval__every=every))
     experiment = Experiment(config, make_mesh(jax.devices()[:devices], experts), tiny_data())
     state = experiment.init()
@@ -321,16 +322,17 @@ for devices, experts, chunk in ((2, 2, 1), (4, 2, 2)):
         state, row, _ = experiment.step(state)
         results.append([row, state.server.records.usage.tolist()])
     sizes = {name: program._cache_size() for name, program in experiment.algorithm.programs.items()}
-    assert sizes.pop("settle") == 0 and set(sizes.values()) == {1}
+    del sizes["settle"]
+    assert set(sizes.values()) == {1}
 print(json.dumps(results))
 """
 
 
 def test_clients_and_experts_on_several_devices_change_nothing(experiment):
-    """Meshes of clients x experts: 1 x 2, and 2 x 2 with a chunk of two; three clients a round."""
+    """Meshes of clients x experts: 1 x 2, and 4 x 2 with a chunk of two; three clients a round."""
     folders = [str(pathlib.Path(__file__).parents[depth]) for depth in (0, 1, 2)]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": os.pathsep.join(folders),
     }

@@ -12,7 +12,7 @@ from tiny import TOKENS, tiny_config, tiny_model, tiny_params
 from hfedmoe_jax.algorithms import build_algorithm
 from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.engines import Clients
-from hfedmoe_jax.population import make_mesh
+from hfedmoe_jax.population import IN_FLIGHT, make_mesh, stack_members
 
 BUDGETS = (1, 2, 3, 5, 6)  # of each client
 ROUNDS = 2
@@ -29,8 +29,8 @@ def rounds(chunk: int, tiers: int, **fields):
         state, metrics = step(algorithm, state, data, jax.random.key(number))
         results.append((jax.tree.map(np.array, state), metrics))
     sizes = {name: program._cache_size() for name, program in algorithm.programs.items()}
-    # Compiled once: a program a tier, and what opens and ends a round; so few clients need no settling.
-    assert sizes.pop("settle") == 0 and set(sizes.values()) == {1} and len(sizes) == tiers + 2
+    del sizes["settle"]  # which all engines share
+    assert set(sizes.values()) == {1} and len(sizes) == tiers + 2  # a program a tier, and two more
     return results
 
 
@@ -71,7 +71,7 @@ HEAVY = {
 @functools.cache
 def lowered(num_clients: int, tier: int):
     """Returns a tier's program, not yet compiled, for the first block of a cohort of all clients."""
-    config = tiny_config(**HEAVY)
+    config = tiny_config(**HEAVY, fl__clients=num_clients, fl__clients_per_round=num_clients)
     model = tiny_model(config)
     budgets = np.where(np.arange(num_clients) % 2, 4, 16).astype(np.int32)
     mesh = make_mesh(jax.devices()[:1])
@@ -94,13 +94,15 @@ def lowered(num_clients: int, tier: int):
 
 
 @functools.cache
-def memory(tier: int):
-    return lowered(16, tier).compile().memory_analysis()
+def memory(tier: int, num_clients: int = 16):
+    return lowered(num_clients, tier).compile().memory_analysis()
 
 
 def test_memory_is_that_of_a_block_whatever_the_cohort():
-    """The program of 4,096 clients a round is that of 16, to the letter; its sums are updated in place."""
-    assert lowered(4096, 4).as_text() == lowered(16, 4).as_text()
+    """The program of 4,096 clients a round takes what that of 16 takes; its sums are updated in place."""
+    one, other = memory(4), memory(4, 4096)
+    for part in ("argument", "output", "temp", "alias"):
+        assert getattr(one, f"{part}_size_in_bytes") == getattr(other, f"{part}_size_in_bytes") > 0, part
     sums = sum(4 * 2 * leaf.size for leaf in jax.tree.leaves(tiny_params(**HEAVY)))
     assert memory(4).alias_size_in_bytes >= sums
 
@@ -110,3 +112,47 @@ def test_memory_falls_with_the_tier():
     quarter, full = memory(4), memory(16)
     assert quarter.temp_size_in_bytes < 0.4 * full.temp_size_in_bytes
     assert quarter.argument_size_in_bytes == full.argument_size_in_bytes
+
+
+COHORT = 480  # clients; thirty blocks on one device
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """An algorithm for many clients, with what their rounds hold on the device and how often they wait."""
+    budgets = tuple(np.resize(BUDGETS[:3], COHORT).tolist())
+    config, _, algorithm = build(1, budgets, budget__tiers=3, fl__local_steps=1)
+    state = algorithm.init(tiny_params(**MODEL))
+    waits, held = [], []
+
+    def portions(blocks, data):
+        for block in blocks:
+            held.append(sum(x.nbytes for x in jax.live_arrays()))
+            yield algorithm.portion(block, stack_members(data, block.members))
+
+    def run(size):
+        nonlocal state
+        waits.clear(), held.clear()
+        data = cohort(config, [0] * size)._replace(
+            client=np.arange(size, dtype=np.int32), budget=np.int32(budgets[:size])
+        )
+        blocks = algorithm.plan(np.arange(size))
+        with pytest.MonkeyPatch.context() as patch:
+            fetch = jax.device_get
+            patch.setattr(jax, "device_get", lambda tree: waits.append(1) or fetch(tree))
+            state, _ = algorithm.round(state, portions(blocks, data), jax.random.key(0))
+        return len(blocks), len(waits), max(held)
+
+    run(3)  # compiles
+    return run
+
+
+def test_a_round_of_few_blocks_does_not_wait_for_the_devices(crowd):
+    """Three tiers are three blocks at least; a longer round waits, so that its outputs do not gather."""
+    assert crowd(6)[:2] == (3, 0)
+    blocks, waits, _ = crowd(COHORT)
+    assert blocks == 30 and waits == blocks - IN_FLIGHT
+
+
+def test_what_lies_on_the_device_does_not_follow_the_cohort(crowd):
+    assert crowd(COHORT)[2] == crowd(COHORT // 2)[2]

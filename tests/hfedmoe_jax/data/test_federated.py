@@ -161,6 +161,19 @@ def test_equal_configs_give_equal_data(make_config, corpus_file):
     assert "client_train" not in equal_fields(one, iid)
 
 
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_hosts_have_their_own_clients_passages_and_no_others(make_config, corpus_file, hosts):
+    data = load_federated(make_config(train_path=corpus_file))
+    parts = [data.of_host(host, hosts) for host in range(hosts)]
+    assert sum(len(part.train.labels) for part in parts) == len(data.train.labels)
+    for client, (train, held) in enumerate(zip(data.client_train, data.client_holdout, strict=True)):
+        for host, part in enumerate(parts):
+            mine = host == client % hosts
+            for rows, own in ((train, part.client_train[client]), (held, part.client_holdout[client])):
+                np.testing.assert_array_equal(part.train.tokens[own], data.train.tokens[rows if mine else []])
+                np.testing.assert_array_equal(part.train.labels[own], data.train.labels[rows if mine else []])
+
+
 def test_the_seed_moves_partition_and_holdout(make_config, corpus_file):
     # The labels of the training documents are the same for any seed, and iid looks at nothing else.
     def load(seed, clients):

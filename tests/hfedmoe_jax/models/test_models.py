@@ -140,6 +140,25 @@ def test_cost_counts_the_real_arrays():
     assert cost.expert_training_bytes == 4 * expert_numbers + adam_bytes + 4 * slots * (32 + 2 * 64)
 
 
+def test_activations_follow_precision_and_remat():
+    """[N, D] is 32 x 16, the attention maps are 2 x 4 x 2 x 8 x 8, an expert has 32 slots."""
+    sizes = dict(model__width=16, model__hidden=64, model__num_layers=3)
+
+    def activations(**fields):
+        config = tiny_config(**sizes, **fields)
+        params = jax.eval_shape(tiny_model(config).init, jax.random.key(0))
+        state = jax.eval_shape(per_expert(build_optimizer(config.client, "sgd", "client")).init, params)
+        cost = model_cost(config.model, params, state, batch_size=4, seq_len=TOKENS)
+        held = 2 * cost.shared_parameter_bytes + tree_bytes(state.rest)
+        expert = cost.expert_parameter_bytes + tree_bytes(state.experts) // cost.num_experts
+        return cost.shared_training_bytes - held, cost.expert_training_bytes - expert
+
+    layer, expert = 9 * 32 * 16 + 2 * 4 * 2 * 8 * 8, 32 * (16 + 2 * 64)
+    assert activations() == (4 * 3 * layer, 4 * expert)
+    assert activations(model__precision="bfloat16") == (2 * 3 * layer, 2 * expert)
+    assert activations(model__remat=True) == (4 * (3 * 3 * 32 * 16 + layer), 4 * 32 * 16)
+
+
 def test_activation_estimate_is_near_what_autodiff_stores():
     config = tiny_config(model__width=64, model__hidden=128, model__num_heads=4, model__capacity_factor=1.0)
     config.data.seq_len = 32
