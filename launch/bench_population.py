@@ -19,7 +19,7 @@ from hfedmoe_jax.models import own_choice
 from hfedmoe_jax.population import BY_CLIENT, CLIENTS, make_mesh
 from hfedmoe_jax.refresh import Batch, build_scoring
 from launch.bench_population_beside import peers_table
-from launch.bench_population_rounds import BALANCED, SEED, SHARE, Rounds, Size
+from launch.bench_population_rounds import SEED, SHARE, Rounds, Size
 from launch.bench_population_scaling import MEGABYTE, compile_table, memory_table, scaling_table
 from launch.compiled import total_flop
 from launch.timing import Table, each_of, rate, ratio, time_together
@@ -155,12 +155,10 @@ def budget_tables(scale: Scale, mesh: Mesh, repeats: int) -> Iterator[Table]:
 
 
 def _budget_rows(size: Size, clients: int, mesh: Mesh, product: int, repeats: int) -> tuple[list, list]:
-    populations = {ALL: Rounds(size, clients, mesh, client=BALANCED)}
+    populations = {ALL: Rounds(size, clients, mesh)}
     for forward, refresh, share in BUDGETS:
         fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))
-        populations[forward, refresh, share] = Rounds(
-            size, clients, mesh, budgets=(share,), client=BALANCED, **fields
-        )
+        populations[forward, refresh, share] = Rounds(size, clients, mesh, budgets=(share,), **fields)
     with ThreadPoolExecutor() as pool:  # compiling keeps one core busy
         costs = pool.map(lambda rounds: cost(rounds, clients), populations.values())
     costs = dict(zip(populations, costs, strict=True))
@@ -208,7 +206,7 @@ def cost(rounds: Rounds, clients: int) -> Cost:
 
 def make_peak(mesh: Mesh, rows: int, dtype: str) -> tuple[Callable[[], None], float]:
     """Returns a call that multiplies square matrices on every device at once, and its FLOP."""
-    devices, turns = mesh.shape[CLIENTS], 4
+    devices, turns = mesh.shape[CLIENTS], 32  # long enough to reach its speed after a round
     rng = np.random.default_rng(SEED)
     # Of norm one, so that a chain of products neither vanishes nor overflows.
     matrix = np.linalg.qr(rng.standard_normal((rows, rows)))[0]
@@ -229,7 +227,7 @@ def refresh_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
     for forward, refresh in MOMENTS:
         fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))
         name = f"{forward} {refresh}"
-        populations[name] = rounds = Rounds(size, clients, mesh, budgets=(share,), client=BALANCED, **fields)
+        populations[name] = rounds = Rounds(size, clients, mesh, budgets=(share,), **fields)
         calls[name] = rounds.of(clients)
         calls[f"{name} selection"] = make_selection(rounds)
     times = time_together(repeats, **calls)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models.params import merge_params
 from launch.bench_population_peers import ARRANGEMENTS, require
-from launch.bench_population_rounds import BALANCED, LEARNING_RATE, SHARE, Rounds, Size
+from launch.bench_population_rounds import LEARNING_RATE, SHARE, Rounds, Size
 from launch.bench_population_torch import Loop, Settings, Task
 from launch.timing import Table, Timing, rate, ratio, time_together
 
@@ -34,7 +34,7 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
     ours = Rounds(size, clients, mesh)
     task = make_task(ours)
     active = Rounds(
-        size, clients, mesh, budgets=(SHARE,), client=BALANCED,
+        size, clients, mesh, budgets=(SHARE,),
         fl=dict(algorithm="hfedmoe", forward="active"), importance=dict(refresh="previous"),
     )  # fmt: skip
     own = {OURS: ours.of(clients), OURS_ACTIVE: active.of(clients)}
@@ -65,13 +65,16 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
             times = time_together(repeats, **own, **opened)
             rows += [row(name, times, fastest) for name in names[1:]]
     largest = max(value for *_, value in rows if value is not None)
+    compared = ours.losses[:COMPARED_ROUNDS]
+    fall = np.mean(compared[0]) - np.mean(compared[-1])
     return Table(
         f"Beside other packages, {clients} clients of the {size.name} model, fedavg; client-steps/s",
         ["who", "client-steps/s", f"over {fastest}", "largest difference of a loss"],
         rows,
-        f"Mean losses of a round apart from ours, over the first {COMPARED_ROUNDS} rounds: at most "
-        f"{largest:.1e} nats ({LARGEST_DIFFERENCE:g} would have stopped the suite). The packages take turns "
-        f"in groups, with ours and {fastest} in each; a ratio is of its group. At {SHARE:.0%} "
+        f"Mean losses of a round apart from ours, over the first {len(compared)} rounds: at most "
+        f"{largest:.1e} nats ({LARGEST_DIFFERENCE:g} would have stopped the suite); they fell by "
+        f"{fall:.2g}. The packages take turns in groups, with ours and {fastest} in each; a ratio is of its "
+        f"group. At {SHARE:.0%} "
         f"{np.mean(active.report.trained_size):.3g} of {size.all_experts} experts were trained."
         + "".join(f" {package} is not installed." for package in absent()),
     )

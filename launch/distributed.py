@@ -49,7 +49,7 @@ def start_devices(most: int, experts: int = 1) -> None:
       experts: see `num_devices`.
     """
     chosen = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in chosen:
+    if "xla_force_host_platform_device_count" in chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     if "xla_cpu_multi_thread_eigen" not in chosen:
         os.environ["XLA_FLAGS"] = f"{chosen} --xla_cpu_multi_thread_eigen=false".strip()

@@ -41,8 +41,8 @@ def record(tmp_path_factory):
     """What a run of the suite with tiny models writes."""
     workdir = tmp_path_factory.mktemp("suite")
     scale = Scale(
-        small=TINY, heavy=TINY._replace(name="other"), clients=CLIENTS, chunks=(1,), cohorts=(2, 3),
-        memory_cohorts=(1, 2), devices=(1, 64), product=8,
+        small=TINY, heavy=TINY._replace(name="other"), clients=CLIENTS, heavy_clients=2, chunks=(1,),
+        cohorts=(2, 3), memory_cohorts=(1, 2), devices=(1, 64), product=8,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(bench_population.SCALES, "cpu", scale)
