@@ -21,7 +21,7 @@ class Ledger(NamedTuple):
       simulated_time_s: sum of the rounds' simulated times.
       bytes_up, bytes_down: sums over clients and rounds.
       status_counts: int64 [4], client rounds by status (STATUS_NAMES).
-      train_s: real seconds spent in rounds, the first of each process (which compiles) left out.
+      train_s: real seconds spent in rounds, those that bring in a new tier (and compile) left out.
       timed_steps: the client steps of those rounds.
       wall_s: real seconds spent in rounds and evaluations.
     """

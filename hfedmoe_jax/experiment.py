@@ -156,7 +156,7 @@ class Experiment:
         self._evaluate = make_evaluate(*judged, config.model.eval_capacity_factor)
         self._usage = make_usage(*judged, config.model.capacity_factor)
         self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
-        self._ahead: dict[int, Ahead] = {}  # the next round's data, assembled while this one runs
+        self._ahead: tuple[int, Ahead] | None = None  # the next round's data, assembled while this one runs
 
     def _budgets(self) -> np.ndarray:
         """Returns each client's budget; all experts for an algorithm that ignores budgets."""
@@ -219,12 +219,15 @@ class Experiment:
         def assembled(number: int) -> Ahead:
             return Ahead(self.algorithm.portion(*pair) for pair in self.blocks(number))
 
-        ready = self._ahead.pop(round_number, None) or assembled(round_number)
-        for other in self._ahead.values():  # of a round that is not the next one after all
-            other.close()
+        number, ready = self._ahead or (None, None)
+        self._ahead = None
+        if number != round_number:
+            if ready:
+                ready.close()
+            ready = assembled(round_number)
         yield from ready
         if round_number < self.config.fl.rounds:
-            self._ahead = {round_number + 1: assembled(round_number + 1)}
+            self._ahead = (round_number + 1, assembled(round_number + 1))
 
     def step(self, state: RunState) -> tuple[RunState, dict[str, float], list[str]]:
         """Runs one round; `state` is consumed (its buffers are donated).

@@ -12,6 +12,7 @@
 Exit codes: 0 done, 2 a mistake in the command (one line says which), 130 interrupted.
 """
 
+import datetime
 import importlib
 import pathlib
 import shlex
@@ -111,7 +112,9 @@ def run(suite: str, workdir: pathlib.Path, repeats: int, options: dict[str, bool
         start_devices(SUITES[suite].devices)
     module = importlib.import_module(SUITES[suite].module)
     record = {"suite": suite, "command": command, "repeats": repeats, "versions": versions(), "tables": []}
-    print(f"{suite}: medians of {repeats} repeats; " + ", ".join(map(" ".join, record["versions"].items())))
+    record["date"] = datetime.date.today().isoformat()
+    print(f"{suite}, {record['date']}: medians of {repeats} repeats; ", end="")
+    print(", ".join(map(" ".join, record["versions"].items())))
     for table in module.measure(repeats, **options):
         print_table(table.title, table.columns, [list(map(cell, row)) for row in table.rows])
         print(f"  {table.note}" if table.note else "")

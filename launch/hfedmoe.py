@@ -140,6 +140,9 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     if selects and min(experiment.budgets) == experiment.cost.num_experts:
         print("note: every client can train all experts, so nothing is selected: give the devices less "
               "memory, or set budget.fraction, e.g. 0.25")  # fmt: skip
+    if config.fl.chunk > experiment.chunk:
+        print(f"note: fl.chunk={config.fl.chunk} is for accelerators: a CPU computes clients one at a time, "
+              "which is faster there")  # fmt: skip
     print("compiling the first round ...", flush=True)
 
 

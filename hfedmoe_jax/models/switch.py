@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.models.attention import masked_attention
+from hfedmoe_jax.models.attention import masked_attention, reference_attention
 from hfedmoe_jax.models.dispatch import DISPATCHERS, ExpertWeights, expert_capacity
 from hfedmoe_jax.models.pieces import Pieces
 from hfedmoe_jax.models.routing import ExpertControls, Routing, assign
@@ -79,7 +79,7 @@ class Block(nn.Module):
     moe_sizes: dict[str, Any]
     capacity_factor: float
     dtype: Any = None
-    attention_fn: Any = nn.dot_product_attention
+    attention_fn: Any = reference_attention
 
     def setup(self):
         self.norm_attention = nn.LayerNorm(dtype=self.dtype)
@@ -91,10 +91,7 @@ class Block(nn.Module):
 
     def attend(self, x_btd: Float[Array, "batch tokens model"], token_mask_bt: Bool[Array, "batch tokens"]):
         """Returns the residual stream after attention, and what the mixture of experts reads."""
-        mask = token_mask_bt
-        if self.attention_fn is nn.dot_product_attention:
-            mask = nn.make_attention_mask(token_mask_bt, token_mask_bt)
-        x_btd = x_btd + self.attention(self.norm_attention(x_btd), mask=mask)
+        x_btd = x_btd + self.attention(self.norm_attention(x_btd), mask=token_mask_bt)
         return x_btd, self.norm_moe(x_btd)
 
     def __call__(self, x_btd, token_mask_bt, controls):

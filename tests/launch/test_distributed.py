@@ -271,6 +271,37 @@ def test_clusters_are_known_by_their_environment(environment, kind):
     assert cluster(environment) == kind
 
 
+SLURM_TASK = """
+import sys
+import jax
+from launch.distributed import gather_processes, start_processes
+with start_processes(None, None, None, sys.argv[1]):
+    print(gather_processes(jax.process_index()).tolist())
+"""
+
+
+def test_tasks_of_slurm_meet_by_their_environment(tmp_path):
+    """Two processes with what `srun` sets for the tasks of a step on one host; SLURM itself is not here."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    environment = os.environ | job | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLURM_TASK, str(tmp_path)],
+            env=environment | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        ends = [(*task.communicate(timeout=120), task.returncode) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert ends == 2 * [("[0, 1]\n", "", 0)]
+
+
 @pytest.mark.parametrize("cores", [1, 2, 3, 7, 8])
 @pytest.mark.parametrize("most", [1, 2, 3, 16])
 @pytest.mark.parametrize("experts", [1, 2, 3, 4])
@@ -291,6 +322,10 @@ def test_devices_are_set_up_unless_the_user_did(monkeypatch):
     start_devices(most=16, experts=2)
     assert made == {"jax_num_cpu_devices": 2}
     assert os.environ["XLA_FLAGS"] == "--xla_of_the_user=1 --xla_cpu_multi_thread_eigen=false"
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "5")
+    made.clear()
+    start_devices(most=16)
+    assert made == {}
 
 
 def test_impostors_are_refused_and_strangers_ignored():

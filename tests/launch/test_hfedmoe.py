@@ -43,7 +43,7 @@ class Finished(NamedTuple):
     screen: tiny_run.Screen
 
 
-FIELDS = {"fl__rounds": 6, "fl__local_steps": 4, "partition__name": "iid", "eval__every": 2}
+FIELDS = {"fl__rounds": 6, "fl__local_steps": 4, "fl__chunk": 2, "partition__name": "iid", "eval__every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
     assert f"hfedmoe on file, in {finished.workdir}" in out
     assert "4 clients; 66 training, 12 validation, 12 test texts; 3 labels" in out
     assert "laptop 3, phone 3, tablet 3" in out
+    assert "note: fl.chunk=2 is for accelerators" in out
     assert re.search(r"rounds 6/6  accuracy [\d.]+  loss [\d.e-]+  .*elapsed", out)
     assert "Summary" in out and str(finished.workdir / "report.html") in out
     assert {path.name for path in finished.workdir.iterdir()} == {
