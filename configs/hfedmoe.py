@@ -96,7 +96,7 @@ def pod(config: ConfigDict) -> ConfigDict:
     config.model.update(precision="bfloat16", remat=True)
     config.fl.update(clients=256, clients_per_round=64, forward="active")
     config.importance.refresh = "round"
-    config.budget.update(fraction=0.25, tiers=1)
+    config.budget.fraction = 0.25
     config.mesh.experts = 2
     return config
 
@@ -187,7 +187,7 @@ def get_config(preset: str = "default") -> ConfigDict:
 
     budget = config.budget = ConfigDict()
     budget.fraction = 0.0  # of all experts, the same for every client; 0: from the devices
-    budget.tiers = 3  # most compiled programs that clients of unlike budgets are spread over
+    budget.tiers = 0  # most compiled programs that clients of unlike budgets are spread over; 0: by chunk
 
     # Memory free for training. The classes stand to this small model as phones, tablets and laptops
     # stand to a large one: the first cannot train all experts, the last can.

@@ -29,7 +29,7 @@ from hfedmoe_jax.population import (
 )
 from hfedmoe_jax.refresh import build_scoring
 from hfedmoe_jax.registry import Registry
-from hfedmoe_jax.tiers import choose_tiers, tier_of
+from hfedmoe_jax.tiers import choose_tiers, default_tiers, tier_of
 
 
 class Composition(NamedTuple):
@@ -204,7 +204,8 @@ def build_algorithm(
     place = place_of(mesh, chunk)
     tiers = [num_experts]
     if rule.score is not None:
-        tiers = choose_tiers(clients.budget, 1 if parts.personal else config.budget.tiers)
+        most = config.budget.tiers or default_tiers(chunk)
+        tiers = choose_tiers(clients.budget, 1 if parts.personal else most)
     train = {
         tier: make_client(model, optimizer, rule, config, tier, clients.table_rows, place) for tier in tiers
     }

@@ -22,11 +22,11 @@ AT_LEAST_ONE = (
     "eval.batch_size",
     "checkpoint.every",
     "checkpoint.keep",
-    "budget.tiers",
 )
 NOT_NEGATIVE = (
     "seed",
     "fl.chunk",
+    "budget.tiers",
     "eval.max_examples",
     "importance.beta",
     "aggregation.tau",

@@ -8,6 +8,19 @@ import numpy as np
 from jaxtyping import Int
 
 
+def default_tiers(chunk: int) -> int:
+    """Returns the most tiers to make for clients that are computed `chunk` at once.
+
+    Members of a chunk take as many turns as the one with the most experts, so unlike budgets are kept
+    apart. A client alone takes turns for its own experts in any tier; one program then compiles
+    sooner and spreads the clients more evenly (on a CPU the default job runs 1.14 times as fast as in three).
+
+    >>> default_tiers(chunk=1), default_tiers(chunk=8)
+    (1, 3)
+    """
+    return 1 if chunk == 1 else 3
+
+
 def choose_tiers(budgets: Int[np.ndarray, " clients"], most: int) -> list[int]:
     """Returns at most `most` tiers, ascending, with the least unused room over all clients.
 

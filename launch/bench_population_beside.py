@@ -47,7 +47,8 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
 
     def row(name: str, times: dict[str, Timing], fastest: str) -> list:
         apart = difference(losses[name], ours.losses) if name in losses else None
-        return [name, rate(times[name], task.client_steps), ratio(times[fastest], times[name]), apart]
+        over = ratio(times[fastest], times[name]), ratio(times[name], times[OURS])
+        return [name, rate(times[name], task.client_steps), *over, apart]
 
     # Not all at once: each peer has processes with a copy of its libraries.
     names = [name for name in peers if name.split(",")[0] == REFERENCE]
@@ -69,7 +70,7 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
     fall = np.mean(compared[0]) - np.mean(compared[-1])
     return Table(
         f"Beside other packages, {clients} clients of the {size.name} model, fedavg; client-steps/s",
-        ["who", "client-steps/s", f"over {fastest}", "largest difference of a loss"],
+        ["who", "client-steps/s", f"over {fastest}", "ours over it", "largest difference of a loss"],
         rows,
         f"Mean losses of a round apart from ours, over the first {len(compared)} rounds: at most "
         f"{largest:.1e} nats ({LARGEST_DIFFERENCE:g} would have stopped the suite); they fell by "

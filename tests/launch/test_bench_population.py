@@ -169,7 +169,8 @@ def test_peers_take_turns_and_their_losses_are_compared(monkeypatch):
     monkeypatch.setattr(bench_population_beside, "Rounds", rounds)
     table = bench_population_beside.peers_table(TINY, CLIENTS, mesh, 3)
     assert [row[0] for row in table.rows] == ["ours", "ours, 25% of the experts, active", *peers]
-    apart = [row[3] for row in table.rows]
+    apart = [row[4] for row in table.rows]
+    assert table.rows[0][3] == 1  # ours over itself
     assert apart[:2] == [None, None] and apart[2:] == pytest.approx([0, 1e-4, 5e-4], abs=1e-5)
     assert 1.0 in [row[2] for row in table.rows[2:4]]  # the fastest PyTorch over itself
     assert "at most 5.0e-04 nats" in table.note
