@@ -86,6 +86,8 @@ def merge_over_devices(total: Fixed) -> Fixed:
     """Adds sums over their leading axis, of at most 2^18 devices; the result is settled."""
     total = settle(total)
     high = jnp.sum(total.high, axis=0, dtype=jnp.int32)
+    if total.low.shape[0] <= MOST_TERMS:  # two arrays to move between devices instead of three
+        return settle(Fixed(high, jnp.sum(total.low, axis=0, dtype=jnp.int32)))
     half = LOW_BITS // 2
     lower = jnp.sum(total.low & (2**half - 1), axis=0, dtype=jnp.int32)
     upper = jnp.sum(total.low >> half, axis=0, dtype=jnp.int32) + (lower >> half)

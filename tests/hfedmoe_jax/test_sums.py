@@ -104,6 +104,18 @@ def test_settling_and_merging_keep_the_value(parts):
     assert 0 <= int(merged.low) < 2**s.LOW_BITS
 
 
+@pytest.mark.parametrize("devices", [TERMS, TERMS + 1, 1000])
+def test_sums_of_many_devices_merge_to_the_integer(devices):
+    """The largest `low` everywhere: with more devices than a sum has room for, halves are added apart."""
+    rng = np.random.default_rng(devices)
+    high = rng.integers(-(2**20), 2**20, (devices, 3)).astype(np.int32)
+    low = np.full((devices, 3), 2**s.LOW_BITS - 1, np.int32)
+    merged = s.merge_over_devices(s.Fixed(jnp.array(high), jnp.array(low)))
+    rows = [number(row) for row in zip(high, low, strict=True)]
+    assert number(merged) == [sum(column) for column in zip(*rows, strict=True)]
+    assert np.all((np.asarray(merged.low) >= 0) & (np.asarray(merged.low) < 2**s.LOW_BITS))
+
+
 def test_many_rounds_of_terms_settle_into_range():
     """A thousand times the most terms between two settlings, each with the largest `low`."""
     value = jnp.full((TERMS, 1), 2.0**-16 - 2.0**-40, jnp.float32)
