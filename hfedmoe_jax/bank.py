@@ -146,13 +146,12 @@ class BankLayout:
         state = row_of(bank.state, row)
         updates, stepped = optimizer.update(gradient, state, weights)
 
-        def keep(place):
-            return lambda rows, new, old: rows.at[place].set(jnp.where(trained, new, old))
+        def keep(rows, new, old):
+            return rows.at[row].set(jnp.where(trained, new, old))
 
-        new = optax.apply_updates(weights, updates)
         return bank._replace(
-            weights=jax.tree.map(keep(row), bank.weights, new, weights),
-            state=jax.tree.map(keep(row), bank.state, stepped, state),
+            weights=jax.tree.map(keep, bank.weights, optax.apply_updates(weights, updates), weights),
+            state=jax.tree.map(keep, bank.state, stepped, state),
         )
 
     def rows_of(self, bank: ExpertBank, trained: Bool[Array, "layers held"]) -> ExpertRows:
