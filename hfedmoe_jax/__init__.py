@@ -1,8 +1,8 @@
 """Federated fine-tuning of mixture-of-experts language models over unequal clients.
 
-The method is HFedMoE (arXiv 2601.00583); every equation is a function of `scores`, `selection` or
-`aggregation`. `Experiment` runs a config; `score_rules`, `expert_rules`, `gating_rules`, `estimates`
-and `algorithms.algorithms` are the tables that new parts are added to.
+The method is HFedMoE (arXiv 2601.00583); every equation is a function of `scores`, `selection`,
+`aggregation` or `running_mean`. `Experiment` runs a config; `score_rules`, `expert_rules`, `gating_rules`,
+`estimates` and `algorithms.algorithms` are the tables that new parts are added to.
 """
 
 from hfedmoe_jax.aggregation import Upload, expert_rules, gating_rules
