@@ -76,7 +76,8 @@ class Upload(NamedTuple):
 expert_rules = Registry("fl.expert_rule")
 """Weight of a client's experts, `(upload: Upload, aggregation: ConfigDict) -> float [L, E]`.
 
-In [0, L]: exact sums have room for so much, and larger weights are cut."""
+In [0, L]: exact sums have room for so much from the largest cohort; in large cohorts greater weights are
+cut. A client whose weight is not above zero does not count."""
 
 
 @expert_rules.register("dominant")

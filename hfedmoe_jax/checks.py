@@ -1,14 +1,16 @@
 """Refuses a config that cannot run, before any data is read."""
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.aggregation import expert_rules, gating_rules
+from hfedmoe_jax.aggregation import Upload, expert_rules, gating_rules
 from hfedmoe_jax.algorithms import compose
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import optimizers
 from hfedmoe_jax.population import MOST_CHUNK
 from hfedmoe_jax.refresh import build_scoring
-from hfedmoe_jax.registry import unknown_name
+from hfedmoe_jax.registry import Registry, unknown_name
 from hfedmoe_jax.scores import estimates
 from hfedmoe_jax.sums import MOST_MEMBERS
 
@@ -72,7 +74,7 @@ def check_config(config: ConfigDict) -> None:
             "mesh.experts",
             config.mesh.experts,
             f"does not divide model.num_experts={config.model.num_experts}",
-            "use a divisor, e.g. 1",
+            f"use one of {divisors(config.model.num_experts)}",
         )
     if not 0 <= config.importance.lam <= 1:
         raise InputError("importance.lam", config.importance.lam, "must be in [0, 1]", "use e.g. 0.5")
@@ -103,7 +105,8 @@ def check_config(config: ConfigDict) -> None:
         )
     build_scoring(config, parts.score)
     estimates[config.importance.estimate]
-    expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]
+    check_weights("fl.expert_rule", parts.expert_rule, expert_rules, config, per_expert=True)
+    check_weights("fl.gating_rule", parts.gating_rule, gating_rules, config, per_expert=False)
     for field, name in (("client", config.client.optimizer), ("server", parts.server_optimizer)):
         if name not in optimizers:
             raise unknown_name(f"{field}.optimizer", name, list(optimizers))
@@ -114,3 +117,30 @@ def check_config(config: ConfigDict) -> None:
             f"equation (21) weighs by importance, and the gating rule is {parts.gating_rule!r}",
             "use it with fl.algorithm=hfedmoe or fl.gating_rule=importance",
         )
+
+
+def divisors(number: int) -> list[int]:
+    """Returns all of them, ascending.
+
+    >>> divisors(6)
+    [1, 2, 3, 6]
+    """
+    return [part for part in range(1, number + 1) if number % part == 0]
+
+
+def check_weights(field: str, name: str, rules: Registry, config: ConfigDict, per_expert: bool) -> None:
+    """Checks that a rule of aggregation returns as many weights as it should.
+
+    Raises:
+      InputError: the name is unknown, or the rule returns an array of another shape.
+    """
+    rule, experts = rules[name], (config.model.num_layers, config.model.num_experts)
+    of_expert = jax.ShapeDtypeStruct(experts, jnp.float32)
+    upload = Upload(
+        of_expert, of_expert, jax.ShapeDtypeStruct(experts, bool), jax.ShapeDtypeStruct((), jnp.float32)
+    )
+    wanted = experts if per_expert else ()
+    shape = jnp.shape(jax.eval_shape(lambda upload: rule(upload, config.aggregation), upload))
+    if shape != wanted:
+        remedy = f"return one number{' an expert' if per_expert else ''}, shape {wanted}"
+        raise InputError(field, name, f"returns an array of shape {shape}", remedy)

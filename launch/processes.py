@@ -190,10 +190,12 @@ class Processes:
         ((event, process),) = message.items()
         problem = "stopped responding" if event == "lost" else "stopped with an error of its own"
         steps = [int(path.name) for path in self._checkpoints.glob("*") if path.name.isdigit()]
-        found = f"continues from the last checkpoint (round {max(steps)})" if steps else "starts afresh"
+        found = "starts again from the first round"
+        if steps:
+            found = f"continues from the last checkpoint (round {max(steps)}) in {self._checkpoints}"
         line = (
             f"error: host {process} of {self._count} {problem}; this one stops. "
-            f"The same command on every host {found} in {self._checkpoints}"
+            f"The same command on every host {found}"
         )
         with contextlib.suppress(OSError, ValueError):
             print(line, file=sys.__stderr__)  # Orbax may be silenced at this moment

@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import jax
+import pytest
 from hypothesis import settings
 
 # The tests spend their time compiling tiny programs; their results do not depend on it.
@@ -9,3 +10,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 # jit compiles on an example's first call, so an example's time says nothing.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drops what a module has compiled: of all modules together it would fill gigabytes."""
+    yield
+    jax.clear_caches()

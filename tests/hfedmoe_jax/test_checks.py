@@ -4,11 +4,30 @@ import pytest
 from tiny import tiny_config
 
 from configs import hfedmoe
+from hfedmoe_jax.aggregation import expert_rules, gating_rules
 from hfedmoe_jax.algorithms import algorithms
 from hfedmoe_jax.checks import AT_LEAST_ONE, CHOICES, NOT_NEGATIVE, check_config
 from hfedmoe_jax.errors import InputError
 
 NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("field", "registry", "rule", "message"),
+    [
+        ("fl.gating_rule", gating_rules, lambda upload, _: upload.usage, r"shape \(2, 3\).*shape \(\)$"),
+        (
+            "fl.expert_rule",
+            expert_rules,
+            lambda upload, _: upload.size,
+            r"shape \(\).*an expert, shape \(2, 3\)$",
+        ),
+    ],
+)
+def test_a_rule_returns_as_many_weights_as_it_should(monkeypatch, field, registry, rule, message):
+    monkeypatch.setitem(registry._parts, "mine", rule)
+    with pytest.raises(InputError, match=rf"^{field}='mine': returns an array of {message}"):
+        check_config(config_with(field, "mine"))
 
 
 def config_with(field, value):
