@@ -111,8 +111,8 @@ def run(suite: str, workdir: pathlib.Path, repeats: int, options: dict[str, bool
     if SUITES[suite].devices:
         start_devices(SUITES[suite].devices)
     module = importlib.import_module(SUITES[suite].module)
-    record = {"suite": suite, "command": command, "repeats": repeats, "versions": versions(), "tables": []}
-    record["date"] = datetime.date.today().isoformat()
+    record = {"suite": suite, "command": command, "date": datetime.date.today().isoformat()}
+    record |= {"repeats": repeats, "versions": versions(), "tables": []}
     print(f"{suite}, {record['date']}: medians of {repeats} repeats; ", end="")
     print(", ".join(map(" ".join, record["versions"].items())))
     for table in module.measure(repeats, **options):
