@@ -133,7 +133,12 @@ def get_config(preset: str = "default") -> ConfigDict:
     partition.alpha = 0.3  # dirichlet concentration
     partition.shards_per_client = 2  # shards
 
+    task = config.task = ConfigDict()
+    task.name = "classification"
+
     model = config.model = ConfigDict()
+    model.family = "switch"
+    model.frozen = ""  # regular expression of parameters that nobody trains, e.g. "embed|attend"; "": none
     model.num_layers = 2
     model.width = 128
     model.num_heads = 4
@@ -147,7 +152,8 @@ def get_config(preset: str = "default") -> ConfigDict:
     model.remat = False  # compute most of a layer again in the backward pass instead of keeping it
 
     fl = config.fl = ConfigDict()
-    fl.algorithm = "hfedmoe"  # see hfedmoe_jax/algorithms.py
+    fl.algorithm = "hfedmoe"  # see hfedmoe_jax/algorithms
+    fl.base = "fedavg"  # what an algorithm that is more than a composition builds on, e.g. scaffold
     fl.clients = 20
     fl.clients_per_round = 10
     fl.rounds = 40
@@ -161,6 +167,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     fl.chunk = 0  # clients computed at once on an accelerator; 0: by its memory
 
     importance = config.importance = ConfigDict()
+    importance.unit = "sample"  # what (3)-(5), (10), (11), (16) run over: sample | token
     importance.estimate = "routing"  # of the task information: routing | gradient
     importance.refresh = "step"  # step | previous | round
     importance.lam = 0.5  # (5)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hfedmoe_jax.algorithms import RoundMetrics
-from hfedmoe_jax.client import DROPPED_OUT, OK, OVER_BUDGET, STATUS_NAMES
-from hfedmoe_jax.devices import DeviceProfile, ScoringPasses, round_cost
-from hfedmoe_jax.models import ModelCost
+from hfedmoe_jax.algorithms import FederatedAlgorithm, RoundMetrics
+from hfedmoe_jax.cost import ModelCost
+from hfedmoe_jax.devices import DeviceProfile, round_cost
+from hfedmoe_jax.reports import DROPPED_OUT, OK, OVER_BUDGET, STATUS_NAMES
 
 
 class Ledger(NamedTuple):
@@ -61,8 +61,7 @@ def account_round(
     profiles: Sequence[DeviceProfile],
     cost: ModelCost,
     steps: int,
-    scoring: ScoringPasses,
-    personal: bool,
+    algorithm: FederatedAlgorithm,
 ) -> RoundAccount:
     """Returns the costs of a round.
 
@@ -74,10 +73,10 @@ def account_round(
       profiles: each member's device.
       cost: of the model.
       steps: local steps.
-      scoring: passes beside them.
-      personal: nothing is sent at all.
+      algorithm: what it sends, and what scoring costs it; a personal one sends nothing at all.
     """
     times, bytes_up, bytes_down = [], 0.0, 0.0
+    sent = algorithm.upload_bytes(metrics.uploaded.sum(axis=(1, 2)))
     for index, profile in enumerate(profiles):
         report = metrics.report
         one = round_cost(
@@ -86,11 +85,11 @@ def account_round(
             steps,
             float(report.assignments[index]),
             float(report.trained_assignments[index]),
-            float(metrics.uploaded[index].sum()),
-            scoring,
+            float(sent[index]),
+            algorithm.scoring,
         )
         status = report.status[index]
-        if personal:
+        if algorithm.personal:
             one = one._replace(bytes_up=0.0, bytes_down=0.0, time_s=one.compute_s)
         elif status != OK:  # what is not sent takes no time
             one = one._replace(bytes_up=0.0, time_s=one.time_s - 8 * one.bytes_up / profile.uplink_bps)

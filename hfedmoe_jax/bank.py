@@ -1,10 +1,13 @@
 """The experts that a client trains during its round: weights and optimizer state, a row each.
 
-Experts that it only runs (`fl.forward=routed`) it reads from the global model.
+Experts that it only runs (`fl.forward=routed`) it reads from the global model. The rows are the tape of the
+client's passes (see `experts`): an expert takes its step as soon as its gradient is there, so that gradients
+take no memory of their own (the fused backward pass of LOMO, arXiv 2306.09782).
 
-Axes: L layers, H experts of a layer on this device, U rows, K slots.
+Axes: L layers, H experts of a layer on this device, U rows.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,21 +15,32 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
-from hfedmoe_jax.models import Slots, all_slots, slots_of
+from hfedmoe_jax.experts import Rules, flat, for_each, put, row_of, visits
+from hfedmoe_jax.mesh import Place
+
+
+class Rows(NamedTuple):
+    """What a client has of each expert that it trains, trees of [U, ...].
+
+    Attributes:
+      weights: of the experts.
+      state: of their optimizers, counters as float32: a tape has cotangents, and integers have none.
+    """
+
+    weights: Any
+    state: Any
 
 
 class ExpertBank(NamedTuple):
     """A client's experts.
 
     Attributes:
-      weights: tree of [U, ...].
-      state: tree of [U, ...], an optimizer state a row.
+      rows: see there.
       row: of each expert, U for none.
       count: rows in use.
     """
 
-    weights: Any
-    state: Any
+    rows: Rows
     row: Int[Array, " experts"]
     count: Int[Array, ""]
 
@@ -45,14 +59,18 @@ class ExpertRows(NamedTuple):
     count: Int[Array, ""]
 
 
-def flat(experts: Any) -> Any:
-    """Returns a tree of arrays [L, H, ...] as [L * H, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), experts)
+class Readable(NamedTuple):
+    """What a forward pass reads experts from.
 
+    Attributes:
+      weights: tree of [U, ...].
+      row: of each expert, U for none.
+      start: the global experts, tree of [L * H, ...]; None where every expert that runs has a row.
+    """
 
-def row_of(rows: Any, row: Int[Array, ""]) -> Any:
-    """Returns a row of a tree of arrays."""
-    return jax.tree.map(lambda x: x[row], rows)
+    weights: Any
+    row: Int[Array, " experts"]
+    start: Any
 
 
 class BankLayout:
@@ -60,104 +78,116 @@ class BankLayout:
 
     Args:
       num_layers, held: L, H.
-      tier: experts that a batch trains at most, over all layers.
       touched: experts that a round trains at most; U, or L * H where that is less.
+      optimizer: of each expert.
+      place: where the client runs.
     """
 
-    def __init__(self, num_layers: int, held: int, tier: int, touched: int):
+    def __init__(
+        self, num_layers: int, held: int, touched: int, optimizer: optax.GradientTransformation, place: Place
+    ):
         self.num_layers, self.held = num_layers, held
         self.num_experts = num_layers * held
         # Two at least: XLA drops an axis of one, compiles a step otherwise, and rounds otherwise.
-        self.num_slots = max(2, min(tier, self.num_experts))
         self.num_rows = min(max(2, touched), self.num_experts)
         self.every = self.num_rows == self.num_experts  # a row for each expert: nothing to look up
+        self.optimizer, self.place = optimizer, place
 
-    def open(self, start: Any, optimizer: optax.GradientTransformation) -> ExpertBank:
+    def open(self, start: Any) -> ExpertBank:
         """Returns a bank that has trained nothing yet.
 
         Args:
           start: the global experts, a tree of [L, H, ...].
-          optimizer: of each expert.
         """
         rows = jax.tree.map(lambda x: jnp.zeros((self.num_rows, *x.shape[2:]), x.dtype), start)
         every = jnp.arange(self.num_experts, dtype=jnp.int32)
         return ExpertBank(
-            weights=flat(start) if self.every else rows,
-            state=jax.vmap(optimizer.init)(rows),
+            Rows(flat(start) if self.every else rows, as_floats(jax.vmap(self.optimizer.init)(rows))),
             row=every if self.every else jnp.full_like(every, self.num_rows),
             count=jnp.int32(self.num_experts if self.every else 0),
         )
 
-    def slots(self, active: Bool[Array, "layers held"] | None) -> Slots:
-        """Returns the slots of the experts that a batch runs or trains; None means all."""
-        if active is None:
-            return all_slots(self.num_layers, self.held)
-        return slots_of(active, self.num_slots)
-
     def enter(self, bank: ExpertBank, start: Any, active: Bool[Array, "layers held"] | None) -> ExpertBank:
-        """Returns the bank with a row for each expert of `active`."""
+        """Returns the bank with a row for each expert of `active`; None means all."""
         if self.every or active is None:
             return bank
         new = active.reshape(-1) & (bank.row == self.num_rows)
-        rank = jnp.cumsum(new, dtype=jnp.int32)
-        row = jnp.where(new, bank.count + rank - 1, bank.row)
-        wanted, experts = self.slots(active).expert, flat(start)
+        arrivals = visits(new, self.num_experts)
+        row = jnp.where(new, bank.count + arrivals.place, bank.row)
+        experts = flat(start)
 
-        def bring(index, weights):
-            expert = wanted[index]
+        def bring(weights, _, expert, valid):
             place = jnp.minimum(row[expert], self.num_rows - 1)
+            return jax.tree.map(lambda held, given: put(held, place, given[expert], valid), weights, experts)
 
-            def choose(held, given):
-                return held.at[place].set(jnp.where(new[expert], given[expert], held[place]))
+        weights = for_each(arrivals, self.place, bring, bank.rows.weights)
+        return ExpertBank(bank.rows._replace(weights=weights), row, bank.count + arrivals.count)
 
-            return jax.tree.map(choose, weights, experts)
+    def readable(self, bank: ExpertBank, start: Any, routed: bool) -> Readable:
+        """Returns what a forward pass reads; `routed` runs experts that have no row."""
+        return Readable(bank.rows.weights, bank.row, flat(start) if routed and not self.every else None)
 
-        weights = jax.lax.fori_loop(0, self.num_slots, bring, bank.weights)
-        return ExpertBank(weights, bank.state, row, bank.count + rank[-1])
+    def tape(self, bank: ExpertBank) -> Rows:
+        """Returns the zeros that are threaded through a forward pass."""
+        return jax.tree.map(jnp.zeros_like, bank.rows)
 
-    def read(self, bank: ExpertBank, expert: Int[Array, ""]) -> Any:
-        """Returns the weights of an expert (layer * H + expert) that the bank holds."""
-        return row_of(bank.weights, bank.row[expert])
+    def rows_for(self, bank: ExpertBank, active: Bool[Array, "layers held"] | None) -> Array:
+        """Returns the cotangent of the permits [L, H] that trains these experts; None means all."""
+        row = bank.row.reshape(self.num_layers, self.held).astype(jnp.float32)
+        return row if active is None else jnp.where(active, row, -1.0)
 
-    def read_any(self, bank: ExpertBank, start: Any, expert: Int[Array, ""]) -> Any:
-        """Returns the weights of any expert: the bank's, or those of the global model."""
-        if self.every:
-            return self.read(bank, expert)
-        return jax.lax.cond(
-            bank.row[expert] < self.num_rows,
-            lambda: self.read(bank, expert),
-            lambda: row_of(flat(start), expert),
-        )
+    def rules(self, adjust: Callable[..., Any] | None, most: int, keep: bool) -> Rules:
+        """Returns the rules of a training pass.
 
-    def update(
-        self,
-        bank: ExpertBank,
-        expert: Int[Array, ""],
-        weights: Any,
-        gradient: Any,
-        trained: Bool[Array, ""],
-        optimizer: optax.GradientTransformation,
-    ) -> ExpertBank:
-        """Returns the bank after a step of an expert's optimizer, or as it was if not `trained`.
-
-        `weights` are those of the expert, as `read` gives them.
+        Args:
+          adjust: (gradient, weights, context, expert) -> gradient, or None.
+          most, keep: see `Rules`.
         """
-        row = bank.row[expert]
-        state = row_of(bank.state, row)
-        updates, stepped = optimizer.update(gradient, state, weights)
 
-        def keep(rows, new, old):
-            return rows.at[row].set(jnp.where(trained, new, old))
+        def reread(tape: Rows, bank, row, expert):
+            return row_of(tape.weights, row)
 
-        return bank._replace(
-            weights=jax.tree.map(keep, bank.weights, optax.apply_updates(weights, updates), weights),
-            state=jax.tree.map(keep, bank.state, stepped, state),
-        )
+        def write(tape: Rows, context, row, expert, weights, gradient, reached):
+            if adjust is not None:
+                gradient = adjust(gradient, weights, context, expert)
+            state = row_of(tape.state, row)
+            types = jax.eval_shape(self.optimizer.init, weights)
+            updates, stepped = self.optimizer.update(gradient, as_they_were(state, types), weights)
+            new = Rows(optax.apply_updates(weights, updates), as_floats(stepped))
+
+            def keep_or_set(rows, new, old):
+                return rows.at[row].set(jnp.where(reached, new, old))
+
+            return jax.tree.map(keep_or_set, tape, new, Rows(weights, state))
+
+        return Rules(read, reread, write, most, keep, self.place)
 
     def rows_of(self, bank: ExpertBank, trained: Bool[Array, "layers held"]) -> ExpertRows:
-        """Returns where the weights of the trained experts lie, in `bank.weights`."""
-        which = slots_of(trained, self.num_rows)
-        number = jnp.sum(which.count)
-        expert = jnp.where(jnp.arange(self.num_rows) < number, which.expert, self.num_experts)
+        """Returns where the weights of the trained experts lie, in `bank.rows.weights`."""
+        which = visits(trained.reshape(-1), self.num_experts)
+        expert = which.expert[: self.num_rows]
+        expert = jnp.where(jnp.arange(self.num_rows) < which.count, expert, self.num_experts)
         row = bank.row[jnp.minimum(expert, self.num_experts - 1)]
-        return ExpertRows(expert, jnp.minimum(row, self.num_rows - 1), number)
+        return ExpertRows(expert, jnp.minimum(row, self.num_rows - 1), which.count)
+
+
+def read(bank: Readable, expert: Int[Array, ""]) -> Any:
+    """Returns the weights of an expert: the client's own, or those of the global model."""
+    row = bank.row[expert]
+    if bank.start is None:
+        return row_of(bank.weights, row)
+    num_rows = jax.tree.leaves(bank.weights)[0].shape[0]
+    return jax.lax.cond(row < num_rows, lambda: row_of(bank.weights, row), lambda: row_of(bank.start, expert))
+
+
+def as_floats(state: Any) -> Any:
+    """Returns a tree with its integers as float32, exact below 2^24."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.integer) else x, state)
+
+
+def as_they_were(state: Any, like: Any) -> Any:
+    """Returns a tree with the types that `like` has, leaf by leaf."""
+    types = [leaf.dtype for leaf in jax.tree.leaves(like)]
+    return jax.tree.unflatten(
+        jax.tree.structure(state), [x.astype(t) for x, t in zip(jax.tree.leaves(state), types, strict=True)]
+    )

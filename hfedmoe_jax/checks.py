@@ -5,14 +5,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import Upload, expert_rules, gating_rules
-from hfedmoe_jax.algorithms import compose
+from hfedmoe_jax.aggregation.sums import MOST_MEMBERS
+from hfedmoe_jax.algorithms import algorithms, parts_of
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models import families
 from hfedmoe_jax.optimizers import optimizers
-from hfedmoe_jax.population import MOST_CHUNK
-from hfedmoe_jax.refresh import build_scoring
 from hfedmoe_jax.registry import Registry, unknown_name
+from hfedmoe_jax.schedule import MOST_CHUNK
 from hfedmoe_jax.scores import estimates
-from hfedmoe_jax.sums import MOST_MEMBERS
+from hfedmoe_jax.tasks import tasks
 
 AT_LEAST_ONE = (
     "fl.clients",
@@ -35,7 +36,11 @@ NOT_NEGATIVE = (
     "model.load_balance",
     "client.proximal_mu",
 )
-CHOICES = {"fl.forward": ("routed", "active"), "importance.refresh": ("step", "previous", "round")}
+CHOICES = {
+    "fl.forward": ("routed", "active"),
+    "importance.refresh": ("step", "previous", "round"),
+    "importance.unit": ("sample", "token"),
+}
 
 
 def lookup(config: ConfigDict, field: str):
@@ -95,28 +100,23 @@ def check_config(config: ConfigDict) -> None:
             "no validation split, which chooses the best round",
             "use e.g. 0.1",
         )
-    parts = compose(config)
-    if parts.personal and config.mesh.experts > 1:
-        raise InputError(
-            "mesh.experts",
-            config.mesh.experts,
-            f"{config.fl.algorithm} keeps a whole model a client on every device",
-            "use 1",
-        )
-    build_scoring(config, parts.score)
+    families[config.model.family]
+    tasks[config.task.name]
+    algorithms[config.fl.algorithm](config)
+    parts = parts_of(config)
     estimates[config.importance.estimate]
-    check_weights("fl.expert_rule", parts.expert_rule, expert_rules, config, per_expert=True)
-    check_weights("fl.gating_rule", parts.gating_rule, gating_rules, config, per_expert=False)
-    for field, name in (("client", config.client.optimizer), ("server", parts.server_optimizer)):
-        if name not in optimizers:
-            raise unknown_name(f"{field}.optimizer", name, list(optimizers))
-    if config.aggregation.literal_gating and parts.gating_rule != "importance":
-        raise InputError(
-            "aggregation.literal_gating",
-            True,
-            f"equation (21) weighs by importance, and the gating rule is {parts.gating_rule!r}",
-            "use it with fl.algorithm=hfedmoe or fl.gating_rule=importance",
-        )
+    check_weights("fl.expert_rule", parts.expert_rule, expert_rules, config, by_row=False)
+    check_weights("fl.gating_rule", parts.gating_rule, gating_rules, config, by_row=True)
+    if config.client.optimizer not in optimizers:
+        raise unknown_name("client.optimizer", config.client.optimizer, list(optimizers))
+
+
+def needs_budgets(config: ConfigDict) -> bool:
+    """Says whether budgets matter: clients select by them, or fail by them."""
+    if config.fl.algorithm == "local":
+        return config.fl.score not in ("", "none")
+    parts = parts_of(config)
+    return parts.score != "none" or parts.fail_over_budget
 
 
 def divisors(number: int) -> list[int]:
@@ -128,19 +128,20 @@ def divisors(number: int) -> list[int]:
     return [part for part in range(1, number + 1) if number % part == 0]
 
 
-def check_weights(field: str, name: str, rules: Registry, config: ConfigDict, per_expert: bool) -> None:
+def check_weights(field: str, name: str, rules: Registry, config: ConfigDict, by_row: bool) -> None:
     """Checks that a rule of aggregation returns as many weights as it should.
 
     Raises:
       InputError: the name is unknown, or the rule returns an array of another shape.
+
+    Args:
+      by_row: it may return one number for all, or one for each expert's row.
     """
     rule, experts = rules[name], (config.model.num_layers, config.model.num_experts)
-    of_expert = jax.ShapeDtypeStruct(experts, jnp.float32)
-    upload = Upload(
-        of_expert, of_expert, jax.ShapeDtypeStruct(experts, bool), jax.ShapeDtypeStruct((), jnp.float32)
-    )
-    wanted = experts if per_expert else ()
+    of_expert, truth = (jax.ShapeDtypeStruct(experts, dtype) for dtype in (jnp.float32, bool))
+    times, size = jax.ShapeDtypeStruct(experts, jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    upload = Upload(of_expert, of_expert, truth, times, size)
     shape = jnp.shape(jax.eval_shape(lambda upload: rule(upload, config.aggregation), upload))
-    if shape != wanted:
-        remedy = f"return one number{' an expert' if per_expert else ''}, shape {wanted}"
+    if shape != experts and not (by_row and shape == ()):
+        remedy = f"return one number an expert, shape {experts}" + (", or one in all" if by_row else "")
         raise InputError(field, name, f"returns an array of shape {shape}", remedy)

@@ -1,6 +1,6 @@
 """One client's part of a round: score, select, train, report. A pure function of arrays.
 
-Axes: S local steps, B batch, T tokens, L MoE layers, E experts.
+Axes: S local steps, B batch, T tokens, L MoE layers, E experts, H experts of a layer on this device.
 """
 
 import functools
@@ -14,25 +14,29 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import Upload
-from hfedmoe_jax.bank import BankLayout, ExpertBank, ExpertRows, flat, row_of
-from hfedmoe_jax.budgeted import (
+from hfedmoe_jax.bank import BankLayout, ExpertBank, ExpertRows
+from hfedmoe_jax.experts import Budget, Experts, flat, open_budget, open_layers, put, row_of
+from hfedmoe_jax.mesh import (
     ALONE,
     Place,
-    Seen,
-    backward_pass,
-    everywhere,
-    experts_here,
-    forward_pass,
-    here,
-    most_turns,
-    total,
+    all_gather_experts,
+    chunk_max,
+    local_experts,
+    psum_experts,
+    shard_of,
 )
-from hfedmoe_jax.models import MoeModel, Params, slots_of
-from hfedmoe_jax.refresh import Batch, Importance, Scoring
-from hfedmoe_jax.scores import routing_importance, union, usage, usage_over_batches
-
-OK, DROPPED_OUT, OVER_BUDGET, NONFINITE = range(4)
-STATUS_NAMES = ("ok", "dropped_out", "over_budget", "nonfinite")
+from hfedmoe_jax.models import MoeModel, Params, Routing
+from hfedmoe_jax.reports import (
+    ClientReport,
+    StepReport,
+    all_finite,
+    client_status,
+    mean_report,
+    report_routing,
+)
+from hfedmoe_jax.scores import routing_importance, units_of, usage, usage_over_batches
+from hfedmoe_jax.scoring import Importance, Scoring, SeenBatch
+from hfedmoe_jax.tasks import Ratio, Task
 
 
 class ClientData(NamedTuple):
@@ -40,50 +44,35 @@ class ClientData(NamedTuple):
 
     Attributes:
       client: its number.
-      tokens, labels: one batch a local step.
+      batch: a tree of [S, B, ...], one batch a local step.
       size: |D_c| over a power of two that no client's exceeds, so at most one.
       budget: experts it can train, over all layers.
       available: False for a client that drops out of the round.
+      state: what the algorithm keeps of this client between rounds.
     """
 
     client: Int[Array, ""]
-    tokens: Int[Array, "steps batch tokens"]
-    labels: Int[Array, "steps batch"]
+    batch: Any
     size: Float[Array, ""]
     budget: Int[Array, ""]
     available: Bool[Array, ""]
+    state: Any = ()
 
 
-class ClientReport(NamedTuple):
-    """What a client measured, means over its steps unless said otherwise.
+class Broadcast(NamedTuple):
+    """What the server sends to every client.
 
     Attributes:
-      status: OK, DROPPED_OUT, OVER_BUDGET or NONFINITE (an index into STATUS_NAMES).
-      loss: cross-entropy in nats.
-      accuracy: share of training examples predicted right.
-      union_size: experts that the batch's tokens were routed to.
-      max_union_size: the largest of these.
-      trained_size: experts that were trained.
-      assignments, trained_assignments: token-expert pairs computed a step over all layers, and those
-        whose expert was trained.
-      dropped: share of assignments that found no room.
-      router_entropy: mean entropy of the gates in nats.
-      padding: share of the batches' tokens that are padding.
-      empty_slots: share of the places for tokens that the experts which ran had and no token took.
+      params: the global model.
+      frozen: parameters that nobody trains; each device holds them once, whatever clients it runs.
+      extra: arrays of the algorithm's own.
+      key: of the round.
     """
 
-    status: Int[Array, ""]
-    loss: Float[Array, ""]
-    accuracy: Float[Array, ""]
-    union_size: Float[Array, ""]
-    max_union_size: Float[Array, ""]
-    trained_size: Float[Array, ""]
-    assignments: Float[Array, ""]
-    trained_assignments: Float[Array, ""]
-    dropped: Float[Array, ""]
-    router_entropy: Float[Array, ""]
-    padding: Float[Array, ""]
-    empty_slots: Float[Array, ""]
+    params: Params
+    frozen: Any
+    extra: Any
+    key: Array
 
 
 class ClientUpdate(NamedTuple):
@@ -106,17 +95,21 @@ class ClientUpdate(NamedTuple):
 
 
 class LocalRule(NamedTuple):
-    """How a client treats its experts.
+    """How a client trains.
 
     Attributes:
       score: how experts are scored, or None: all of them are trained.
       fail_over_budget: the client fails if a batch activates more experts than it can train.
       proximal_mu: weight of FedProx's mu / 2 |w - w_global|^2, 0 for none.
+      offset: (extra, state) -> Params that are added to every gradient of the round; None for nothing.
+      router_bias: extra -> float [L, E] that is added to the routers' logits; None for nothing.
     """
 
     score: Scoring | None
-    fail_over_budget: bool
-    proximal_mu: float
+    fail_over_budget: bool = False
+    proximal_mu: float = 0.0
+    offset: Callable[[Any, Any], Params] | None = None
+    router_bias: Callable[[Any], Array] | None = None
 
 
 class Carry(NamedTuple):
@@ -130,165 +123,225 @@ class Carry(NamedTuple):
 
 def make_client(
     model: MoeModel,
+    task: Task,
     optimizer: optax.GradientTransformation,
     rule: LocalRule,
     config: ConfigDict,
     tier: int,
     table_rows: int,
     place: Place = ALONE,
-) -> Callable[[Params, ClientData, Array], ClientUpdate]:
-    """Returns `train(params, client, key) -> ClientUpdate`.
+) -> Callable[[Broadcast, ClientData], ClientUpdate]:
+    """Returns `train(broadcast, client) -> ClientUpdate`.
 
     Each step selects experts for its batch (15) and trains those, the routers and the shared
-    parameters. Scores come from what the steps compute anyway, see `refresh`. With
-    `fl.forward=active` the experts are chosen before the forward pass and the others do not run.
+    parameters. Scores come from what the steps compute anyway, see `scoring`; the score `gradient_norm` alone
+    costs passes of its own. With `fl.forward=active` the experts are chosen before the forward pass and the
+    others do not run.
 
-    Our decisions: usage (16) is over the tokens of the round's batches, not of all of D_c, which would
-    be a pass of its own; of an embedding table the client holds the rows of its own tokens, which
-    changes nothing for optimizers that leave a weight alone as long as its gradient was always zero.
+    Our decisions: usage (16) is over the round's batches, not over all of D_c, which would be a pass of
+    its own; of an embedding table the client holds the rows of its own tokens, which changes nothing for
+    optimizers that leave a weight alone as long as its gradient was always zero.
 
     Args:
+      model, task: what is trained.
       optimizer: every expert, and everything else together, has one of its own.
       config: reads model, importance, fl.forward, fl.local_steps.
       tier: the most experts over all layers that a client of this program trains on a batch.
       table_rows: R, at least the distinct tokens of a client's round, padding included.
       place: where it runs.
     """
-    score = rule.score
+    score, steps = rule.score, config.fl.local_steps
     routed = score is None or score.routed
-    remat, factor, balance = config.model.remat, config.model.capacity_factor, config.model.load_balance
     touched = tier if config.importance.refresh == "round" else tier * config.fl.local_steps
     if score is None:
-        tier = touched = model.num_layers * model.num_experts
+        tier = touched = model.all_experts
+    keep, balance_weight = not config.model.remat, config.model.load_balance
+    adjust = make_adjust(rule) if rule.proximal_mu or rule.offset else None
 
-    def cross_entropy(head: dict, x: Array, tokens: Array, labels: Array):
-        logits = model.pieces.head(head, x, model.real(tokens))
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)), logits
+    def objective(rest, frozen, multiplier, tape, batch, budget: Budget):
+        """Returns the loss and the two channels of `experts`; beside them what the pass has shown."""
+        budget = budget._replace(tape=tape, layers=budget.layers._replace(multiplier=multiplier))
+        out = model.apply(rest, frozen, batch, budget, True)
+        loss, count = task.loss(out.output, batch)
+        total = loss + balance_weight * jnp.mean(out.routing.balance)
+        return (total, out.tape, out.permit), (Ratio(loss * count, count), out.output, out.routing)
 
-    def by_routers(start: Params, rest: Params, tokens: Array) -> tuple[Seen, Array]:
-        """What the routers say of a batch when no expert runs, and which of its tokens are real."""
-        nobody = slots_of(jnp.zeros((model.num_layers, 1), bool), 1)
-        read = functools.partial(row_of, flat(start.experts))
-        _, seen, _, _ = forward_pass(model, rest, read, nobody, None, tokens, factor)
-        return seen, model.real(tokens).reshape(-1)
+    def train(broadcast: Broadcast, client: ClientData) -> ClientUpdate:
+        start, frozen = broadcast.params, broadcast.frozen
+        first_key, *keys = jax.random.split(jax.random.fold_in(broadcast.key, client.client), steps + 1)
+        token, batches = own_tokens(model.table, start, client.batch, table_rows)
 
-    def train(start: Params, client: ClientData, key: Array) -> ClientUpdate:
-        table = start.shared[model.pieces.table]
-        used, tokens = distinct_tokens(client.tokens, table.shape[0], table_rows)
-        shared = start.shared if used is None else start.shared | {model.pieces.table: table[used]}
-        rest = Params(None, start.router, shared)
-        held, _ = experts_here(model, place)
-        layout = BankLayout(model.num_layers, held, tier, touched)
+        def compact(params: Params) -> Params:
+            """Returns all but the experts, and of the table the client's rows."""
+            return Params(None, params.router, rows_of_table(model.table, params.shared, token))
 
-        def step(carry: Carry, batch):
-            tokens, labels, step_key, first = batch
+        rest = compact(start)
+        held, _ = shard_of(model.num_experts, place)
+        layout = BankLayout(model.num_layers, held, touched, optimizer, place)
+        rules = layout.rules(adjust, model.all_experts if routed else tier, keep)
+        offset = rule.offset(broadcast.extra, client.state) if rule.offset else None
+        anchor = (flat(start.experts), offset and flat(offset.experts)) if adjust else ()
+        rest_anchor = (rest, offset and compact(offset))
+        bias = rule.router_bias(broadcast.extra) if rule.router_bias else None
+        layers = open_layers(model.num_layers, model.num_experts, bias)
+
+        def step(carry: Carry, inputs):
+            batch, key, first = inputs
             params, rest_state, bank, importance = carry
-            token_mask = model.real(tokens).reshape(-1)
+            token_mask_bt = model.mask(batch)
             ran = None  # every expert
             if not routed:
                 ran = score.select(importance, client.budget)
-                bank = layout.enter(bank, start.experts, here(model, ran, place))
-            run_slots = layout.slots(here(model, ran, place))
-            read = functools.partial(layout.read_any, bank, start.experts)
-            if not routed:
-                read = functools.partial(layout.read, bank)
-            x, seen, _, residuals = forward_pass(
-                model, params, read, run_slots, ran, tokens, factor, place, remat
-            )
-            head = {name: params.shared[name] for name in model.pieces.head_parts}
-            (loss, logits), (d_head, dx) = jax.value_and_grad(cross_entropy, (0, 1), has_aux=True)(
-                head, x, tokens, labels
-            )
-
-            def backward(slots, read, consume, carry):
-                return backward_pass(
-                    model, params, tokens, residuals, run_slots, ran, dx, balance, slots, read, consume,
-                    carry, place,
-                )  # fmt: skip
-
-            active, scored = ran, Batch(seen, token_mask, step_key, first)
+                bank = layout.enter(bank, start.experts, local_experts(ran, place))
+            experts = Experts(layout.readable(bank, start.experts, routed), anchor, rules)
+            budget = Budget(experts, layers._replace(forward=ran))
+            (_, tape, permit), pull, (loss, output, routing) = jax.vjp(
+                lambda rest, multiplier, tape: objective(rest, frozen, multiplier, tape, batch, budget),
+                params, layers.multiplier, layout.tape(bank), has_aux=True,
+            )  # fmt: skip
+            active, seen = ran, SeenBatch(routing, token_mask_bt, key, first)
             if score is not None and routed:
-                norms = functools.partial(gradient_norms, layout, read, backward, place)
-                importance = score.of_batch(importance, scored, norms)
+
+                def norms():
+                    at = functools.partial(objective, params, frozen, layers.multiplier)
+                    norm_of = gradient_norms(at, batch, budget, model.num_layers * held)
+                    return all_gather_experts(norm_of.reshape(model.num_layers, held), place)
+
+                importance = score.of_batch(importance, seen, norms)
                 active = score.select(importance, client.budget)
-                bank = layout.enter(bank, start.experts, here(model, active, place))
-
-            def consume(bank, expert, weights, gradient, reached):
-                if rule.proximal_mu:
-                    away = jax.tree.map(lambda w, x: w - flat(x)[expert], weights, start.experts)
-                    gradient = optax.tree.add_scale(gradient, rule.proximal_mu, away)
-                return layout.update(bank, expert, weights, gradient, reached, optimizer)
-
-            gradient, multiplier, bank = backward(
-                layout.slots(here(model, active, place)), layout.read, consume, bank
-            )
-            gradient = gradient._replace(shared=gradient.shared | d_head)
-            if rule.proximal_mu:
-                away = optax.tree.sub(params, rest)
-                gradient = optax.tree.add_scale(gradient, rule.proximal_mu, away)
+                bank = layout.enter(bank, start.experts, local_experts(active, place))
+            rows = layout.rows_for(bank, local_experts(active, place))
+            gradient, d_multiplier, rows = pull((jnp.float32(1), bank.rows, rows))
+            bank = bank._replace(rows=rows)
+            if adjust:
+                gradient = adjust(gradient, params, *rest_anchor)
             updates, rest_state = optimizer.update(gradient, rest_state, params)
             params = optax.apply_updates(params, updates)
-            trained = seen.kept > 0 if active is None else active & (seen.kept > 0)
+            trained = routing.kept > 0 if active is None else active & (routing.kept > 0)
             if score is not None:
-                importance = score.after_batch(importance, scored, -multiplier, ran)
-            measured = measure(loss, logits, labels, seen, trained, token_mask)
-            places = residuals.y.shape[1] * (seen.kept.size if ran is None else jnp.sum(ran))
-            measured["empty_slots"] = 1 - jnp.sum(seen.kept) / jnp.maximum(places, 1)
-            told = (
-                usage(seen.gates, seen.own, token_mask),
-                routing_importance(seen.gates, token_mask, config.importance.lam),
-                jnp.sum(token_mask, dtype=jnp.float32),
-            )
-            return Carry(params, rest_state, bank, importance), (measured, told, trained)
+                importance = score.after_batch(importance, seen, -d_multiplier, ran)
+            scores = task.score(output, batch, jnp.ones(token_mask_bt.shape[0]))
+            report = StepReport(loss, scores, report_routing(routing, trained, token_mask_bt.reshape(-1)))
+            used = batch_usage(routing, token_mask_bt, config.importance)
+            return Carry(params, rest_state, bank, importance), (report, used, trained)
 
-        num_steps = client.tokens.shape[0]
-        first_key, *keys = jax.random.split(key, num_steps + 1)
         importance = None
         if score is not None:
             importance = score.start()
             if not routed:
-                before = Batch(*by_routers(start, rest, tokens[0]), first_key, jnp.bool_(True))
+                first_batch = jax.tree.map(lambda x: x[0], batches)
+                idle = open_budget(start.experts, model.num_experts, place)
+                nobody = jnp.zeros((model.num_layers, model.num_experts), bool)
+                idle = idle._replace(layers=layers._replace(forward=nobody))
+                routing = model.apply(rest, frozen, first_batch, idle, True).routing
+                before = SeenBatch(routing, model.mask(first_batch), first_key, jnp.bool_(True))
                 importance = score.of_batch(importance, before)
-        bank = layout.open(start.experts, optimizer)
-        carry = Carry(rest, optimizer.init(rest), bank, importance)
-        batches = (tokens, client.labels, jnp.stack(keys), jnp.arange(num_steps) == 0)
-        carry, (measured, told, trained) = jax.lax.scan(step, carry, batches)
-        usages, importances, num_tokens = told
+        carry = Carry(rest, optimizer.init(rest), layout.open(start.experts), importance)
+        inputs = (batches, jnp.stack(keys), jnp.arange(steps) == 0)
+        carry, (reports, used, trained) = jax.lax.scan(step, carry, inputs)
         upload = Upload(
-            usage=usage_over_batches(usages, num_tokens),
-            importance=jnp.mean(importances, axis=0),
+            usage=usage_over_batches(used.usage, used.units),
+            importance=jnp.mean(used.importance, axis=0),
             trained=jnp.any(trained, axis=0),
+            times=jnp.sum(trained, axis=0, dtype=jnp.int32),
             size=client.size,
         )
-        params = carry.params._replace(experts=carry.bank.weights)
-        rows = layout.rows_of(carry.bank, here(model, upload.trained, place))
-        max_union_size = jnp.max(measured["union_size"])
-        over_budget = rule.fail_over_budget & (max_union_size > client.budget)
-        finite = jnp.isfinite(jnp.sum(measured["loss"])) & all_finite(carry.params)
-        finite &= rows_finite(carry.bank.weights, rows, place)
+        rows = layout.rows_of(carry.bank, local_experts(upload.trained, place))
+        params = carry.params._replace(experts=carry.bank.rows.weights)
+        finite = jnp.isfinite(jnp.sum(reports.loss.total)) & all_finite(carry.params)
+        finite &= rows_finite(params.experts, rows, place)
         # On every device that holds some of the experts.
-        finite = total((~finite).astype(jnp.int32), place) == 0
-        status = jnp.select(
-            [~client.available, ~finite, over_budget], [DROPPED_OUT, NONFINITE, OVER_BUDGET], OK
-        )
-        means = {name: jnp.mean(values, axis=0) for name, values in measured.items()}
-        report = ClientReport(status=status, max_union_size=max_union_size, **means)
-        return ClientUpdate(params, rows, used, upload, report)
+        finite = psum_experts((~finite).astype(jnp.int32), place) == 0
+        over_budget = rule.fail_over_budget & (jnp.max(reports.routing["union_size"]) > client.budget)
+        status = client_status(client.available, finite, over_budget)
+        return ClientUpdate(params, rows, token, upload, mean_report(status, reports))
 
     return train
 
 
-def gradient_norms(layout: BankLayout, read: Callable, backward: Callable, place: Place) -> Array:
-    """Returns the L2 norm of each expert's gradient [L, E], by a backward pass of its own."""
+class BatchUsage(NamedTuple):
+    """What a batch adds to a client's `Upload`.
 
-    def note(norms, expert, weights, gradient, reached):
-        square = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
-        return norms.at[expert].set(jnp.where(reached, jnp.sqrt(square), norms[expert]))
+    Attributes:
+      usage: float32 [L, E] (16), and over how many units.
+      importance: float32 [L, E] (5).
+    """
 
-    _, _, norms = backward(
-        layout.slots(None), lambda _, expert: read(expert), note, jnp.zeros(layout.num_experts)
+    usage: Float[Array, "*steps layers experts"]
+    units: Float[Array, "*steps"]
+    importance: Float[Array, "*steps layers experts"]
+
+
+def batch_usage(
+    routing: Routing, token_mask: Bool[Array, "batch tokens"], importance: ConfigDict
+) -> BatchUsage:
+    """Returns usage (16) and importance (5) of a batch by `importance.unit`."""
+    units = units_of(routing.gates, routing.own, token_mask, importance.unit)
+    return BatchUsage(
+        usage(units.chosen_gates, units.mask),
+        jnp.sum(units.mask, dtype=jnp.float32),
+        routing_importance(units.gates, units.mask, importance.lam),
     )
-    return everywhere(norms.reshape(layout.num_layers, layout.held), place)
+
+
+def make_adjust(rule: LocalRule) -> Callable[..., Any]:
+    """Returns `adjust(gradient, weights, start, offset, expert=None) -> gradient` by a rule.
+
+    Args of the result: trees like the weights; with `expert`, an index, `start` and `offset` hold all experts.
+    """
+
+    def adjust(gradient, weights, start, offset, expert=None):
+        if expert is not None:
+            start, offset = row_of(start, expert), row_of(offset, expert)
+        if rule.proximal_mu:
+            gradient = optax.tree.add_scale(gradient, rule.proximal_mu, optax.tree.sub(weights, start))
+        return gradient if offset is None else optax.tree.add(gradient, offset)
+
+    return adjust
+
+
+def gradient_norms(
+    objective: Callable[..., Any], batch: Any, budget: Budget, num_experts: int
+) -> Float[Array, " experts"]:
+    """Returns the L2 norm of the gradient of each expert of this device, by passes of its own.
+
+    Args:
+      objective: (tape, batch, budget) -> ((loss, tape, permits), aux).
+      num_experts: L * H.
+    """
+    rules = budget.experts.rules
+
+    def write(norms, context, row, expert, weights, gradient, reached):
+        return put(norms, expert, optax.tree.norm(gradient), reached)
+
+    rules = rules._replace(reread=lambda norms, bank, row, expert: rules.read(bank, expert), write=write)
+    budget = budget._replace(experts=budget.experts.replace(rules=rules))
+    zeros = jnp.zeros(num_experts)
+    (_, _, permit), pull, _ = jax.vjp(lambda tape: objective(tape, batch, budget), zeros, has_aux=True)
+    (norms,) = pull((jnp.float32(1), zeros, jnp.zeros_like(permit)))
+    return norms
+
+
+def own_tokens(
+    table: str | None, start: Params, batch: Any, size: int
+) -> tuple[Int[Array, " table_rows"] | None, Any]:
+    """Returns the rows of the embedding table that a client needs, and its batches with tokens as indices of them.
+
+    Args:
+      table: its name, or None where all of it is needed.
+      size: R.
+    """
+    if table is None:
+        return None, batch
+    used, tokens = distinct_tokens(batch["tokens"], start.shared[table].shape[0], size)
+    return used, batch | {"tokens": tokens}
+
+
+def rows_of_table(table: str | None, shared: dict, token: Int[Array, " table_rows"] | None) -> dict:
+    """Returns the shared parameters with these rows of the embedding table; None leaves it whole."""
+    return (
+        shared if token is None else shared | {table: shared[table].at[token].get(mode="fill", fill_value=0)}
+    )
 
 
 def distinct_tokens(
@@ -311,54 +364,11 @@ def distinct_tokens(
     return jnp.full(size, vocab_size, jnp.int32).at[rows].set(every, mode="drop"), rank[tokens]
 
 
-def measure(
-    cross_entropy: Float[Array, ""],
-    logits: Float[Array, "batch classes"],
-    labels: Int[Array, " batch"],
-    seen: Seen,
-    trained: Bool[Array, "layers experts"],
-    token_mask: Bool[Array, " tokens"],
-) -> dict[str, Float[Array, ""]]:
-    """Returns one step's part of the `ClientReport`, by field, without `empty_slots`.
-
-    Args:
-      seen: by the training pass.
-      trained: experts that this step trained.
-    """
-    kept = jnp.sum(seen.kept, dtype=jnp.float32)
-    return dict(
-        loss=cross_entropy,
-        accuracy=jnp.mean(jnp.argmax(logits, axis=-1) == labels),
-        union_size=jnp.sum(union(seen.own), dtype=jnp.float32),
-        trained_size=jnp.sum(trained, dtype=jnp.float32),
-        assignments=kept,
-        trained_assignments=jnp.sum(jnp.where(trained, seen.kept, 0), dtype=jnp.float32),
-        dropped=1 - kept / jnp.maximum(jnp.sum(seen.sent), 1),
-        router_entropy=gate_entropy(seen.gates, token_mask),
-        padding=1 - jnp.mean(token_mask),
-    )
-
-
-def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Says whether no number of a tree is NaN or infinite, nor their sum too large for float32."""
-    # A sum runs several times as fast on a CPU as a test of every number.
-    return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)))
-
-
 def rows_finite(weights: Any, rows: ExpertRows, place: Place) -> Bool[Array, ""]:
-    """Says the same of the rows of a tree of arrays."""
+    """Says whether the rows of a tree of arrays are finite, see `all_finite`."""
 
     def look(index, finite):
         row = rows.row[jnp.minimum(index, rows.row.shape[0] - 1)]
-        return finite & all_finite(jax.tree.map(lambda x: x[row], weights))
+        return finite & all_finite(row_of(weights, row))
 
-    return jax.lax.fori_loop(0, most_turns(rows.count, place), look, jnp.bool_(True))
-
-
-def gate_entropy(
-    gates: Float[Array, "layers tokens experts"], token_mask: Bool[Array, " tokens"]
-) -> Float[Array, ""]:
-    """Returns the entropy of the gates in nats, mean over real tokens and layers."""
-    entropy = -jnp.sum(jax.scipy.special.xlogy(gates, gates), axis=-1)
-    real = jnp.sum(token_mask)
-    return jnp.sum(jnp.where(token_mask, entropy, 0.0)) / jnp.maximum(real, 1) / gates.shape[0]
+    return jax.lax.fori_loop(0, chunk_max(rows.count, place), look, jnp.bool_(True))

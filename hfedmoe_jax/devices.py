@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.cost import ModelCost
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import ModelCost
 
 
 class DeviceProfile(NamedTuple):
@@ -101,7 +101,8 @@ def memory_needed(cost: ModelCost, budget: int, forward: str) -> int:
     """
     resident = cost.num_experts if forward == "routed" else budget
     return (
-        cost.shared_training_bytes
+        cost.frozen_bytes
+        + cost.shared_training_bytes
         + resident * cost.expert_parameter_bytes
         + budget * cost.expert_training_bytes
     )
@@ -148,7 +149,7 @@ def round_cost(
     steps: int,
     assignments: float,
     trained_assignments: float,
-    uploaded_experts: float,
+    bytes_up: float,
     scoring: ScoringPasses,
 ) -> RoundCost:
     """Returns what one round costs a client, a download of the whole model included.
@@ -159,11 +160,10 @@ def round_cost(
     Args:
       steps: local steps.
       assignments, trained_assignments: token-expert pairs computed a step, all and of trained experts.
-      uploaded_experts: experts sent back, beside the shared parameters and routers.
+      bytes_up: what it sends.
       scoring: passes beside the training steps.
     """
     bytes_down = cost.shared_parameter_bytes + cost.num_experts * cost.expert_parameter_bytes
-    bytes_up = cost.shared_parameter_bytes + uploaded_experts * cost.expert_parameter_bytes
     expert_flop = assignments * cost.assignment_flop
     flop = steps * (3 * cost.shared_flop + expert_flop + 2 * trained_assignments * cost.assignment_flop)
     flop += scoring.count * (scoring.shared * cost.shared_flop + scoring.experts * expert_flop)

@@ -1,42 +1,38 @@
 """How good a model is, and how it routes: sums over batches, through the population engine.
 
-Axes: M batches, B batch, T tokens, L MoE layers, E experts.
+Axes: M batches, B batch, N tokens, L MoE layers, E experts.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from hfedmoe_jax.budgeted import predict
-from hfedmoe_jax.client import ClientData, gate_entropy
-from hfedmoe_jax.models import MoeModel, Params
-from hfedmoe_jax.population import (
-    EVERYWHERE,
-    map_members,
-    params_specs,
-    place_of,
-    plan_blocks,
-    stack_members,
-)
-from hfedmoe_jax.scores import usage, usage_over_batches
+from hfedmoe_jax.client import ClientData
+from hfedmoe_jax.experts import open_budget
+from hfedmoe_jax.mesh import REPLICATED, Place, place_of
+from hfedmoe_jax.models import ModelOutput, MoeModel, Params, params_specs
+from hfedmoe_jax.population import StateStore, map_members, put_members, stack_members
+from hfedmoe_jax.reports import gate_entropy
+from hfedmoe_jax.schedule import Block, plan_blocks
+from hfedmoe_jax.scores import units_of, usage, usage_over_batches
+from hfedmoe_jax.tasks import Batch, Ratio, Task
 
 
 class EvaluationBatches(NamedTuple):
-    """Batches to judge a model on; a padding example has weight 0.
+    """Batches to judge a model on.
 
     Attributes:
-      tokens, labels, weight: examples.
+      batch: a tree of [M, B, ...].
+      weight: of the examples; 0 for padding.
       judge: whose model judges a batch, for algorithms that keep a model a client.
     """
 
-    tokens: Int[Array, "batches batch tokens"]
-    labels: Int[Array, "batches batch"]
+    batch: Batch
     weight: Float[Array, "batches batch"]
     judge: Int[Array, " batches"]
 
@@ -45,116 +41,153 @@ class BatchScore(NamedTuple):
     """Sums over the examples of a batch (a leading axis M when stacked).
 
     Attributes:
-      correct, loss: of the examples, by weight; loss in nats.
-      count: sum of the weights.
+      scores: of the task.
       load: tokens that each expert served, [L, E].
-      entropy: of the gates in nats, sum over tokens of the mean over layers.
-      tokens: real tokens.
+      entropy: of the gates in nats, mean over layers, over the real tokens.
     """
 
-    correct: Float[Array, ""]
-    loss: Float[Array, ""]
-    count: Float[Array, ""]
-    load: Float[Array, "layers experts"]
-    entropy: Float[Array, ""]
-    tokens: Float[Array, ""]
+    scores: dict[str, Ratio]
+    load: Float[Array, "*batches layers experts"]
+    entropy: Ratio
 
 
 class Quality(NamedTuple):
-    """What `summarize` makes of batch scores: means over examples, tokens; `load` is shares by layer."""
+    """What `summarize` makes of batch scores.
 
-    accuracy: float
-    loss: float
+    Attributes:
+      scores: the task's scores by name.
+      load: [L, E], share of a layer's tokens that each expert served.
+      router_entropy: in nats.
+    """
+
+    scores: dict[str, float]
     load: np.ndarray
     router_entropy: float
 
 
-def make_evaluate(
-    model: MoeModel, personal: bool, mesh: Mesh, chunk: int, capacity_factor: float
-) -> Callable[[Params, EvaluationBatches, np.ndarray | None], BatchScore]:
-    """Returns `evaluate(params, batches, hosts=None) -> BatchScore` stacked over batches, on the host.
+class Judge:
+    """Judges models and describes their routing, batches and clients spread over the devices.
 
     Args:
-      model: what is judged.
-      personal: params have a leading axis C, and `judge` picks one for each batch.
-      mesh, chunk: devices to spread the batches over, and how many at once.
-      capacity_factor: of the experts.
-
-    `hosts` names the process that has each batch; others pass anything of its shape.
+      model, task, frozen: what is judged.
+      personal: parameters have a leading axis C, and each batch or client has a model of its own.
+      num_clients: C.
+      mesh, chunk: where, and how many at once on a device.
+      unit: `importance.unit`.
     """
-    place = place_of(mesh, chunk)
 
-    def score(params: Params, batch: EvaluationBatches):
-        if personal:
-            params = jax.tree.map(lambda x: x[batch.judge], params)
-        tokens = jnp.where(batch.weight[:, None] > 0, batch.tokens, 0)  # padding asks for no expert
-        token_mask = model.real(tokens).reshape(-1)
-        num_tokens = jnp.sum(token_mask, dtype=jnp.float32)
-        logits, seen = predict(model, params, tokens, capacity_factor, place)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        right = jnp.argmax(logits, axis=-1) == batch.labels
-        return (), BatchScore(
-            correct=jnp.sum(right * batch.weight),
-            loss=jnp.sum(loss * batch.weight),
-            count=jnp.sum(batch.weight),
-            load=seen.kept.astype(jnp.float32),
-            entropy=num_tokens * gate_entropy(seen.gates, token_mask),
-            tokens=num_tokens,
-        )  # fmt: skip
+    def __init__(
+        self,
+        model: MoeModel,
+        task: Task,
+        frozen: Any,
+        personal: bool,
+        num_clients: int,
+        mesh: Mesh,
+        chunk: int,
+        unit: str,
+    ):
+        self._model, self._task, self._unit, self._personal = model, task, unit, personal
+        self._mesh, self._chunk, self._frozen = mesh, chunk, frozen
+        self._place = place_of(mesh, chunk)
+        self._store = StateStore(mesh, num_clients)
+        specs = () if personal else params_specs(jax.eval_shape(model.init, jax.random.key(0))[0])
+        self._score = map_members(self._score_batch, mesh, chunk, (specs, REPLICATED))
+        self._usage = map_members(self._usage_of_client, mesh, chunk, (specs, REPLICATED))
 
-    run = map_members(score, mesh, chunk, EVERYWHERE if personal else model_specs(model))
+    def scores(
+        self, params: Params, batches: EvaluationBatches, hosts: Int[np.ndarray, " batches"] | None = None
+    ) -> BatchScore:
+        """Returns the scores of all batches, stacked, on the host.
 
-    def evaluate(params: Params, batches: EvaluationBatches, hosts: np.ndarray | None = None) -> BatchScore:
-        blocks = plan_blocks(np.zeros(len(batches.judge), int), mesh, chunk, hosts)
-        return run(params, ((block, stack_members(batches, block.members)) for block in blocks))
+        Args:
+          hosts: the process that has each batch; others pass anything of its shape.
+        """
+        blocks = plan_blocks(np.zeros(len(batches.judge), int), self._mesh, self._chunk, hosts)
+        members = ((block, stack_members(batches, block.members)) for block in blocks)
+        return self._over(self._score, params, ((block, each, each.judge) for block, each in members))
 
-    return evaluate
+    def usage(
+        self, params: Params, blocks: Iterable[tuple[Block, ClientData]]
+    ) -> Float[np.ndarray, "members layers experts"]:
+        """Returns u_c (16) of each client under one set of parameters, on the host.
+
+        Taken over the batches of a round by the same unit, so that it compares with what the clients reported from
+        training on them, before aggregation moved their routers.
+
+        Args:
+          blocks: of a cohort, with its data on the host.
+        """
+        return self._over(self._usage, params, ((block, data, data.client) for block, data in blocks))
+
+    def _over(
+        self, program: Callable, params: Params, members: Iterable[tuple[Block, Any, np.ndarray]]
+    ) -> Any:
+        """Runs a program over blocks of members, each with the number of the client whose model is meant."""
+        shared = () if self._personal else params
+
+        def placed():
+            for block, each, owner in members:
+                own = self._store.gather(params, owner) if self._personal else ()
+                yield block, (put_members(self._mesh, each), own)
+
+        return program((shared, self._frozen), placed())
+
+    def _apply(self, broadcast: Any, own: Any, batch: Batch, training: bool) -> ModelOutput:
+        shared, frozen = broadcast
+        params = own if self._personal else shared
+        return predict(self._model, params, frozen, batch, training, self._place)
+
+    def _score_batch(self, broadcast: Any, member: tuple[EvaluationBatches, Any]):
+        (batch, weight, _), own = member
+        out = self._apply(broadcast, own, batch, False)
+        token_mask = self._model.mask(batch).reshape(-1)
+        tokens = jnp.sum(token_mask, dtype=jnp.float32)
+        entropy = Ratio(tokens * gate_entropy(out.routing.gates, token_mask), tokens)
+        scores = self._task.score(out.output, batch, weight)
+        return (), BatchScore(scores, out.routing.kept.astype(jnp.float32), entropy)
+
+    def _usage_of_client(self, broadcast: Any, member: tuple[ClientData, Any]):
+        client, own = member
+
+        def of_batch(batch):
+            routing = self._apply(broadcast, own, batch, True).routing
+            units = units_of(routing.gates, routing.own, self._model.mask(batch), self._unit)
+            return usage(units.chosen_gates, units.mask), jnp.sum(units.mask, dtype=jnp.float32)
+
+        return (), usage_over_batches(*jax.lax.map(of_batch, client.batch))
 
 
-def make_usage(
-    model: MoeModel, personal: bool, mesh: Mesh, chunk: int, capacity_factor: float
-) -> Callable[[Params, Iterable], Float[Array, "members layers experts"]]:
-    """Returns `usage_of(params, blocks) -> u_c (16)` of each member under one set of parameters, on the host.
+def predict(
+    model: MoeModel, params: Params, frozen: Any, batch: Batch, training: bool, place: Place
+) -> ModelOutput:
+    """Returns what a model makes of a batch when all of its experts run.
 
-    Taken over the batches of a round, so that it compares with what the clients reported
-    from training on them, before aggregation moved their routers. `blocks` are pairs of a `Block` and
-    its `ClientData`.
+    Args:
+      params: experts [L, H, ...] of this device.
+      training: see `MoeModel.apply`.
     """
-    place = place_of(mesh, chunk)
-
-    def visit(params: Params, member: ClientData):
-        if personal:
-            params = jax.tree.map(lambda x: x[member.client], params)
-
-        def of_batch(tokens):
-            _, seen = predict(model, params, tokens, capacity_factor, place)
-            token_mask = model.real(tokens).reshape(-1)
-            return usage(seen.gates, seen.own, token_mask), jnp.sum(token_mask, dtype=jnp.float32)
-
-        usages, num_tokens = jax.lax.map(of_batch, member.tokens)
-        return (), usage_over_batches(usages, num_tokens)
-
-    return map_members(visit, mesh, chunk, EVERYWHERE if personal else model_specs(model))
+    return model.apply(params, frozen, batch, open_budget(params.experts, model.num_experts, place), training)
 
 
-def model_specs(model: MoeModel) -> Params:
-    """Returns how a model's parameters lie on a mesh."""
-    return params_specs(jax.eval_shape(model.init, jax.random.key(0)))
+def ratio_mean(ratio: Ratio) -> float:
+    """Returns the mean over all batches, summed in float64."""
+    total, count = (np.sum(x, dtype=np.float64) for x in ratio)
+    return float(total / count)
 
 
 def summarize(scores: BatchScore) -> Quality:
     """Returns means over all examples, summed in float64."""
-    total = jax.tree.map(lambda x: np.sum(x, axis=0, dtype=np.float64), scores)
-    served = np.maximum(total.load.sum(axis=-1, keepdims=True), 1)
+    load = np.sum(scores.load, axis=0, dtype=np.float64)
+    served = np.maximum(load.sum(axis=-1, keepdims=True), 1)
     return Quality(
-        accuracy=float(total.correct / total.count),
-        loss=float(total.loss / total.count),
-        load=total.load / served,
-        router_entropy=float(total.entropy / total.tokens),
+        scores={name: ratio_mean(ratio) for name, ratio in scores.scores.items()},
+        load=load / served,
+        router_entropy=ratio_mean(scores.entropy),
     )
 
 
-def client_spread(accuracy: np.ndarray) -> tuple[float, float, float]:
+def client_spread(score: np.ndarray) -> tuple[float, float, float]:
     """Returns mean, standard deviation and the mean of the worst 10% (at least one) of the clients."""
-    worst = np.sort(accuracy)[: max(1, int(np.ceil(0.1 * len(accuracy))))]
-    return float(np.mean(accuracy)), float(np.std(accuracy)), float(np.mean(worst))
+    worst = np.sort(score)[: max(1, int(np.ceil(0.1 * len(score))))]
+    return float(np.mean(score)), float(np.std(score)), float(np.mean(worst))

@@ -18,38 +18,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.accounting import Ledger, account_round, enter, open_ledger
-from hfedmoe_jax.algorithms import Portion, RoundMetrics, ServerState, build_algorithm, compose
-from hfedmoe_jax.checks import check_config
-from hfedmoe_jax.client import NONFINITE, OK, OVER_BUDGET, STATUS_NAMES, ClientData
+from hfedmoe_jax.aggregation.sums import power_below
+from hfedmoe_jax.algorithms import Portion, RoundMetrics, ServerState, Setting, algorithms
+from hfedmoe_jax.checks import check_config, needs_budgets
+from hfedmoe_jax.client import ClientData
+from hfedmoe_jax.cost import model_cost
 from hfedmoe_jax.data import (
-    Ahead,
     FederatedData,
+    Prefetch,
     holdout_batches,
     host_of,
     load_federated,
     most_tokens,
+    num_rows,
     pad_batches,
     round_batches,
+    take,
 )
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
-from hfedmoe_jax.engines import Clients
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.evaluation import (
-    EvaluationBatches,
-    Quality,
-    client_spread,
-    make_evaluate,
-    make_usage,
-    summarize,
-)
-from hfedmoe_jax.models import Params, build_model, model_cost
-from hfedmoe_jax.optimizers import build_optimizer, per_expert
-from hfedmoe_jax.population import NOBODY, Block, chunk_size, empty_places
-from hfedmoe_jax.sums import power_below
+from hfedmoe_jax.evaluation import EvaluationBatches, Judge, Quality, client_spread, summarize
+from hfedmoe_jax.mesh import REPLICATED
+from hfedmoe_jax.models import ModelSizes, Params, build_model
+from hfedmoe_jax.optimizers import build_optimizer
+from hfedmoe_jax.population import put_members
+from hfedmoe_jax.reports import NONFINITE, OK, OVER_BUDGET, STATUS_NAMES
+from hfedmoe_jax.schedule import NOBODY, Block, chunk_size, empty_places
+from hfedmoe_jax.tasks import tasks
 
 COHORT_STREAM, DEVICE_STREAM = 101, 102  # the host's random streams, apart from those of the data
 
@@ -60,15 +59,15 @@ class RunState(NamedTuple):
     Attributes:
       round: rounds done.
       server: the algorithm's state.
-      best: parameters of the best round so far by validation accuracy.
-      best_accuracy, best_round: of that round (-1 and 0 before the first evaluation).
+      best: parameters of the best round so far by the task's metric on the validation split.
+      best_score, best_round: of that round (minus infinity and 0 before the first evaluation).
       ledger: totals.
     """
 
     round: np.ndarray
     server: ServerState
     best: Params
-    best_accuracy: np.ndarray
+    best_score: np.ndarray
     best_round: np.ndarray
     ledger: Ledger
 
@@ -78,7 +77,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       final, best: test quality of the last model, and of the best one by validation.
-      client_accuracy: float [C], of the last model on each client's own held-out examples.
+      client_scores: float [C], the task's metric of the last model on each client's own held-out examples.
       client_spread: its mean, standard deviation and mean of the worst 10%.
       expert_load: [L, E], share of a layer's validation tokens that each expert served.
       usage_before, usage_after: [M, L, E], u_c (16) of the last cohort as its members reported it while
@@ -87,7 +86,7 @@ class Outcome(NamedTuple):
 
     final: Quality
     best: Quality
-    client_accuracy: np.ndarray
+    client_scores: np.ndarray
     client_spread: tuple[float, float, float]
     expert_load: np.ndarray
     usage_before: np.ndarray
@@ -103,7 +102,8 @@ class Experiment:
       data: clients and splits; loaded by the config if not given.
 
     Attributes:
-      model, algorithm, cost: see their modules.
+      model, task, algorithm, cost: see their modules.
+      frozen: parameters that nobody trains, on the mesh.
       profiles: each client's device.
       budgets: int [C], experts that each client can train, over all layers.
       sizes: int [C], passages that each client trains on.
@@ -116,29 +116,29 @@ class Experiment:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, data: FederatedData | None = None):
         check_config(config)
-        data = data if data is not None else load_federated(config)
+        self.task = tasks[config.task.name]
+        data = data if data is not None else load_federated(config, self.task.prepare)
         self.config, self.mesh = config, mesh
         self.num_clients = len(data.client_train)
-        self.model = build_model(config.model, len(data.label_names), data.vocab_size, config.data.seq_len)
-        self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
-        optimizer = per_expert(build_optimizer(config.client, config.client.optimizer, "client"))
-        shapes = jax.eval_shape(self.model.init, self.init_key)
-        self.cost = model_cost(
-            config.model,
-            shapes,
-            jax.eval_shape(optimizer.init, shapes),
-            config.fl.batch_size,
-            config.data.seq_len,
+        batch = {
+            name: jax.ShapeDtypeStruct((config.fl.batch_size, *values.shape[1:]), values.dtype)
+            for name, values in data.train.items()
+        }
+        sizes = ModelSizes(
+            self.task.num_outputs(data.label_names, data.vocab_size), data.vocab_size, config.data.seq_len
         )
+        self.model = build_model(config.model, sizes, batch)
+        self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
+        optimizer = build_optimizer(config.client, config.client.optimizer, "client")
+        self.cost = model_cost(self.model, self.task, config.model, optimizer, batch)
         classes, shares = read_profiles(config.devices)
         rng = np.random.default_rng([config.seed, DEVICE_STREAM])
         self.profiles = [classes[index] for index in assign_devices(self.num_clients, shares, rng)]
         self.budgets = self._budgets()
         self.chunk = chunk_size(config.fl.chunk, self.cost, mesh)
-        self.num_passages = len(data.train.labels)
+        self.num_passages = num_rows(data.train)
         self.sizes = np.array([len(rows) for rows in data.client_train])
         self.relative_sizes = (self.sizes * power_below(1 / self.sizes.max())).astype(np.float32)
-        clients = Clients(self.budgets, most_tokens(data, config.fl))
         self.hosts = len({device.process_index for device in mesh.devices.flat})
         if self.num_clients < self.hosts:
             raise InputError(
@@ -148,20 +148,27 @@ class Experiment:
                 "use at least a client a process",
             )
         # The hosts' answers to what needs everybody's data are alike; from here on each has its own.
-        self._majority_label = np.bincount(data.train.labels).argmax()
+        self.baseline = self.task.baseline(data.train, data.test)
+        table_rows = most_tokens(data, config.fl)
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
-        self.algorithm = build_algorithm(config, self.model, clients, mesh, self.chunk)
-        self.personal = self.algorithm.composition.personal
-        judged = (self.model, self.personal, mesh, self.chunk)
-        self._evaluate = make_evaluate(*judged, config.model.eval_capacity_factor)
-        self._usage = make_usage(*judged, config.model.capacity_factor)
+        everywhere = NamedSharding(mesh, REPLICATED)
+        self.frozen = jax.jit(lambda key: self.model.init(key)[1], out_shardings=everywhere)(self.init_key)
+        setting = Setting(
+            config, self.model, self.task, self.frozen, self.budgets, table_rows, mesh, self.chunk
+        )
+        self.algorithm = algorithms[config.fl.algorithm](config)(setting)
+        self._judge = Judge(
+            self.model, self.task, self.frozen, self.algorithm.personal, self.num_clients, mesh, self.chunk,
+            config.importance.unit,
+        )  # fmt: skip
         self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
-        self._ahead: tuple[int, Ahead] | None = None  # the next round's data, assembled while this one runs
+        self._next: tuple[CohortPlan, Prefetch] | None = (
+            None  # the next round, assembled while this one runs
+        )
 
     def _budgets(self) -> np.ndarray:
         """Returns each client's budget; all experts for an algorithm that ignores budgets."""
-        parts = compose(self.config)
-        if parts.score == "none" and not parts.fail_over_budget:
+        if not needs_budgets(self.config):
             budgets = [self.cost.num_experts] * self.num_clients
         elif self.config.budget.fraction:
             budgets = [fraction_budget(self.config.budget.fraction, self.cost.num_experts)] * self.num_clients
@@ -171,32 +178,34 @@ class Experiment:
 
     def init(self) -> RunState:
         """Returns the state before the first round."""
-        server = self.algorithm.init(jax.jit(self.model.init)(self.init_key))
+        server = self.algorithm.init(jax.jit(lambda key: self.model.init(key)[0])(self.init_key))
         best = jax.tree.map(jnp.copy, server.params)
-        return RunState(np.int64(0), server, best, np.float64(-1), np.int64(0), open_ledger())
+        return RunState(np.int64(0), server, best, np.float64(-np.inf), np.int64(0), open_ledger())
 
     def cohort(self, round_number: int) -> np.ndarray:
         """Returns the clients of a round, int [M], sampled without replacement."""
         rng = np.random.default_rng([self.config.seed, COHORT_STREAM, round_number])
         return np.sort(rng.choice(self.num_clients, self.config.fl.clients_per_round, replace=False))
 
-    def client_data(self, round_number: int, places: np.ndarray | None = None) -> ClientData:
+    def client_data(
+        self, round_number: int, cohort: np.ndarray, places: np.ndarray | None = None
+    ) -> ClientData:
         """Returns the input of a round, stacked over members of its cohort.
 
         Args:
+          cohort: of that round.
           places: which members; a negative one gives zeros. Default: all, in order.
         """
         fl = self.config.fl
-        cohort = self.cohort(round_number)
         places = np.arange(len(cohort)) if places is None else places
         clients = cohort[places[places >= 0]]
         rng = np.random.default_rng([self.config.seed, COHORT_STREAM, round_number, 1])
         available = rng.random(self.num_clients)[clients] >= fl.dropout_probability
-        tokens, labels = round_batches(
+        batch = round_batches(
             self.data, clients, round_number, fl.local_steps, fl.batch_size, self.config.seed
         )
         sizes = self.relative_sizes[clients]
-        data = ClientData(clients.astype(np.int32), tokens, labels, sizes, self.budgets[clients], available)
+        data = ClientData(clients.astype(np.int32), batch, sizes, self.budgets[clients], available)
 
         def spread(values):
             result = np.zeros((len(places), *values.shape[1:]), values.dtype)
@@ -205,29 +214,46 @@ class Experiment:
 
         return jax.tree.map(spread, data)
 
-    def blocks(self, round_number: int) -> Iterator[tuple[Block, ClientData]]:
-        """Yields the blocks of a round with what this process's clients bring, as host arrays."""
+    def plan(self, round_number: int) -> "CohortPlan":
+        """Returns who takes part in a round, and in which blocks."""
         cohort = self.cohort(round_number)
+        return CohortPlan(round_number, cohort, self.algorithm.plan(cohort, host_of(cohort, self.hosts)))
+
+    def blocks(self, plan: "CohortPlan") -> Iterator[tuple[Block, ClientData]]:
+        """Yields the blocks of a round with what this process's clients bring, as host arrays."""
         mine = np.array([device.process_index for device in self.mesh.devices[:, 0]]) == jax.process_index()
-        for block in self.algorithm.plan(cohort, host_of(cohort, self.hosts)):
+        for block in plan.blocks:
             places = np.where(mine[:, None], block.members, NOBODY).reshape(-1)
-            yield block, self.client_data(round_number, places)
+            yield block, self.client_data(plan.round, plan.cohort, places)
 
-    def portions(self, round_number: int) -> Iterator[Portion]:
-        """Yields the blocks of a round on the devices, then begins to assemble those of the next round."""
+    def portions(self, plan: "CohortPlan") -> Prefetch:
+        """Begins to assemble the blocks of a round on the devices."""
 
-        def assembled(number: int) -> Ahead:
-            return Ahead(self.algorithm.portion(*pair) for pair in self.blocks(number))
+        def on_devices() -> Iterator[Portion]:
+            for block, data in self.blocks(plan):
+                members = block.members.reshape(-1)
+                data = data._replace(available=data.available & (members != NOBODY))
+                numbers = np.where(members == NOBODY, NOBODY, plan.cohort[np.maximum(members, 0)])
+                yield Portion(block, numbers, put_members(self.mesh, data))
 
-        number, ready = self._ahead or (None, None)
-        self._ahead = None
-        if number != round_number:
-            if ready:
-                ready.close()
-            ready = assembled(round_number)
-        yield from ready
-        if round_number < self.config.fl.rounds:
-            self._ahead = (round_number + 1, assembled(round_number + 1))
+        return Prefetch(on_devices())
+
+    def _prefetched(self, round_number: int) -> tuple["CohortPlan", Prefetch]:
+        """Returns the plan and the data of a round, assembled during the round before if there was one."""
+        expected, self._next = self._next, None
+        if expected is not None and expected[0].round == round_number:
+            return expected
+        if expected is not None:
+            expected[1].close()
+        plan = self.plan(round_number)
+        return plan, self.portions(plan)
+
+    def _round_portions(self, portions: Prefetch, following: int) -> Iterator[Portion]:
+        """Yields the portions of a round, then begins to assemble those of the following one."""
+        yield from portions
+        if following <= self.config.fl.rounds:
+            plan = self.plan(following)
+            self._next = plan, self.portions(plan)
 
     def step(self, state: RunState) -> tuple[RunState, dict[str, float], list[str]]:
         """Runs one round; `state` is consumed (its buffers are donated).
@@ -238,15 +264,14 @@ class Experiment:
         """
         began = time.perf_counter()
         number, steps = int(state.round) + 1, self.config.fl.local_steps
-        members = self.cohort(number)
         key = jax.random.fold_in(self.round_key, number)
-        plan = self.algorithm.plan(members, host_of(members, self.hosts))
-        tiers = {block.tier for block in plan}
-        server, metrics = self.algorithm.round(state.server, self.portions(number), key)
+        plan, portions = self._prefetched(number)
+        members, tiers = plan.cohort, {block.tier for block in plan.blocks}
+        server, metrics = self.algorithm.round(state.server, self._round_portions(portions, number + 1), key)
         jax.block_until_ready(server.params)
         round_s = time.perf_counter() - began
         profiles = [self.profiles[c] for c in members]
-        account = account_round(metrics, profiles, self.cost, steps, self.algorithm.scoring, self.personal)
+        account = account_round(metrics, profiles, self.cost, steps, self.algorithm)
         ledger = enter(state.ledger, account, metrics)
         if tiers <= self._compiled:
             ledger = ledger._replace(
@@ -254,24 +279,21 @@ class Experiment:
             )
         self._compiled |= tiers
         row = {"round": number, **round_row(metrics, self.cost.num_experts), **account._asdict()}
-        row["empty_places_share"] = empty_places(plan, self.chunk)
+        row["empty_places_share"] = empty_places(plan.blocks, self.chunk)
         state = state._replace(round=np.int64(number), server=server)
         last = number == self.config.fl.rounds
         if number % self.config.eval.every == 0 or last:
-            quality, client_accuracy = self.judge(server.params)
-            mean, deviation, worst = client_spread(client_accuracy)
-            row |= dict(
-                validation_accuracy=quality.accuracy,
-                validation_loss=quality.loss,
-                validation_router_entropy=quality.router_entropy,
-                client_accuracy_mean=mean,
-                client_accuracy_std=deviation,
-                client_accuracy_worst10=worst,
-            )
-            if quality.accuracy > state.best_accuracy:
+            quality, client_scores = self.judge(server.params)
+            mean, deviation, worst = client_spread(client_scores)
+            metric = self.task.metric
+            row |= {f"validation_{name}": value for name, value in quality.scores.items()}
+            row["validation_router_entropy"] = quality.router_entropy
+            row |= {f"client_{metric}_mean": mean, f"client_{metric}_std": deviation}
+            row[f"client_{metric}_worst10"] = worst
+            if quality.scores[metric] > state.best_score:
                 state = state._replace(
                     best=jax.tree.map(jnp.copy, server.params),
-                    best_accuracy=np.float64(quality.accuracy),
+                    best_score=np.float64(quality.scores[metric]),
                     best_round=np.int64(number),
                 )
         ledger = ledger._replace(wall_s=ledger.wall_s + (time.perf_counter() - began))
@@ -283,51 +305,65 @@ class Experiment:
         return state._replace(ledger=ledger), row, failures
 
     @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of metrics.csv, in order; those of an evaluation are missing in rounds without one."""
+        return metric_columns(list(self.task.scores), self.task.metric)
+
+    @cached_property
     def _validation(self) -> tuple[EvaluationBatches, int, np.ndarray]:
         """Validation batches, then one a client of its own held-out examples; how many; each one's host."""
-        limit = self.config.eval.max_examples or len(self.data.validation.labels)
+        count = num_rows(self.data.validation)
         rng = np.random.default_rng([self.config.seed, COHORT_STREAM])
-        rows = rng.permutation(len(self.data.validation.labels))[:limit]
-        validation = type(self.data.validation)(*(x[rows] for x in self.data.validation))
+        rows = rng.permutation(count)[: self.config.eval.max_examples or count]
         size = self.config.eval.batch_size
-        parts = [pad_batches(validation, size), holdout_batches(self.data, size)]
-        tokens, labels, weight = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        parts = [pad_batches(take(self.data.validation, rows), size), holdout_batches(self.data, size)]
+        batch, weight = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
         num_validation = len(parts[0][1])
         judge = np.concatenate([np.arange(num_validation) % self.num_clients, np.arange(self.num_clients)])
         hosts = np.concatenate([np.arange(num_validation), np.arange(self.num_clients)])
-        batches = EvaluationBatches(tokens, labels, weight, judge.astype(np.int32))
+        batches = EvaluationBatches(batch, weight, judge.astype(np.int32))
         return batches, num_validation, host_of(hosts, self.hosts)
 
     def judge(self, params: Params) -> tuple[Quality, np.ndarray]:
-        """Returns the quality on the validation split, and each client's accuracy on its own examples.
+        """Returns the quality on the validation split, and each client's score on its own examples.
 
         For algorithms that keep a model a client, client i mod C judges validation batch i, and each
         client its own examples.
         """
         batches, num_validation, hosts = self._validation
-        scores = self._evaluate(params, batches, hosts)
+        scores = self._judge.scores(params, batches, hosts)
         quality = summarize(jax.tree.map(lambda x: x[:num_validation], scores))
-        own = jax.tree.map(lambda x: x[num_validation:], scores)
-        return quality, own.correct / np.maximum(own.count, 1)
+        own = scores.scores[self.task.metric]
+        return quality, own.total[num_validation:] / np.maximum(own.count[num_validation:], 1)
 
     def finish(self, state: RunState) -> Outcome:
         """Reads the test split, once, with the final and the best model, and describes the routing."""
-        tokens, labels, weight = pad_batches(self.data.test, self.config.eval.batch_size)
-        judge = (np.arange(len(labels)) % self.num_clients).astype(np.int32)
-        batches = EvaluationBatches(tokens, labels, weight, judge)
-        hosts = host_of(np.arange(len(labels)), self.hosts)
+        batch, weight = pad_batches(self.data.test, self.config.eval.batch_size)
+        judge = (np.arange(len(weight)) % self.num_clients).astype(np.int32)
+        batches = EvaluationBatches(batch, weight, judge)
+        hosts = host_of(np.arange(len(weight)), self.hosts)
         models = (state.server.params, state.best)
-        final, best = (summarize(self._evaluate(params, batches, hosts)) for params in models)
-        validation, client_accuracy = self.judge(state.server.params)
-        members = self.cohort(int(state.round))
-        before = state.server.records.usage[members]
-        after = self._usage(state.server.params, self.blocks(int(state.round)))
-        spread = client_spread(client_accuracy)
-        return Outcome(final, best, client_accuracy, spread, validation.load, before, after)
+        final, best = (summarize(self._judge.scores(params, batches, hosts)) for params in models)
+        validation, client_scores = self.judge(state.server.params)
+        plan = self.plan(int(state.round))
+        before = state.server.records.usage[plan.cohort]
+        after = self._judge.usage(state.server.params, self.blocks(plan))
+        spread = client_spread(client_scores)
+        return Outcome(final, best, client_scores, spread, validation.load, before, after)
 
-    def majority_accuracy(self) -> float:
-        """Returns the test accuracy of always answering the most frequent training label."""
-        return float(np.mean(self.data.test.labels == self._majority_label))
+
+class CohortPlan(NamedTuple):
+    """Who takes part in a round.
+
+    Attributes:
+      round: its number.
+      cohort: int [M], the clients.
+      blocks: where and together with whom each runs.
+    """
+
+    round: int
+    cohort: np.ndarray
+    blocks: list[Block]
 
 
 def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float]:
@@ -345,7 +381,7 @@ def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float]:
     counts = np.bincount(report.status, minlength=len(STATUS_NAMES))
     return dict(
         train_loss=mean(report.loss),
-        train_accuracy=mean(report.accuracy),
+        **{f"train_{name}": mean(values) for name, values in report.scores.items()},
         union_share=mean(report.union_size / num_experts, ok | (report.status == OVER_BUDGET)),
         trained_share=mean(report.trained_size / num_experts),
         routing_consistency=mean(metrics.consistency),
@@ -357,30 +393,34 @@ def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float]:
     )
 
 
-COLUMNS = (
-    "round",
-    "train_loss",
-    "train_accuracy",
-    "validation_accuracy",
-    "validation_loss",
-    "validation_router_entropy",
-    "client_accuracy_mean",
-    "client_accuracy_std",
-    "client_accuracy_worst10",
-    "simulated_time_s",
-    "round_time_s",
-    "waiting_share",
-    "bytes_up",
-    "bytes_down",
-    "union_share",
-    "trained_share",
-    "routing_consistency",
-    "router_entropy",
-    "dropped_tokens_share",
-    "padding_tokens_share",
-    "empty_slots_share",
-    "empty_places_share",
-    *(f"clients_{name}" for name in STATUS_NAMES),
-    "wall_s",
-)
-"""Columns of metrics.csv, in order; those of an evaluation are missing in rounds without one."""
+def metric_columns(scores: list[str], metric: str) -> tuple[str, ...]:
+    """Returns the columns of metrics.csv, in order.
+
+    Args:
+      scores: of the task, without the loss.
+      metric: the one of them that chooses.
+    """
+    return (
+        "round",
+        "train_loss",
+        *(f"train_{name}" for name in scores),
+        *(f"validation_{name}" for name in scores),
+        "validation_loss",
+        "validation_router_entropy",
+        *(f"client_{metric}_{part}" for part in ("mean", "std", "worst10")),
+        "simulated_time_s",
+        "round_time_s",
+        "waiting_share",
+        "bytes_up",
+        "bytes_down",
+        "union_share",
+        "trained_share",
+        "routing_consistency",
+        "router_entropy",
+        "dropped_tokens_share",
+        "padding_tokens_share",
+        "empty_slots_share",
+        "empty_places_share",
+        *(f"clients_{name}" for name in STATUS_NAMES),
+        "wall_s",
+    )

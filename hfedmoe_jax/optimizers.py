@@ -12,10 +12,10 @@ import optax
 from jaxtyping import Array, Bool
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.aggregation.running_mean import widen
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import Params
 from hfedmoe_jax.registry import Registry, unknown_name
-from hfedmoe_jax.running_mean import widen
 
 
 class PerExpertState(NamedTuple):

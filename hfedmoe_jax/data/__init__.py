@@ -1,20 +1,20 @@
 """From a config to tokenised federated data: sources, tokenizers, partitions into clients, batches."""
 
-from hfedmoe_jax.data.ahead import Ahead
 from hfedmoe_jax.data.batches import holdout_batches, most_tokens, pad_batches, round_batches
 from hfedmoe_jax.data.columns import Documents
-from hfedmoe_jax.data.federated import Examples, FederatedData, host_of, load_federated
+from hfedmoe_jax.data.federated import FederatedData, Rows, host_of, load_federated, num_rows, take
 from hfedmoe_jax.data.partition import PARTITIONS, partition_documents
+from hfedmoe_jax.data.prefetch import Prefetch
 from hfedmoe_jax.data.sources import Corpus, load_source
 from hfedmoe_jax.data.tokenizers import encode_passages, from_json, to_json, train_tokenizer
 
 __all__ = [
     "PARTITIONS",
-    "Ahead",
     "Corpus",
     "Documents",
-    "Examples",
     "FederatedData",
+    "Prefetch",
+    "Rows",
     "encode_passages",
     "from_json",
     "holdout_batches",
@@ -22,9 +22,11 @@ __all__ = [
     "load_federated",
     "load_source",
     "most_tokens",
+    "num_rows",
     "pad_batches",
     "partition_documents",
     "round_batches",
+    "take",
     "to_json",
     "train_tokenizer",
 ]

@@ -4,10 +4,10 @@ Axes: M clients of a cohort, C all clients, B batch, T tokens, N passages, H hel
 """
 
 import numpy as np
-from jaxtyping import Float32, Int32, Integer
+from jaxtyping import Bool, Float32, Integer
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data.federated import BATCH_STREAM, Examples, FederatedData
+from hfedmoe_jax.data.federated import BATCH_STREAM, FederatedData, Rows, num_rows, take
 
 
 def round_batches(
@@ -17,8 +17,8 @@ def round_batches(
     steps: int,
     batch_size: int,
     seed: int,
-) -> tuple[Int32[np.ndarray, "M steps B T"], Int32[np.ndarray, "M steps B"]]:
-    """Returns what each client of a cohort trains on in a round.
+) -> Rows:
+    """Returns what each client of a cohort trains on in a round, arrays [M, steps, B, ...].
 
     A client's rows are shuffled anew each epoch, and epoch follows epoch until the round is full. The
     batches of a client depend on nothing but (seed, round_number, client): not on the cohort, nor on
@@ -33,42 +33,44 @@ def round_batches(
         order = np.concatenate([rng.permutation(own) for _ in range(epochs)])
         rows[position] = order[: rows.shape[1]]
     rows = rows.reshape(len(clients), steps, batch_size)
-    return data.train.tokens[rows], data.train.labels[rows]
+    return take(data.train, rows)
 
 
-def pad_batches(
-    examples: Examples, batch_size: int
-) -> tuple[Int32[np.ndarray, "n B T"], Int32[np.ndarray, "n B"], Float32[np.ndarray, "n B"]]:
-    """Returns all examples in order, in batches; the last one is filled up with rows of weight 0.
-
-    A row of weight 0 repeats the first example: one without tokens could turn to NaN, which
-    no weight cancels.
-    """
-    count = len(examples.labels)
+def pad_batches(rows: Rows, batch_size: int) -> tuple[Rows, Float32[np.ndarray, "n B"]]:
+    """Returns all rows in order, in batches [n, B, ...]; the last one is filled up with zeros of weight 0."""
+    count = num_rows(rows)
     num_batches = -(-count // batch_size)
-    rows = np.arange(num_batches * batch_size)
-    weight = (rows < count).astype(np.float32)
-    rows = np.where(rows < count, rows, 0).reshape(num_batches, batch_size)
-    return examples.tokens[rows], examples.labels[rows], weight.reshape(rows.shape)
+    index = np.arange(num_batches * batch_size).reshape(num_batches, batch_size)
+    return take_padded(rows, index, index < count)
 
 
-def holdout_batches(
-    data: FederatedData, limit: int
-) -> tuple[Int32[np.ndarray, "C H T"], Int32[np.ndarray, "C H"], Float32[np.ndarray, "C H"]]:
-    """Returns at most H = `limit` held-out passages of every client, one batch each.
+def holdout_batches(data: FederatedData, limit: int) -> tuple[Rows, Float32[np.ndarray, "C H"]]:
+    """Returns at most H = `limit` held-out passages of every client, one batch [H, ...] each.
 
-    They are spread evenly over the client's own. A client with fewer repeats its first one with
-    weight 0; one without any, whose data are another host's, has weight 0 alone.
+    They are spread evenly over the client's own. A client with fewer is filled up with zeros of weight 0; one
+    without any, whose data are another host's, has nothing else.
     """
     counts = np.array([min(limit, len(rows)) for rows in data.client_holdout])
     chosen = np.zeros((len(counts), limit), np.int64)
     for client in np.flatnonzero(counts):
         rows = data.client_holdout[client]
-        spread = rows[np.arange(counts[client]) * len(rows) // counts[client]]
-        chosen[client] = spread[0]
-        chosen[client, : counts[client]] = spread
-    weight = (np.arange(chosen.shape[1]) < counts[:, None]).astype(np.float32)
-    return data.train.tokens[chosen], data.train.labels[chosen], weight
+        chosen[client, : counts[client]] = rows[np.arange(counts[client]) * len(rows) // counts[client]]
+    return take_padded(data.train, chosen, np.arange(limit) < counts[:, None])
+
+
+def take_padded(
+    rows: Rows, index: Integer[np.ndarray, "n B"], real: Bool[np.ndarray, "n B"]
+) -> tuple[Rows, Float32[np.ndarray, "n B"]]:
+    """Returns rows by index, zeros where not `real`, and the weights: 1 where real.
+
+    Zeros are padding throughout, so that such a row asks for no expert.
+    """
+    batches = take(rows, np.where(real, index, 0))
+    for name, values in batches.items():
+        batches[name] = np.where(
+            real.reshape(real.shape + (1,) * (values.ndim - 2)), values, np.zeros((), values.dtype)
+        )
+    return batches, real.astype(np.float32)
 
 
 def most_tokens(data: FederatedData, fl: ConfigDict) -> int:
@@ -77,6 +79,6 @@ def most_tokens(data: FederatedData, fl: ConfigDict) -> int:
     Args:
       fl: local_steps and batch_size are read.
     """
-    distinct = max(len(np.unique(data.train.tokens[rows])) for rows in data.client_train)
-    seen = fl.local_steps * fl.batch_size * data.train.tokens.shape[1]
+    distinct = max(len(np.unique(data.train["tokens"][rows])) for rows in data.client_train)
+    seen = fl.local_steps * fl.batch_size * data.train["tokens"].shape[1]
     return min(data.vocab_size, 100 * -(-(min(distinct, seen) + 1) // 100))

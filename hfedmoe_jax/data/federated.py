@@ -3,9 +3,8 @@
 Axes: N passages (rows), T tokens, C clients, D documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
@@ -17,7 +16,6 @@ from hfedmoe_jax.data.sources import Corpus, check_labels, load_source
 from hfedmoe_jax.data.tokenizers import (
     check_passages,
     check_tokenizer,
-    encode_passages,
     to_json,
     train_tokenizer,
 )
@@ -29,11 +27,8 @@ SPLIT_STREAM, PARTITION_STREAM, HOLDOUT_STREAM, BATCH_STREAM = range(4)
 MINIMUM_TO_SPLIT = 3
 
 
-class Examples(NamedTuple):
-    """Labelled passages: `tokens` ([PAD]=0, [CLS] first) and the index of each one's label."""
-
-    tokens: Int32[np.ndarray, "N T"]
-    labels: Int32[np.ndarray, " N"]
+Rows = dict[str, np.ndarray]
+"""What a task makes of documents: arrays [N, ...] by name, `tokens` [N, T] among them."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +50,9 @@ class FederatedData:
         document.
     """
 
-    train: Examples
-    validation: Examples
-    test: Examples
+    train: Rows
+    validation: Rows
+    test: Rows
     client_train: tuple[Int64[np.ndarray, " N_c"], ...]
     client_holdout: tuple[Int64[np.ndarray, " H_c"], ...]
     label_names: tuple[str, ...]
@@ -83,7 +78,7 @@ class FederatedData:
 
         return replace(
             self,
-            train=Examples(self.train.tokens[kept], self.train.labels[kept]),
+            train=take(self.train, kept),
             client_train=rows_here(self.client_train),
             client_holdout=rows_here(self.client_holdout),
         )
@@ -94,7 +89,17 @@ def host_of(client: int | np.ndarray, hosts: int) -> int | np.ndarray:
     return client % hosts
 
 
-def load_federated(config: ConfigDict) -> FederatedData:
+def num_rows(rows: Rows) -> int:
+    """Returns N."""
+    return len(rows["tokens"])
+
+
+def take(rows: Rows, index: np.ndarray) -> Rows:
+    """Returns rows by index."""
+    return {name: values[index] for name, values in rows.items()}
+
+
+def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.ndarray]]) -> FederatedData:
     """Loads, splits, tokenises and partitions the data of a config; equal configs give equal data.
 
     Documents, not passages, are split and partitioned, so no document is in two places. The tokenizer sees
@@ -102,6 +107,7 @@ def load_federated(config: ConfigDict) -> FederatedData:
 
     Args:
       config: `data`, `partition`, `fl.clients` and `seed` are read.
+      prepare: of the `Task`.
 
     Raises:
       InputError: any of these is out of range, or the source cannot be used (see `load_source`).
@@ -130,15 +136,11 @@ def load_federated(config: ConfigDict) -> FederatedData:
 
     tokenizer = train_tokenizer(train_texts, data_config.tokenizer, data_config.vocab_size)
 
-    def encode(texts: Sequence[str], text_labels: np.ndarray) -> tuple[Examples, np.ndarray]:
-        tokens, document = encode_passages(tokenizer, texts, data_config.seq_len, data_config.long_text)
-        return Examples(tokens, text_labels[document]), document
-
-    train_examples, train_document = encode(train_texts, train_labels)
+    train_rows, train_document = prepare(tokenizer, train_texts, train_labels, data_config)
     return FederatedData(
-        train=train_examples,
-        validation=encode(_take(texts, validation), labels[validation])[0],
-        test=encode(test_texts, test_labels)[0],
+        train=train_rows,
+        validation=prepare(tokenizer, _take(texts, validation), labels[validation], data_config)[0],
+        test=prepare(tokenizer, test_texts, test_labels, data_config)[0],
         client_train=_rows_of(kept, train_document),
         client_holdout=_rows_of(held, train_document),
         label_names=label_names,

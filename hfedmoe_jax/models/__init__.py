@@ -1,30 +1,22 @@
-"""Mixture-of-experts models as pairs of pure functions (init, apply)."""
+"""Mixture-of-experts models: Flax modules by family, and what the rest of the package sees of them."""
 
-from hfedmoe_jax.models.build import MoeModel, build_model
-from hfedmoe_jax.models.cost import ModelCost, model_cost
-from hfedmoe_jax.models.dispatch import DISPATCHERS
-from hfedmoe_jax.models.params import Params, merge_params, split_params, tree_bytes
-from hfedmoe_jax.models.pieces import Pieces
-from hfedmoe_jax.models.routing import ExpertControls, Routing, load_balancing_loss, open_controls, own_choice
-from hfedmoe_jax.models.slots import Slots, all_slots, slots_of
+from hfedmoe_jax.models import switch as _switch  # registers the family
+from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, families
+from hfedmoe_jax.models.params import Params, merge_params, params_specs, split_params, tree_bytes
+from hfedmoe_jax.models.routing import Routing, load_balancing_loss, own_choice
 
 __all__ = [
-    "DISPATCHERS",
-    "ExpertControls",
-    "ModelCost",
+    "ModelOutput",
+    "ModelSizes",
     "MoeModel",
     "Params",
-    "Pieces",
     "Routing",
-    "Slots",
-    "all_slots",
     "build_model",
+    "families",
     "load_balancing_loss",
     "merge_params",
-    "model_cost",
-    "open_controls",
     "own_choice",
-    "slots_of",
+    "params_specs",
     "split_params",
     "tree_bytes",
 ]

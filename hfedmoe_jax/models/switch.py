@@ -1,10 +1,10 @@
 """A Switch-style Transformer encoder that classifies texts, trained from scratch.
 
 Pre-norm blocks of self-attention and a mixture of experts (arXiv 2101.03961), mean pooling
-over real tokens, a linear head. The blocks run in one `nn.scan`, so that every expert
-parameter is one array [L, E, ...] and every router parameter [L, ...].
+over real tokens, a linear head. The blocks run in one `nn.scan`; the experts of all layers are one array
+[L, E, ...] a matrix.
 
-Axes: B batch, T tokens, N = B * T, L layers, E experts, D model, F hidden.
+Axes: B batch, T tokens, N = B * T, L layers, E experts, D model, F hidden, S slots of an expert.
 """
 
 import functools
@@ -13,92 +13,85 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.models.attention import masked_attention, reference_attention
-from hfedmoe_jax.models.dispatch import DISPATCHERS, ExpertWeights, expert_capacity
-from hfedmoe_jax.models.pieces import Pieces
-from hfedmoe_jax.models.routing import ExpertControls, Routing, assign
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_budget
+from hfedmoe_jax.models.attention import masked_attention
+from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
+from hfedmoe_jax.models.precision import PRECISIONS, matmul
+from hfedmoe_jax.models.routing import Routing, assign, load_balancing_loss, own_choice
+from hfedmoe_jax.slots import expert_capacity
 
 PAD_ID = 0
 EMBED_INIT = nn.initializers.normal(0.02)
+UNROLL = 2  # layers a turn of the scan: fewer residuals to stack
 
 
-class Experts(nn.Module):
-    """Holds the weights of one layer's experts."""
+@functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("hidden"), prevent_cse=False
+)
+def relu_expert(weights: dict[str, Array], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
+    """Two matrices with a ReLU between them; of the forward pass the hidden units are kept."""
+    hidden = checkpoint_name(matmul(x_sd, weights["w_in_df"]), "hidden")
+    return matmul(jax.nn.relu(hidden), weights["w_out_fd"])
 
-    num_experts: int
-    hidden: int
+
+def init_experts(key: Array, num_layers: int, num_experts: int, width: int, hidden: int) -> dict[str, Array]:
+    """Returns the experts of all layers."""
+    init = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0, 1))
+    key_in, key_out = jax.random.split(key)
+    return dict(
+        w_in_df=init(key_in, (num_layers, num_experts, width, hidden)),
+        w_out_fd=init(key_out, (num_layers, num_experts, hidden, width)),
+    )
+
+
+class Attention(nn.Module):
+    """Self-attention behind a norm and a residual connection, then the norm before the experts."""
+
+    num_heads: int
+    dtype: Any
 
     @nn.compact
-    def __call__(self, width: int) -> ExpertWeights:
-        """Returns the weights for inputs of `width`."""
-        init = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
-        return ExpertWeights(
-            self.param("w_in_edf", init, (self.num_experts, width, self.hidden)),
-            self.param("w_out_efd", init, (self.num_experts, self.hidden, width)),
+    def __call__(self, x_btd: Float[Array, "batch tokens model"], token_mask_bt: Bool[Array, "batch tokens"]):
+        """Returns the residual stream, and what the router and the experts read."""
+        attention = nn.MultiHeadDotProductAttention(
+            self.num_heads, dtype=self.dtype, attention_fn=masked_attention, name="attention"
         )
-
-
-class MixtureOfExperts(nn.Module):
-    """Routes each token to its top-k experts and adds their outputs by gate."""
-
-    num_experts: int
-    hidden: int
-    top_k: int
-    dispatch: str
-
-    @nn.compact
-    def __call__(
-        self,
-        x_btd: Float[Array, "batch tokens model"],
-        token_mask_bt: Bool[Array, "batch tokens"],
-        controls: ExpertControls,
-        capacity_factor: float,
-    ) -> tuple[Float[Array, "batch tokens model"], Routing]:
-        """Returns the layer's output and its routing; `controls` are this layer's, [E] each."""
-        x_nd, token_mask = x_btd.reshape(-1, x_btd.shape[-1]), token_mask_bt.reshape(-1)
-        router = nn.Dense(self.num_experts, use_bias=False, name="router", dtype=jnp.float32)
-        gates, assignment = assign(router(x_nd), controls.forward, token_mask, self.top_k)
-        weights = Experts(self.num_experts, self.hidden, name="experts")(x_nd.shape[-1])
-        capacity = expert_capacity(x_nd.shape[0], self.num_experts, self.top_k, capacity_factor)
-        y_nd, kept = DISPATCHERS[self.dispatch](
-            x_nd, assignment, weights, controls.backward, controls.multiplier, capacity
-        )
-        one_hot_nke = nn.one_hot(assignment.expert, self.num_experts, dtype=bool)
-        chosen = jnp.any(one_hot_nke & (assignment.weight > 0)[..., None], axis=1)
-        served = jnp.any(one_hot_nke & kept[..., None], axis=1)
-        return y_nd.reshape(x_btd.shape), Routing(gates, chosen, served)
+        h_btd = nn.LayerNorm(dtype=self.dtype, name="norm_attention")(x_btd)
+        x_btd = x_btd + attention(h_btd, mask=token_mask_bt)
+        return x_btd, nn.LayerNorm(dtype=self.dtype, name="norm_moe")(x_btd)
 
 
 class Block(nn.Module):
     """Self-attention, then a mixture of experts, each behind a norm and a residual connection."""
 
     num_heads: int
-    moe_sizes: dict[str, Any]
+    num_experts: int
+    top_k: int
     capacity_factor: float
-    dtype: Any = None
-    attention_fn: Any = reference_attention
+    remat: bool
+    dtype: Any
+    expert: Expert
 
-    def setup(self):
-        self.norm_attention = nn.LayerNorm(dtype=self.dtype)
-        self.attention = nn.MultiHeadDotProductAttention(
-            self.num_heads, dtype=self.dtype, attention_fn=self.attention_fn
-        )
-        self.norm_moe = nn.LayerNorm(dtype=self.dtype)
-        self.moe = MixtureOfExperts(**self.moe_sizes)
-
-    def attend(self, x_btd: Float[Array, "batch tokens model"], token_mask_bt: Bool[Array, "batch tokens"]):
-        """Returns the residual stream after attention, and what the mixture of experts reads."""
-        x_btd = x_btd + self.attention(self.norm_attention(x_btd), mask=token_mask_bt)
-        return x_btd, self.norm_moe(x_btd)
-
-    def __call__(self, x_btd, token_mask_bt, controls):
-        """Returns (output, routing of this layer), the carry and the result of `nn.scan`."""
-        x_btd, h_btd = self.attend(x_btd, token_mask_bt)
-        y_btd, routing = self.moe(h_btd, token_mask_bt, controls, self.capacity_factor)
-        return x_btd + y_btd, routing
+    @nn.compact
+    def __call__(self, carry, token_mask_bt, experts, layer: LayerBudget):
+        """Returns ((x, tape), (permit, routing)), the carry and the result of `nn.scan`."""
+        x_btd, tape = carry
+        attention = nn.remat(Attention, prevent_cse=False) if self.remat else Attention
+        x_btd, h_btd = attention(self.num_heads, self.dtype, name="attend")(x_btd, token_mask_bt)
+        h_nd, token_mask = h_btd.reshape(-1, h_btd.shape[-1]), token_mask_bt.reshape(-1)
+        router = nn.Dense(self.num_experts, use_bias=False, name="router", dtype=jnp.float32)
+        gates, (expert, weight) = assign(router(h_nd), layer, token_mask, self.top_k)
+        capacity = expert_capacity(h_nd.shape[0], self.num_experts, self.top_k, self.capacity_factor)
+        y_nd, tape, served = mix_experts(self.expert, capacity, experts, layer, tape, h_nd, expert, weight)
+        own = own_choice(gates, token_mask, self.top_k)
+        balance = load_balancing_loss(gates, own, token_mask)
+        routing = Routing(gates, own, served.sent, served.kept, served.slots, balance)
+        return (x_btd + y_nd.reshape(x_btd.shape), tape), (served.permit, routing)
 
 
 class Head(nn.Module):
@@ -119,89 +112,73 @@ class SwitchClassifier(nn.Module):
     """Text to class logits through L blocks with E experts each.
 
     Attributes:
-      num_classes, vocab_size, seq_len: sizes of the task.
+      sizes: of the task.
       num_layers, width, num_heads, hidden, num_experts, top_k: sizes of the model.
-      dispatch: `dense` or `capacity`.
+      capacity_factor, eval_capacity_factor: slots of an expert over an even share of the tokens.
+      dtype: that products are computed in.
+      remat: compute attention again in the backward pass.
+      expert: of all layers.
     """
 
-    num_classes: int
-    vocab_size: int
-    seq_len: int
+    sizes: ModelSizes
     num_layers: int
     width: int
     num_heads: int
     hidden: int
     num_experts: int
     top_k: int
-    dispatch: str
+    capacity_factor: float
+    eval_capacity_factor: float
+    dtype: Any = jnp.float32
+    remat: bool = False
+    expert: Expert = relu_expert
+
+    table = "embed"
+
+    def mask(self, batch: dict[str, Array]) -> Bool[Array, "batch tokens"]:
+        """Says which tokens of a batch are real."""
+        return batch["tokens"] != PAD_ID
 
     @nn.compact
     def __call__(
-        self, tokens_bt: Int[Array, "batch tokens"], controls: ExpertControls, capacity_factor: float
-    ) -> tuple[Float[Array, "batch classes"], Routing]:
-        """Returns logits [B, classes] and the routing of every layer ([L, N, E] arrays).
-
-        Args:
-          tokens_bt: token ids, 0 is padding.
-          controls: what each expert may do, [L, E] arrays.
-          capacity_factor: slots of an expert over an even share of the tokens (`capacity` dispatch).
-        """
-        token_mask = tokens_bt != PAD_ID
-        table = self.param("embed", EMBED_INIT, (self.vocab_size, self.width))
-        position = self.param("position", EMBED_INIT, (self.seq_len, self.width))
-        moe = dict(num_experts=self.num_experts, hidden=self.hidden, top_k=self.top_k, dispatch=self.dispatch)
+        self, batch: dict[str, Array], budget: Budget | None = None, training: bool = True
+    ) -> ModelOutput:
+        """Returns logits [B, classes], and what the layers tell."""
+        tokens_bt, token_mask_bt = batch["tokens"], self.mask(batch)
+        table = self.param("embed", EMBED_INIT, (self.sizes.vocab_size, self.width))
+        position = self.param("position", EMBED_INIT, (self.sizes.seq_len, self.width))
+        if budget is None:
+            sizes = (self.num_layers, self.num_experts, self.width, self.hidden)
+            budget = open_budget(self.param("experts", init_experts, *sizes), self.num_experts)
+        x_btd = (table[tokens_bt] + position[: tokens_bt.shape[1]]).astype(self.dtype)
         blocks = nn.scan(
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=self.num_layers,
-        )(self.num_heads, moe, capacity_factor, name="blocks")
-        x_btd, routing = blocks(embed(table, position, tokens_bt), token_mask, controls)
-        return Head(self.num_classes, name="head")(x_btd, token_mask), routing
+            unroll=UNROLL,
+        )(
+            self.num_heads, self.num_experts, self.top_k,
+            self.capacity_factor if training else self.eval_capacity_factor,
+            self.remat, self.dtype, self.expert, name="blocks",
+        )  # fmt: skip
+        carry, (permit, routing) = blocks((x_btd, budget.tape), token_mask_bt, budget.experts, budget.layers)
+        logits = Head(self.sizes.num_outputs, name="head")(carry[0], token_mask_bt)
+        return ModelOutput(logits, carry[1], permit, routing)
 
 
-def embed(table, position, tokens_bt):
-    """Returns the vectors [B, T, D] of the tokens at their positions."""
-    return table[tokens_bt] + position[: tokens_bt.shape[1]]
+@families.register("switch")
+def switch(config: ConfigDict, sizes: ModelSizes) -> SwitchClassifier:
+    """Returns the encoder of a config's section `model`.
 
-
-def switch_pieces(config: ConfigDict, num_classes: int, dtype: Any) -> Pieces:
-    """Returns the parts of a `SwitchClassifier` as functions, computing in `dtype`."""
-    moe = {name: config[name] for name in ("num_experts", "hidden", "top_k")} | {"dispatch": "capacity"}
-    block = Block(config.num_heads, moe, 0.0, dtype, masked_attention)
-    head = Head(num_classes)
-
-    def attend(layer: dict, x_btd, token_mask_bt):
-        x_btd, h_btd = block.apply({"params": layer}, x_btd, token_mask_bt, method="attend")
-        return x_btd, h_btd.reshape(-1, h_btd.shape[-1])
-
-    def matrices(expert: dict) -> tuple:
-        weights = expert["blocks"]["moe"]["experts"]
-        return weights["w_in_edf"].astype(dtype), weights["w_out_efd"].astype(dtype)
-
-    def run_expert(expert: dict, x_sd):
-        w_in, w_out = matrices(expert)
-        hidden = jax.nn.relu(x_sd @ w_in)
-        return hidden @ w_out, hidden
-
-    def expert_gradient(expert: dict, x_sd, hidden_sf, dy_sd):
-        w_in, w_out = matrices(expert)
-        into = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dhidden = jnp.where(hidden_sf > 0, jnp.einsum("sd,fd->sf", dy_sd, w_out), 0)
-        gradient = dict(
-            w_in_edf=into("sd,sf->df", x_sd, dhidden), w_out_efd=into("sf,sd->fd", hidden_sf, dy_sd)
-        )
-        return {"blocks": {"moe": {"experts": gradient}}}, jnp.einsum("sf,df->sd", dhidden, w_in)
-
-    return Pieces(
-        embed=lambda part, tokens: embed(part["embed"], part["position"], tokens).astype(dtype),
-        attend=attend,
-        route=lambda router, h_nd: h_nd.astype(jnp.float32) @ router["moe"]["router"]["kernel"],
-        expert=run_expert,
-        expert_gradient=expert_gradient,
-        head=lambda part, x_btd, token_mask_bt: head.apply({"params": part["head"]}, x_btd, token_mask_bt),
-        embed_parts=("embed", "position"),
-        head_parts=("head",),
-        table="embed",
-    )
+    Raises:
+      InputError: heads that do not divide the width.
+    """
+    if config.width % config.num_heads:
+        raise InputError("model.num_heads", config.num_heads, f"does not divide model.width={config.width}",
+                         "choose a divisor of the width")  # fmt: skip
+    names = ("num_layers", "width", "num_heads", "hidden", "num_experts", "top_k", "remat")
+    factors = ("capacity_factor", "eval_capacity_factor")
+    fields = {name: config[name] for name in names + factors}
+    return SwitchClassifier(sizes, dtype=PRECISIONS[config.precision], **fields)

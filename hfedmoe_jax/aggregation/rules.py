@@ -8,7 +8,7 @@ Axes: C clients, L MoE layers, E experts.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.registry import Registry
@@ -64,12 +64,14 @@ class Upload(NamedTuple):
       usage: float32 [L, E], u_c of (16), over the tokens of the round's batches.
       importance: float32 [L, E], s^c: the routing importance (5), mean over the client's steps.
       trained: bool [L, E], experts that received a gradient in at least one step.
+      times: int32 [L, E], in how many.
       size: float32 [], |D_c| as in `ClientData`, at most one.
     """
 
     usage: Float[Array, "*layers experts"]
     importance: Float[Array, "*layers experts"]
     trained: Bool[Array, "*layers experts"]
+    times: Int[Array, "*layers experts"]
     size: Float[Array, ""]
 
 
@@ -94,7 +96,8 @@ def all_experts(upload: Upload, aggregation: ConfigDict) -> Float[Array, "*layer
 
 
 gating_rules = Registry("fl.gating_rule")
-"""Weight of a client's gating networks, `(upload: Upload, aggregation: ConfigDict) -> float []`.
+"""Weight of a client's gating networks, `(upload: Upload, aggregation: ConfigDict) -> float []`, or [L, E]: one
+for each expert's row of the routers.
 
 In [0, L], as for experts."""
 

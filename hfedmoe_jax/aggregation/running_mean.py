@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hfedmoe_jax.bank import ExpertRows
-from hfedmoe_jax.models import Params
-from hfedmoe_jax.sums import (
+from hfedmoe_jax.aggregation.sums import (
     Fixed,
     add_rows,
     add_terms,
@@ -22,6 +20,8 @@ from hfedmoe_jax.sums import (
     settle,
     to_fixed,
 )
+from hfedmoe_jax.bank import ExpertRows
+from hfedmoe_jax.models import Params
 
 
 class RunningMean(NamedTuple):
@@ -29,7 +29,7 @@ class RunningMean(NamedTuple):
 
     Attributes:
       total: like the parameters; sums of weight * (new - old).
-      weight: sums of the weights: experts [L, E], router [], shared [].
+      weight: sums of the weights: experts [L, E], router [] or [L, E], shared [].
       dominant: int32 [L, E], how many clients had the expert in their dominant set.
     """
 
@@ -54,8 +54,9 @@ class Contribution(NamedTuple):
     """What one client adds to a running mean.
 
     Attributes:
-      params, trained, token: as in `ClientUpdate`.
-      weights: experts [L, E], router [], shared []; a client that does not count has zeros.
+      params, trained, token: as in `ClientUpdate`; or, by a transformed update, changes instead of parameters.
+      weights: experts [L, E], router [] or [L, E] (a weight for each expert's row), shared []; a client that
+        does not count has zeros.
       dominant: bool [L, E].
     """
 
@@ -71,48 +72,63 @@ def widen(weight: jax.Array, like: jax.Array) -> jax.Array:
     return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim))
 
 
-def mean_init(params: Params) -> RunningMean:
-    """Returns empty sums for parameters (arrays or shapes)."""
-    num_layers, num_experts = jax.tree.leaves(params.experts)[0].shape[:2]
-    weight = Params(fixed_zeros((num_layers, num_experts)), fixed_zeros(()), fixed_zeros(()))
-    dominant = jnp.zeros((num_layers, num_experts), jnp.int32)
+def widen_rows(weight: jax.Array, like: jax.Array) -> jax.Array:
+    """Inserts axes so that a weight [..., L, E] multiplies a router's [..., L, D, E]; a scalar weight goes in front."""
+    missing = (1,) * (like.ndim - weight.ndim)
+    if weight.ndim < 2:
+        return weight.reshape(weight.shape + missing)
+    return weight.reshape(*weight.shape[:-1], *missing, weight.shape[-1])
+
+
+def mean_init(params: Params, router_rows: bool = False) -> RunningMean:
+    """Returns empty sums for parameters (arrays or shapes).
+
+    Args:
+      router_rows: routers have a weight for each expert's row.
+    """
+    experts = jax.tree.leaves(params.experts)[0].shape[:2]
+    weight = Params(fixed_zeros(experts), fixed_zeros(experts if router_rows else ()), fixed_zeros(()))
+    dominant = jnp.zeros(experts, jnp.int32)
     return RunningMean(jax.tree.map(lambda x: fixed_zeros(x.shape), params), weight, dominant)
 
 
 def mean_accumulate(
-    mean: RunningMean, start: Params, clients: Contribution, scale: Scale, table: str
+    mean: RunningMean, start: Params | None, clients: Contribution, scale: Scale, table: str | None
 ) -> RunningMean:
     """Adds clients, stacked on a leading axis M of at most `sums.MOST_TERMS` since the last `mean_settle`.
 
     A zero weight adds nothing, whatever the value (NaN included).
 
     Args:
-      start: the parameters that the clients started from.
+      start: the parameters that the clients started from; None where `clients` hold changes.
       scale: of weights and terms.
       table: the name in `shared` of the table that clients hold rows of.
     """
+    if start is None:
+        start = jax.tree.map(lambda total: jnp.float32(0), mean.total, is_leaf=is_fixed)
     weights = jax.tree.map(lambda w: jnp.minimum(w * scale.unit, scale.largest), clients.weights)
 
-    def change(weight, new, old):
+    def change(weight, new, old, widen=widen):
         weight = widen(weight, new)
         term = weight * (new.astype(jnp.float32) - old.astype(jnp.float32))
         return jnp.where(weight > 0, jnp.clip(term, -scale.largest, scale.largest), 0.0)
 
-    def dense(total, new, old, weight):
-        return add_terms(total, change(weight, new, old))
+    def dense(total, new, old, weight, widen=widen):
+        return add_terms(total, change(weight, new, old, widen))
 
     def by_row(total, new, old, weight, index):
         """Adds [M, rows, ...] at index [M, rows]; `weight` has the shape of `index`."""
         index = index.reshape(-1)
         new = new.reshape(-1, *new.shape[2:])
-        return add_rows(total, index, change(weight.reshape(-1), new, old.at[index].get(mode="clip")))
+        old = old.at[index].get(mode="clip") if old.ndim else old
+        return add_rows(total, index, change(weight.reshape(-1), new, old))
 
     expert_weight = weights.experts.reshape(weights.experts.shape[0], -1)
     trained = clients.trained
 
     def add_expert(total, new, old):
-        old = old.reshape(-1, *old.shape[2:])
-        sums = Fixed(*(x.reshape(old.shape) for x in total))
+        old = old.reshape(-1, *old.shape[2:]) if old.ndim else old
+        sums = Fixed(*(x.reshape(-1, *x.shape[2:]) for x in total))
         if new.shape[0] == 1:  # row by row, as many as there are: a CPU pays for what it touches
             sums = jax.lax.fori_loop(0, trained.count[0], lambda i, sums: add_one(sums, new, old, i), sums)
         else:
@@ -123,7 +139,8 @@ def mean_accumulate(
 
     def add_one(sums, new, old, index):
         expert, row = trained.expert[0, index], trained.row[0, index]
-        term = change(expert_weight[0, expert][None], new[0, row][None], old[expert][None])
+        before = old[expert][None] if old.ndim else old
+        term = change(expert_weight[0, expert][None], new[0, row][None], before)
         return Fixed(*(s.at[expert].add(x[0]) for s, x in zip(sums, to_fixed(term), strict=True)))
 
     def add_shared(path, total, new, old):
@@ -135,7 +152,7 @@ def mean_accumulate(
     total = Params(
         map_totals(add_expert, mean.total.experts, clients.params.experts, start.experts),
         map_totals(
-            lambda total, new, old: dense(total, new, old, weights.router),
+            lambda total, new, old: dense(total, new, old, weights.router, widen_rows),
             mean.total.router, clients.params.router, start.router,
         ),
         map_totals(add_shared, mean.total.shared, clients.params.shared, start.shared, with_path=True),
@@ -144,11 +161,13 @@ def mean_accumulate(
     return RunningMean(total, weight, mean.dominant + jnp.sum(clients.dominant, axis=0, dtype=jnp.int32))
 
 
+def is_fixed(node: Any) -> bool:
+    """Says whether a node of a tree is a `Fixed`."""
+    return isinstance(node, Fixed)
+
+
 def map_totals(function: Callable, totals: Any, *trees: Any, with_path: bool = False) -> Any:
     """Maps over trees of arrays beside a tree of `Fixed`."""
-
-    def is_fixed(node: Any) -> bool:
-        return isinstance(node, Fixed)
 
     mapped = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
     return mapped(function, totals, *trees, is_leaf=is_fixed)
@@ -172,7 +191,7 @@ def mean_finalize(mean: RunningMean, like: Params) -> Params:
       like: the parameters, for their shapes and types.
     """
 
-    def divide(weight):
+    def divide(weight, widen=widen):
         weight = from_fixed(weight)
 
         def divide_leaf(total, leaf):
@@ -182,8 +201,11 @@ def mean_finalize(mean: RunningMean, like: Params) -> Params:
 
         return divide_leaf
 
+    weight, total = mean.weight, mean.total
     return Params(
-        *(map_totals(divide(w), t, p) for w, t, p in zip(mean.weight, mean.total, like, strict=True))
+        map_totals(divide(weight.experts), total.experts, like.experts),
+        map_totals(divide(weight.router, widen_rows), total.router, like.router),
+        map_totals(divide(weight.shared), total.shared, like.shared),
     )
 
 

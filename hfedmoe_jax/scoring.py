@@ -1,4 +1,6 @@
-"""When a client scores its experts: `importance.refresh`, without a pass for the purpose.
+"""When and by what a client scores its experts, without a pass for the purpose.
+
+By what: the samples or the tokens of a batch (`importance.unit`), see `scores`. When: `importance.refresh`.
 
 | refresh | the scores that a batch selects by | with `fl.forward` |
 |---|---|---|
@@ -15,9 +17,9 @@ not selected are constants.
 
 `routed` selects from the batch's own union. `active` selects before the forward pass: from the unions
 of the batches so far, and before the first batch from what the routers say of it when no expert
-runs. Only gradient norms of experts cost a backward pass of their own.
+runs. Only gradient norms of experts cost a forward and a backward pass of their own.
 
-Axes: L layers, N tokens, E experts.
+Axes: L layers, B samples of T tokens, N = B * T tokens, E experts.
 """
 
 from collections.abc import Callable
@@ -27,10 +29,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.budgeted import Seen
 from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.scores import Evidence, PerExpert, gradients_read, routing_importance, score_rules, union
+from hfedmoe_jax.models import Routing
+from hfedmoe_jax.scores import (
+    Evidence,
+    PerExpert,
+    Units,
+    gradients_read,
+    routing_importance,
+    score_rules,
+    union,
+    units_of,
+)
 from hfedmoe_jax.selection import select
 
 SCORE_DECAY = 0.5  # weight of the past in running means
@@ -50,18 +61,18 @@ class Importance(NamedTuple):
     eligible: Bool[Array, "layers experts"]
 
 
-class Batch(NamedTuple):
+class SeenBatch(NamedTuple):
     """What scoring reads of a batch beside gradients.
 
     Attributes:
       seen: what the routers did.
-      token_mask: its real tokens.
+      token_mask: its real tokens; those of `seen` lie sample after sample.
       key: for scores that draw.
       first: whether it is the first batch of the round.
     """
 
-    seen: Seen
-    token_mask: Bool[Array, " tokens"]
+    seen: Routing
+    token_mask: Bool[Array, "batch length"]
     key: Array
     first: Bool[Array, ""]
 
@@ -106,7 +117,7 @@ class Scoring:
     def passes(self, steps: int) -> ScoringPasses:
         """Returns what scoring adds to a client's round."""
         if "gradient_norm" in self.reads:
-            return ScoringPasses(steps, shared=1, experts=2)
+            return ScoringPasses(steps, shared=2, experts=3)
         return NO_SCORING if self.routed else ScoringPasses(1, shared=1, experts=0)
 
     def start(self) -> Importance:
@@ -115,7 +126,7 @@ class Scoring:
         return Importance(zeros, zeros, jnp.zeros(self.shape, bool))
 
     def of_batch(
-        self, known: Importance, batch: Batch, gradient_norm: Callable[[], PerExpert] | None = None
+        self, known: Importance, batch: SeenBatch, gradient_norm: Callable[[], PerExpert] | None = None
     ) -> Importance:
         """Returns the importance after a batch's routers.
 
@@ -124,7 +135,8 @@ class Scoring:
         Args:
           gradient_norm: computes them.
         """
-        stand_in = routing_importance(batch.seen.gates, batch.token_mask, self.importance.lam)
+        units = self._units(batch)
+        stand_in = routing_importance(units.gates, units.mask, self.importance.lam)
         contribution = jnp.where(batch.first, stand_in, known.contribution)
         score = self._score(batch, contribution, gradient_norm)
         eligible = union(batch.seen.own)
@@ -137,7 +149,7 @@ class Scoring:
     def after_batch(
         self,
         known: Importance,
-        batch: Batch,
+        batch: SeenBatch,
         contribution: PerExpert,
         ran: Bool[Array, "layers experts"] | None,
     ) -> Importance:
@@ -163,10 +175,13 @@ class Scoring:
         """Returns E_active (15)."""
         return select(known.score, known.eligible, budget)
 
-    def _score(self, batch: Batch, contribution: PerExpert, gradient_norm=None) -> PerExpert:
-        seen = batch.seen
+    def _units(self, batch: SeenBatch) -> Units:
+        return units_of(batch.seen.gates, batch.seen.own, batch.token_mask, self.importance.unit)
+
+    def _score(self, batch: SeenBatch, contribution: PerExpert, gradient_norm=None) -> PerExpert:
+        units = self._units(batch)
         evidence = Evidence(
-            seen.gates, seen.own, batch.token_mask, batch.key, lambda: contribution, gradient_norm
+            units.gates, units.chosen, units.mask, batch.key, lambda: contribution, gradient_norm
         )
         return self.rule(evidence, self.importance)
 

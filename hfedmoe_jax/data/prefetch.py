@@ -1,4 +1,4 @@
-"""Work done ahead of its use, in the background."""
+"""Prefetching: items are made in the background before they are asked for."""
 
 import queue
 import threading
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 
-class Ahead:
+class Prefetch:
     """Iterates once over `items`, which another thread takes from their source, at most `depth` ahead.
 
     What the source raises is raised where the items are used. An iteration that is left early, or
     `close`, ends the thread.
 
-    >>> list(Ahead(number**2 for number in range(4)))
+    >>> list(Prefetch(number**2 for number in range(4)))
     [0, 1, 4, 9]
     """
 

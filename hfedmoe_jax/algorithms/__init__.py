@@ -1,0 +1,33 @@
+"""Federated algorithms: pairs of pure functions, by name."""
+
+from hfedmoe_jax.algorithms import composition, local
+from hfedmoe_jax.algorithms.algorithm import (
+    FederatedAlgorithm,
+    Portion,
+    RoundMetrics,
+    ServerState,
+    Setting,
+    algorithms,
+)
+from hfedmoe_jax.algorithms.composition import COMPOSITIONS, Composition, compose, parts_of
+from hfedmoe_jax.algorithms.method import Change, Method, Totals, Transformed, Weights
+
+__all__ = [
+    "COMPOSITIONS",
+    "Change",
+    "Composition",
+    "FederatedAlgorithm",
+    "Method",
+    "Portion",
+    "RoundMetrics",
+    "ServerState",
+    "Setting",
+    "Totals",
+    "Transformed",
+    "Weights",
+    "algorithms",
+    "compose",
+    "composition",
+    "local",
+    "parts_of",
+]

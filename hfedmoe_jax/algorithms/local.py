@@ -1,0 +1,87 @@
+"""Local training: every client keeps a model of its own, nothing is sent or aggregated.
+
+Axes: C clients, M clients of a round's cohort.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.algorithms.algorithm import (
+    FederatedAlgorithm,
+    Portion,
+    RoundMetrics,
+    ServerState,
+    Setting,
+    algorithms,
+)
+from hfedmoe_jax.algorithms.cohort import ClientReports, client_trains, place_update, train_cohort
+from hfedmoe_jax.algorithms.records import open_records, remember
+from hfedmoe_jax.client import Broadcast, ClientData, LocalRule
+from hfedmoe_jax.devices import NO_SCORING
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.mesh import REPLICATED
+from hfedmoe_jax.models import Params
+from hfedmoe_jax.population import StateStore, stream
+from hfedmoe_jax.reports import OK
+from hfedmoe_jax.schedule import plan_blocks
+from hfedmoe_jax.scoring import build_scoring
+
+
+@algorithms.register("local")
+def local(config: ConfigDict):
+    """Every client trains all experts of its own model, or by `fl.score` those that fit its budget."""
+    if config.mesh.experts > 1:
+        problem = "local keeps a whole model a client on every device"
+        raise InputError("mesh.experts", config.mesh.experts, problem, "use 1")
+    rule = LocalRule(build_scoring(config, config.fl.score or "none"))
+    return lambda setting: train_alone(rule, setting)
+
+
+def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
+    """Returns the algorithm for a setting; a tier for all clients."""
+    model, mesh, num_clients = setting.model, setting.mesh, len(setting.budget)
+    store = StateStore(mesh, num_clients)
+    ((tier, train),) = client_trains(setting, rule, 1).items()
+
+    def visit(broadcast: Broadcast, client: ClientData):
+        own = client.state
+        update = train(broadcast._replace(params=own), client)
+        ok = update.report.status == OK
+        after = place_update(own, update, model.table)
+        after = jax.tree.map(lambda new, old: jnp.where(ok, new, old), after, own)
+        nothing = jnp.zeros_like(update.upload.trained)
+        return (), (ClientReports(client.client, update.upload, update.report, nothing), after)
+
+    program = stream(visit, None, mesh, setting.chunk, REPLICATED)
+
+    def init(params: Params) -> ServerState:
+        records = open_records(num_clients, model.num_layers, model.num_experts)
+        return ServerState(store.open(params), (), (), (), records)
+
+    def plan(clients: np.ndarray, hosts: np.ndarray | None = None) -> list:
+        return plan_blocks(np.full(len(clients), tier), mesh, setting.chunk, hosts)
+
+    def round_function(state: ServerState, portions: Iterable[Portion], key: jax.Array):
+        broadcast = Broadcast((), setting.frozen, (), key)
+        _, params, told = train_cohort({tier: program}, portions, (), None, broadcast, store, state.params)
+        records = remember(state.records, told, told.upload.trained)
+        # Routing consistency compares what is shared, and nothing is.
+        consistency = np.full(len(told.client), np.nan, np.float32)
+        return state._replace(params=params, records=records), RoundMetrics(
+            told.report, told.uploaded, consistency
+        )
+
+    scoring = NO_SCORING if rule.score is None else rule.score.passes(setting.config.fl.local_steps)
+    return FederatedAlgorithm(
+        init, round_function, plan,
+        personal=True,
+        selects=rule.score is not None,
+        scoring=scoring,
+        upload_bytes=lambda sent: np.zeros(len(sent), np.int64),
+        summary=lambda rounds: {},
+        programs={f"tier {tier}": program},
+    )  # fmt: skip
