@@ -27,8 +27,8 @@ from hfedmoe_jax.population import (
     put_members,
     unstack_members,
 )
-from hfedmoe_jax.refresh import build_scoring
 from hfedmoe_jax.registry import Registry
+from hfedmoe_jax.scoring import build_scoring
 from hfedmoe_jax.tiers import choose_tiers, default_tiers, tier_of
 
 

@@ -9,9 +9,9 @@ from hfedmoe_jax.algorithms import compose
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import optimizers
 from hfedmoe_jax.population import MOST_CHUNK
-from hfedmoe_jax.refresh import build_scoring
 from hfedmoe_jax.registry import Registry, unknown_name
 from hfedmoe_jax.scores import estimates
+from hfedmoe_jax.scoring import build_scoring
 from hfedmoe_jax.sums import MOST_MEMBERS
 
 AT_LEAST_ONE = (
@@ -35,7 +35,11 @@ NOT_NEGATIVE = (
     "model.load_balance",
     "client.proximal_mu",
 )
-CHOICES = {"fl.forward": ("routed", "active"), "importance.refresh": ("step", "previous", "round")}
+CHOICES = {
+    "fl.forward": ("routed", "active"),
+    "importance.unit": ("sample", "token"),
+    "importance.refresh": ("step", "previous", "round"),
+}
 
 
 def lookup(config: ConfigDict, field: str):

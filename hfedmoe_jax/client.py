@@ -28,8 +28,8 @@ from hfedmoe_jax.budgeted import (
     total,
 )
 from hfedmoe_jax.models import MoeModel, Params, slots_of
-from hfedmoe_jax.refresh import Batch, Importance, Scoring
-from hfedmoe_jax.scores import routing_importance, union, usage, usage_over_batches
+from hfedmoe_jax.scores import routing_importance, union, units_of, usage, usage_over_batches
+from hfedmoe_jax.scoring import Batch, Importance, Scoring
 
 OK, DROPPED_OUT, OVER_BUDGET, NONFINITE = range(4)
 STATUS_NAMES = ("ok", "dropped_out", "over_budget", "nonfinite")
@@ -140,10 +140,10 @@ def make_client(
     """Returns `train(params, client, key) -> ClientUpdate`.
 
     Each step selects experts for its batch (15) and trains those, the routers and the shared
-    parameters. Scores come from what the steps compute anyway, see `refresh`. With
+    parameters. Scores come from what the steps compute anyway, see `scoring`. With
     `fl.forward=active` the experts are chosen before the forward pass and the others do not run.
 
-    Our decisions: usage (16) is over the tokens of the round's batches, not of all of D_c, which would
+    Our decisions: usage (16) is over the samples of the round's batches, not over all of D_c, which would
     be a pass of its own; of an embedding table the client holds the rows of its own tokens, which
     changes nothing for optimizers that leave a weight alone as long as its gradient was always zero.
 
@@ -170,7 +170,7 @@ def make_client(
         nobody = slots_of(jnp.zeros((model.num_layers, 1), bool), 1)
         read = functools.partial(row_of, flat(start.experts))
         _, seen, _, _ = forward_pass(model, rest, read, nobody, None, tokens, factor)
-        return seen, model.real(tokens).reshape(-1)
+        return seen, model.real(tokens)
 
     def train(start: Params, client: ClientData, key: Array) -> ClientUpdate:
         table = start.shared[model.pieces.table]
@@ -183,7 +183,7 @@ def make_client(
         def step(carry: Carry, batch):
             tokens, labels, step_key, first = batch
             params, rest_state, bank, importance = carry
-            token_mask = model.real(tokens).reshape(-1)
+            token_mask_bt = model.real(tokens)
             ran = None  # every expert
             if not routed:
                 ran = score.select(importance, client.budget)
@@ -206,7 +206,7 @@ def make_client(
                     carry, place,
                 )  # fmt: skip
 
-            active, scored = ran, Batch(seen, token_mask, step_key, first)
+            active, scored = ran, Batch(seen, token_mask_bt, step_key, first)
             if score is not None and routed:
                 norms = functools.partial(gradient_norms, layout, read, backward, place)
                 importance = score.of_batch(importance, scored, norms)
@@ -231,13 +231,14 @@ def make_client(
             trained = seen.kept > 0 if active is None else active & (seen.kept > 0)
             if score is not None:
                 importance = score.after_batch(importance, scored, -multiplier, ran)
-            measured = measure(loss, logits, labels, seen, trained, token_mask)
+            measured = measure(loss, logits, labels, seen, trained, token_mask_bt.reshape(-1))
             places = residuals.y.shape[1] * (seen.kept.size if ran is None else jnp.sum(ran))
             measured["empty_slots"] = 1 - jnp.sum(seen.kept) / jnp.maximum(places, 1)
+            units = units_of(seen.gates, seen.own, token_mask_bt, config.importance.unit)
             told = (
-                usage(seen.gates, seen.own, token_mask),
-                routing_importance(seen.gates, token_mask, config.importance.lam),
-                jnp.sum(token_mask, dtype=jnp.float32),
+                usage(units.chosen_gates, units.mask),
+                routing_importance(units.gates, units.mask, config.importance.lam),
+                jnp.sum(units.mask, dtype=jnp.float32),
             )
             return Carry(params, rest_state, bank, importance), (measured, told, trained)
 
@@ -253,9 +254,9 @@ def make_client(
         carry = Carry(rest, optimizer.init(rest), bank, importance)
         batches = (tokens, client.labels, jnp.stack(keys), jnp.arange(num_steps) == 0)
         carry, (measured, told, trained) = jax.lax.scan(step, carry, batches)
-        usages, importances, num_tokens = told
+        usages, importances, num_units = told
         upload = Upload(
-            usage=usage_over_batches(usages, num_tokens),
+            usage=usage_over_batches(usages, num_units),
             importance=jnp.mean(importances, axis=0),
             trained=jnp.any(trained, axis=0),
             size=client.size,

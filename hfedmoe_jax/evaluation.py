@@ -24,7 +24,7 @@ from hfedmoe_jax.population import (
     plan_blocks,
     stack_members,
 )
-from hfedmoe_jax.scores import usage, usage_over_batches
+from hfedmoe_jax.scores import units_of, usage, usage_over_batches
 
 
 class EvaluationBatches(NamedTuple):
@@ -112,13 +112,13 @@ def make_evaluate(
 
 
 def make_usage(
-    model: MoeModel, personal: bool, mesh: Mesh, chunk: int, capacity_factor: float
+    model: MoeModel, personal: bool, mesh: Mesh, chunk: int, capacity_factor: float, unit: str
 ) -> Callable[[Params, Iterable], Float[Array, "members layers experts"]]:
     """Returns `usage_of(params, blocks) -> u_c (16)` of each member under one set of parameters, on the host.
 
-    Taken over the batches of a round, so that it compares with what the clients reported
-    from training on them, before aggregation moved their routers. `blocks` are pairs of a `Block` and
-    its `ClientData`.
+    Taken over the batches of a round by the same unit (`importance.unit`), so that it compares with what
+    the clients reported from training on them, before aggregation moved their routers. `blocks` are pairs
+    of a `Block` and its `ClientData`.
     """
     place = place_of(mesh, chunk)
 
@@ -128,11 +128,11 @@ def make_usage(
 
         def of_batch(tokens):
             _, seen = predict(model, params, tokens, capacity_factor, place)
-            token_mask = model.real(tokens).reshape(-1)
-            return usage(seen.gates, seen.own, token_mask), jnp.sum(token_mask, dtype=jnp.float32)
+            units = units_of(seen.gates, seen.own, model.real(tokens), unit)
+            return usage(units.chosen_gates, units.mask), jnp.sum(units.mask, dtype=jnp.float32)
 
-        usages, num_tokens = jax.lax.map(of_batch, member.tokens)
-        return (), usage_over_batches(usages, num_tokens)
+        usages, num_units = jax.lax.map(of_batch, member.tokens)
+        return (), usage_over_batches(usages, num_units)
 
     return map_members(visit, mesh, chunk, EVERYWHERE if personal else model_specs(model))
 

@@ -154,7 +154,7 @@ class Experiment:
         self.personal = self.algorithm.composition.personal
         judged = (self.model, self.personal, mesh, self.chunk)
         self._evaluate = make_evaluate(*judged, config.model.eval_capacity_factor)
-        self._usage = make_usage(*judged, config.model.capacity_factor)
+        self._usage = make_usage(*judged, config.model.capacity_factor, config.importance.unit)
         self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
         self._ahead: tuple[int, Ahead] | None = None  # the next round's data, assembled while this one runs
 

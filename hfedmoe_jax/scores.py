@@ -1,12 +1,16 @@
 """How much an expert matters to a batch: equations (3)-(5) and (10)-(16) of arXiv 2601.00583.
 
-Pure functions of arrays. Axes: L MoE layers, N tokens, E experts. `gates` is the softmax of
-the router over all experts; means and maxima run over the real tokens of a batch.
-A score is an array [L, E], larger is better; `score_rules` maps names to score functions.
+Pure functions of arrays. Axes: L MoE layers, B samples of T tokens, N = B * T tokens, U units, E experts.
+A unit is an x_i of the equations: a sample, as in the paper, or a token (`importance.unit`). The gate of a
+sample is the mean over its real tokens (our decision: the paper does not say how tokens make a sample's
+gate). `units_of` reduces a batch to its units; the equations know nothing of tokens. `gates` is the softmax
+of the router over all experts. A score is an array [L, E], larger is better; `score_rules` maps names to
+score functions.
 """
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,40 +20,96 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import Registry
 
-Gates = Float[Array, "*layers tokens experts"]
-TokenMask = Bool[Array, " tokens"]
+ByUnit = Float[Array, "*layers units experts"]
+UnitMask = Bool[Array, " units"]
 PerExpert = Float[Array, "*layers experts"]
 
 
-def mean_over_tokens(values: Gates, token_mask: TokenMask) -> PerExpert:
-    """Returns the mean over real tokens, zero for a batch without any."""
-    real = token_mask[:, None]
-    return jnp.sum(jnp.where(real, values, 0.0), axis=-2) / jnp.maximum(jnp.sum(token_mask), 1)
+def masked_mean(
+    values: Float[Array, "*leading rows experts"], mask: Bool[Array, "*trailing rows"]
+) -> Float[Array, "*leading experts"]:
+    """Returns the mean over the rows where the mask is True, zero where there is none.
+
+    Args:
+      mask: its leading axes, if any, are the last of the values' leading axes.
+    """
+    total = jnp.sum(jnp.where(mask[..., None], values, 0.0), axis=-2)
+    return total / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)
 
 
-def cumulative(gates: Gates, token_mask: TokenMask) -> PerExpert:
+def over_units(
+    values: Float[Array, "*layers tokens experts"], token_mask: Bool[Array, "batch length"], unit: str
+) -> ByUnit:
+    """Returns the values of each unit: a token's own, or the mean over a sample's real tokens.
+
+    Args:
+      values: of the tokens, sample after sample.
+      token_mask: real tokens.
+      unit: "sample" or "token".
+    """
+    if unit == "token":
+        return values
+    *layers, _, experts = values.shape
+    return masked_mean(values.reshape(*layers, *token_mask.shape, experts), token_mask)
+
+
+class Units(NamedTuple):
+    """How the units of a batch are routed; values at units outside the mask mean nothing.
+
+    Attributes:
+      gates: float32 [L, U, E], G_e(x_i).
+      chosen: float32 [L, U, E], share of the unit's real tokens that are sent to the expert.
+      chosen_gates: float32 [L, U, E], G_e(x_i) counted where e is among a token's chosen experts.
+      mask: bool [U], units with a real token.
+    """
+
+    gates: ByUnit
+    chosen: ByUnit
+    chosen_gates: ByUnit
+    mask: UnitMask
+
+
+def units_of(
+    gates: Float[Array, "*layers tokens experts"],
+    chosen: Bool[Array, "*layers tokens experts"],
+    token_mask: Bool[Array, "batch length"],
+    unit: str,
+) -> Units:
+    """Returns the units of a batch.
+
+    Args:
+      gates, chosen: of the tokens, sample after sample; `chosen` is their own top-k experts.
+      token_mask: real tokens.
+      unit: "sample" (U = B) or "token" (U = N).
+    """
+    by_token = (gates, chosen.astype(jnp.float32), jnp.where(chosen, gates, 0.0))
+    mask = token_mask.reshape(-1) if unit == "token" else jnp.any(token_mask, axis=-1)
+    return Units(*(over_units(values, token_mask, unit) for values in by_token), mask)
+
+
+def cumulative(gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
     """Returns s_cumul(e) = mean_i G_e(x_i), what the batch needs overall (3)."""
-    return mean_over_tokens(gates, token_mask)
+    return masked_mean(gates, unit_mask)
 
 
-def specific(gates: Gates, token_mask: TokenMask) -> PerExpert:
-    """Returns s_specific(e) = max_i G_e(x_i), rare but decisive for some token (4)."""
-    return jnp.max(jnp.where(token_mask[:, None], gates, 0.0), axis=-2)
+def specific(gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
+    """Returns s_specific(e) = max_i G_e(x_i), rare but decisive for some unit (4)."""
+    return jnp.max(jnp.where(unit_mask[:, None], gates, 0.0), axis=-2)
 
 
-def routing_importance(gates: Gates, token_mask: TokenMask, lam: float) -> PerExpert:
+def routing_importance(gates: ByUnit, unit_mask: UnitMask, lam: float) -> PerExpert:
     """Returns s_b(e) = lam * s_cumul(e) + (1 - lam) * s_specific(e) (5)."""
-    return lam * cumulative(gates, token_mask) + (1 - lam) * specific(gates, token_mask)
+    return lam * cumulative(gates, unit_mask) + (1 - lam) * specific(gates, unit_mask)
 
 
-def redundancy(gates: Gates, token_mask: TokenMask) -> PerExpert:
+def redundancy(gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
     """Returns KL_b(e) = mean_i G_e(x_i) log(G_e(x_i) / mean_j G_e(x_j)), in nats (10)-(11).
 
-    An upper bound of I(z_e; x); zero when the gate does not depend on the token. Computed as the
+    An upper bound of I(z_e; x); zero when the gate does not depend on the unit. Computed as the
     mean of G log(G / p) - G + p, whose last two terms cancel: every summand is then positive, and
     nearly uniform gates lose no digits.
     """
-    prior = cumulative(gates, token_mask)[..., None, :]
+    prior = cumulative(gates, unit_mask)[..., None, :]
     safe_prior = jnp.where(prior > 0, prior, 1.0)
     excess = gates - prior
     near = jnp.abs(excess) < 0.5 * prior
@@ -58,7 +118,7 @@ def redundancy(gates: Gates, token_mask: TokenMask) -> PerExpert:
         jnp.log1p(jnp.where(near, excess, 0.0) / safe_prior),
         jnp.log(jnp.where(gates > 0, gates, 1.0) / safe_prior),
     )
-    return mean_over_tokens(gates * log_ratio - excess, token_mask)
+    return masked_mean(gates * log_ratio - excess, unit_mask)
 
 
 def share_of_total(values: PerExpert) -> PerExpert:
@@ -76,14 +136,17 @@ def information_bottleneck_score(task_information: PerExpert, kl: PerExpert, bet
     return share_of_total(task_information) - beta * share_of_total(kl)
 
 
-def usage(gates: Gates, chosen: Bool[Array, "*layers tokens experts"], token_mask: TokenMask) -> PerExpert:
-    """Returns u(e) = mean_i G_e(x_i) over tokens, counted where e is among the token's experts (16)."""
-    return mean_over_tokens(jnp.where(chosen, gates, 0.0), token_mask)
+def usage(chosen_gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
+    """Returns u(e) = mean_i G_e(x_i), counted where e is among the tokens' chosen experts (16)."""
+    return masked_mean(chosen_gates, unit_mask)
 
 
-def usage_over_batches(usages: Float[Array, "batches layers experts"], num_tokens: Float[Array, " batches"]):
-    """Returns u(e) of all batches together from that of each and its number of real tokens."""
-    return jnp.einsum("b,ble->le", num_tokens, usages) / jnp.maximum(jnp.sum(num_tokens), 1)
+def usage_over_batches(
+    usages: Float[Array, "batches layers experts"], num_units: Float[Array, " batches"]
+) -> PerExpert:
+    """Returns u(e) of all batches together from that of each and its number of units."""
+    weighted = jnp.sum(num_units[:, None, None] * usages, axis=0)
+    return weighted / jnp.maximum(jnp.sum(num_units), 1)
 
 
 def union(chosen: Bool[Array, "*layers tokens experts"]) -> Bool[Array, "*layers experts"]:
@@ -97,16 +160,16 @@ class Evidence:
     Every item is computed on first access only, so a score pays for what it asks.
 
     Attributes:
-      gates: float32 [L, N, E].
-      chosen: bool [L, N, E], the tokens' own top-k experts.
-      token_mask: bool [N].
+      gates: float32 [L, U, E]; of a sample the mean over its real tokens.
+      chosen: float32 [L, U, E], share of the unit's real tokens sent to each expert; of a token 0 or 1.
+      mask: bool [U], units with a real token; values at the others mean nothing.
       key: a PRNG key of this client, round and step.
       contribution: float32 [L, E]; see `expert_contribution`.
       gradient_norm: float32 [L, E]; L2 norm of the loss gradient of each expert's weights.
     """
 
-    def __init__(self, gates, chosen, token_mask, key, contribution: Callable, gradient_norm: Callable):
-        self.gates, self.chosen, self.token_mask, self.key = gates, chosen, token_mask, key
+    def __init__(self, gates, chosen, mask, key, contribution: Callable, gradient_norm: Callable):
+        self.gates, self.chosen, self.mask, self.key = gates, chosen, mask, key
         self._contribution, self._gradient_norm = contribution, gradient_norm
 
     @cached_property
@@ -152,10 +215,8 @@ def gradients_read(score: Callable, importance: ConfigDict, num_layers: int, num
     def call():
         gates = jnp.full((num_layers, 2, num_experts), 1 / num_experts)
         names = ("contribution", "gradient_norm")
-        everything = jnp.ones(2, bool)
-        return score(
-            Evidence(gates, gates > 0, everything, jax.random.key(0), *map(stand_in, names)), importance
-        )
+        chosen, mask = jnp.ones_like(gates), jnp.ones(2, bool)
+        return score(Evidence(gates, chosen, mask, jax.random.key(0), *map(stand_in, names)), importance)
 
     shape = jax.eval_shape(call).shape
     if shape != (num_layers, num_experts):
@@ -176,14 +237,14 @@ score_rules = Registry("fl.score")
 def information_bottleneck(evidence: Evidence, importance: ConfigDict) -> PerExpert:
     """HFedMoE: task information by `importance.estimate` less `importance.beta` times redundancy (14)."""
     task_information = estimates[importance.estimate](evidence, importance)
-    kl = redundancy(evidence.gates, evidence.token_mask)
+    kl = redundancy(evidence.gates, evidence.mask)
     return information_bottleneck_score(task_information, kl, importance.beta)
 
 
 @score_rules.register("frequency")
 def frequency(evidence: Evidence, importance: ConfigDict) -> PerExpert:
-    """Share of tokens sent to the expert: the common rule without gates or redundancy."""
-    return mean_over_tokens(evidence.chosen.astype(jnp.float32), evidence.token_mask)
+    """Share of its tokens that a unit sends to the expert, mean over units: no gates, no redundancy."""
+    return masked_mean(evidence.chosen, evidence.mask)
 
 
 @score_rules.register("gradient_norm")
@@ -194,7 +255,7 @@ def gradient_norm(evidence: Evidence, importance: ConfigDict) -> PerExpert:
 
 @score_rules.register("random")
 def random(evidence: Evidence, importance: ConfigDict) -> PerExpert:
-    """Uniform numbers, drawn anew each time that scores are asked for (see `refresh`)."""
+    """Uniform numbers, drawn anew each time that scores are asked for (see `scoring`)."""
     num_layers, _, num_experts = evidence.gates.shape
     return jax.random.uniform(evidence.key, (num_layers, num_experts))
 
@@ -206,7 +267,7 @@ estimates = Registry("importance.estimate")
 @estimates.register("routing")
 def routing_estimate(evidence: Evidence, importance: ConfigDict) -> PerExpert:
     """The paper's surrogate: s_b(e) of (5)."""
-    return routing_importance(evidence.gates, evidence.token_mask, importance.lam)
+    return routing_importance(evidence.gates, evidence.mask, importance.lam)
 
 
 @estimates.register("gradient")

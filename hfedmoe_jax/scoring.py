@@ -1,4 +1,6 @@
-"""When a client scores its experts: `importance.refresh`, without a pass for the purpose.
+"""When and by what a client scores its experts, without a pass for the purpose.
+
+By what: the samples or the tokens of a batch (`importance.unit`), see `scores`. When: `importance.refresh`.
 
 | refresh | the scores that a batch selects by | with `fl.forward` |
 |---|---|---|
@@ -17,7 +19,7 @@ not selected are constants.
 of the batches so far, and before the first batch from what the routers say of it when no expert
 runs. Only gradient norms of experts cost a backward pass of their own.
 
-Axes: L layers, N tokens, E experts.
+Axes: L layers, B samples of T tokens, N = B * T tokens, E experts.
 """
 
 from collections.abc import Callable
@@ -30,7 +32,16 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.budgeted import Seen
 from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.scores import Evidence, PerExpert, gradients_read, routing_importance, score_rules, union
+from hfedmoe_jax.scores import (
+    Evidence,
+    PerExpert,
+    Units,
+    gradients_read,
+    routing_importance,
+    score_rules,
+    union,
+    units_of,
+)
 from hfedmoe_jax.selection import select
 
 SCORE_DECAY = 0.5  # weight of the past in running means
@@ -55,13 +66,13 @@ class Batch(NamedTuple):
 
     Attributes:
       seen: what the routers did.
-      token_mask: its real tokens.
+      token_mask: its real tokens; those of `seen` lie sample after sample.
       key: for scores that draw.
       first: whether it is the first batch of the round.
     """
 
     seen: Seen
-    token_mask: Bool[Array, " tokens"]
+    token_mask: Bool[Array, "batch length"]
     key: Array
     first: Bool[Array, ""]
 
@@ -124,7 +135,8 @@ class Scoring:
         Args:
           gradient_norm: computes them.
         """
-        stand_in = routing_importance(batch.seen.gates, batch.token_mask, self.importance.lam)
+        units = self._units(batch)
+        stand_in = routing_importance(units.gates, units.mask, self.importance.lam)
         contribution = jnp.where(batch.first, stand_in, known.contribution)
         score = self._score(batch, contribution, gradient_norm)
         eligible = union(batch.seen.own)
@@ -163,10 +175,13 @@ class Scoring:
         """Returns E_active (15)."""
         return select(known.score, known.eligible, budget)
 
+    def _units(self, batch: Batch) -> Units:
+        return units_of(batch.seen.gates, batch.seen.own, batch.token_mask, self.importance.unit)
+
     def _score(self, batch: Batch, contribution: PerExpert, gradient_norm=None) -> PerExpert:
-        seen = batch.seen
+        units = self._units(batch)
         evidence = Evidence(
-            seen.gates, seen.own, batch.token_mask, batch.key, lambda: contribution, gradient_norm
+            units.gates, units.chosen, units.mask, batch.key, lambda: contribution, gradient_norm
         )
         return self.rule(evidence, self.importance)
 
