@@ -169,6 +169,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     importance = config.importance = ConfigDict()
     importance.unit = "sample"  # what (3)-(5), (10), (11), (16) run over: sample | token
     importance.estimate = "routing"  # of the task information: routing | gradient
+    importance.unit = "sample"  # x_i of (3)-(16): sample (the paper; mean over its tokens) | token
     importance.refresh = "step"  # step | previous | round
     importance.lam = 0.5  # (5)
     importance.beta = 0.1  # (14)

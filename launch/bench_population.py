@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from hfedmoe_jax.budgeted import Seen
 from hfedmoe_jax.models import own_choice
 from hfedmoe_jax.population import BY_CLIENT, CLIENTS, make_mesh
-from hfedmoe_jax.refresh import Batch, build_scoring
+from hfedmoe_jax.scoring import Batch, build_scoring
 from launch.bench_population_beside import peers_table
 from launch.bench_population_rounds import SEED, SHARE, Rounds, Size
 from launch.bench_population_scaling import MEGABYTE, compile_table, memory_table, scaling_table
@@ -251,10 +251,10 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
     """Returns a call that scores and selects `SELECTIONS` times, each with the gates of another batch."""
     size, config = rounds.size, rounds.config
     scoring = build_scoring(config, SCORE)
-    mask = jnp.ones(size.batch_size * size.seq_len, bool)
+    mask = jnp.ones((size.batch_size, size.seq_len), bool)
     shape = (SELECTIONS, size.num_layers, mask.size, size.num_experts)
     gates = jax.nn.softmax(jax.random.normal(jax.random.key(SEED), shape))
-    own = jax.vmap(lambda x: own_choice(x, mask, size.top_k))(gates.reshape(-1, mask.size, size.num_experts))
+    own = own_choice(gates, mask.reshape(-1), size.top_k)
     budget, key = rounds.budget[0], jax.random.key(SEED)
 
     def step(known, batch):
@@ -274,7 +274,7 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
         known = scoring.start()._replace(eligible=jnp.ones(scoring.shape, bool))
         return jax.lax.scan(step, known, (gates, own, jnp.arange(SELECTIONS) == 0))[1]
 
-    return lambda: jax.block_until_ready(select_all(gates, own.reshape(shape)))
+    return lambda: jax.block_until_ready(select_all(gates, own))
 
 
 def _describe(size: Size) -> str:

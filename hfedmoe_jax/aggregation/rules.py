@@ -61,7 +61,7 @@ class Upload(NamedTuple):
     """What a client tells the server beside its parameters.
 
     Attributes:
-      usage: float32 [L, E], u_c of (16), over the tokens of the round's batches.
+      usage: float32 [L, E], u_c of (16), over the samples of the round's batches.
       importance: float32 [L, E], s^c: the routing importance (5), mean over the client's steps.
       trained: bool [L, E], experts that received a gradient in at least one step.
       times: int32 [L, E], in how many.

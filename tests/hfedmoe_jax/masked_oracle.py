@@ -1,6 +1,6 @@
 """A client's round by the plain road: every expert computed, masks over all of them, `jax.grad`.
 
-What a budgeted round has to equal, written from the docstrings of `client` and `refresh` as a loop over
+What a budgeted round has to equal, written from the docstrings of `client` and `scoring` as a loop over
 steps in which nothing is saved.
 
 Axes: S steps, L layers, N tokens, E experts.
@@ -18,10 +18,11 @@ from tiny import CLASSES, TOKENS, VOCABULARY, tiny_config
 from hfedmoe_jax.models import Params, build_model, load_balancing_loss, open_controls, own_choice
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.scores import (
-    cumulative,
     information_bottleneck_score,
+    masked_mean,
     redundancy,
     routing_importance,
+    units_of,
 )
 from hfedmoe_jax.selection import select
 
@@ -106,10 +107,10 @@ class Round(NamedTuple):
     own: np.ndarray
 
 
-def score_of(name: str, config, seen: Look, mask, contribution) -> np.ndarray:
+def score_of(name: str, config, seen: Look, units, contribution) -> np.ndarray:
     """Returns what a score function makes of a pass."""
     if name == "frequency":
-        return np.asarray(cumulative(seen.own.astype(jnp.float32), mask))
+        return np.asarray(masked_mean(units.chosen, units.mask))
     if name == "gradient_norm":
         squares = [
             np.sum(np.asarray(g, np.float64) ** 2, (-1, -2)) for g in jax.tree.leaves(seen.gradient.experts)
@@ -117,9 +118,9 @@ def score_of(name: str, config, seen: Look, mask, contribution) -> np.ndarray:
         return np.sqrt(sum(squares)).astype(np.float32)
     information = contribution
     if config.importance.estimate == "routing":
-        information = routing_importance(seen.gates, mask, config.importance.lam)
-    score = information_bottleneck_score(information, redundancy(seen.gates, mask), config.importance.beta)
-    return np.asarray(score)
+        information = routing_importance(units.gates, units.mask, config.importance.lam)
+    kl = redundancy(units.gates, units.mask)
+    return np.asarray(information_bottleneck_score(information, kl, config.importance.beta))
 
 
 def local_round(
@@ -147,32 +148,32 @@ def local_round(
 
     def looked(step, forward, backward):
         seen = look(params, tokens[step], labels[step], forward, backward, start, mu)
-        return seen, tokens[step].reshape(-1) != 0
+        return seen, units_of(seen.gates, seen.own, tokens[step] != 0, config.importance.unit)
 
-    def scored(seen, mask, contribution):
-        return score_of(score, config, seen, mask, contribution)
+    def scored(seen, units, contribution):
+        return score_of(score, config, seen, units, contribution)
 
     def asked(seen):
         return np.asarray(seen.own).any(axis=1)
 
     if active:
-        seen, mask = looked(0, nothing, nothing)
-        past = np.asarray(routing_importance(seen.gates, mask, config.importance.lam))
-        known, eligible = scored(seen, mask, past), asked(seen)
+        seen, units = looked(0, nothing, nothing)
+        past = np.asarray(routing_importance(units.gates, units.mask, config.importance.lam))
+        known, eligible = scored(seen, units, past), asked(seen)
     rounds = []
     for step in range(len(tokens)):
         selected = everything
         if score and not active:
-            seen, mask = looked(step, everything, everything)
-            stand_in = np.asarray(routing_importance(seen.gates, mask, config.importance.lam))
+            seen, units = looked(step, everything, everything)
+            stand_in = np.asarray(routing_importance(units.gates, units.mask, config.importance.lam))
             if step == 0 or refresh == "step":
-                known = scored(seen, mask, stand_in if step == 0 else past)
+                known = scored(seen, units, stand_in if step == 0 else past)
             if step == 0 or refresh != "round":
                 eligible = asked(seen)
         if score:
             selected = np.asarray(select(known, eligible, budget))
         ran = selected if active else everything
-        seen, mask = looked(step, ran, selected)
+        seen, units = looked(step, ran, selected)
         trained = selected & np.asarray(seen.served)
         params, state = update(seen.gradient, state, params, trained)
         rounds.append((trained, np.asarray(seen.cross_entropy), np.asarray(seen.gates), np.asarray(seen.own)))
@@ -182,7 +183,7 @@ def local_round(
         before = contribution if past is None else past
         past = np.where(ran, (before + contribution) / 2, before)
         if refresh == "previous":
-            fresh = (known + scored(seen, mask, contribution)) / 2
+            fresh = (known + scored(seen, units, contribution)) / 2
             known = np.where(ran, fresh, known) if reads_contribution else fresh
             if active:
                 eligible = eligible | asked(seen)

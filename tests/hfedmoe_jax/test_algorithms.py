@@ -15,7 +15,7 @@ from hfedmoe_jax.engines import Clients
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import NOBODY, make_mesh, stack_members
-from hfedmoe_jax.refresh import build_scoring
+from hfedmoe_jax.scoring import build_scoring
 
 CLIENTS = 5
 BUDGETS = np.int32([2 + c % 3 for c in range(CLIENTS)])

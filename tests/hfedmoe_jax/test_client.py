@@ -15,8 +15,8 @@ from tiny import TOKENS, VOCABULARY, tiny_batches, tiny_config, tiny_model, tiny
 
 from hfedmoe_jax import client as c
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
-from hfedmoe_jax.refresh import build_scoring
-from hfedmoe_jax.scores import routing_importance, usage, usage_over_batches
+from hfedmoe_jax.scores import routing_importance, units_of, usage, usage_over_batches
+from hfedmoe_jax.scoring import build_scoring
 
 LAYERS, EXPERTS, STEPS = 2, 3, 3
 ALL = LAYERS * EXPERTS
@@ -67,7 +67,7 @@ CASES = {
     "active previous gradient": dict(
         tier=4, importance__refresh="previous", importance__estimate="gradient", **ACTIVE, **SGD
     ),
-    "active round": dict(tier=3, importance__refresh="round", **ACTIVE, **SGD),
+    "active round": dict(tier=3, importance__refresh="round", importance__unit="token", **ACTIVE, **SGD),
     "active all": dict(tier=ALL, importance__refresh="round", rows=VOCABULARY, **ACTIVE, **ADAM),
     "routed all": dict(tier=ALL, **SGD),
     # Two experts a token, room for few of them, and layers that are computed twice.
@@ -114,16 +114,17 @@ def test_a_round_is_that_of_the_masked_oracle(case):
         union = expected.own.any(axis=2).sum(axis=(1, 2))
         assert update.report.union_size == pytest.approx(union.mean())
         assert update.report.max_union_size == union.max()
-        masks = [tokens.reshape(-1) != 0 for tokens in data.tokens]
-        parts = list(zip(expected.gates, expected.own, masks, strict=True))
-        used = jnp.stack([usage(*part) for part in parts])
+        steps = zip(expected.gates, expected.own, data.tokens != 0, strict=True)
+        parts = [units_of(*step, config.importance.unit) for step in steps]
+        used = jnp.stack([usage(units.chosen_gates, units.mask) for units in parts])
         np.testing.assert_allclose(
             update.upload.usage,
-            usage_over_batches(used, np.float32([m.sum() for m in masks])),
+            usage_over_batches(used, np.float32([units.mask.sum() for units in parts])),
             rtol=1e-3,
             atol=1e-6,
         )
-        important = [routing_importance(gates, mask, config.importance.lam) for gates, _, mask in parts]
+        lam = config.importance.lam
+        important = [routing_importance(units.gates, units.mask, lam) for units in parts]
         np.testing.assert_allclose(update.upload.importance, np.mean(important, axis=0), rtol=1e-3)
 
 

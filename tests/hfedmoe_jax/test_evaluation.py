@@ -121,8 +121,8 @@ def test_personal_models_are_judged_by_their_owners(model, apply):
     assert len({round(float(loss), 3) for loss in scores.loss}) == 3
 
 
-@pytest.mark.parametrize("personal", [False, True])
-def test_usage_is_the_mean_gate_weight_of_each_expert(model, apply, personal):
+@pytest.mark.parametrize(("personal", "unit"), [(False, "sample"), (True, "sample"), (False, "token")])
+def test_usage_is_the_mean_gate_weight_of_each_expert(model, apply, personal, unit):
     params = tiny_params()
     owners = [jax.tree.map(lambda x, c=c: x * (1 + 0.5 * c), params) for c in range(3)]
     members, num_steps = [2, 0], 2
@@ -133,17 +133,21 @@ def test_usage_is_the_mean_gate_weight_of_each_expert(model, apply, personal):
     roomy = tiny_model(tiny_config(**ROOMY))
     blocks = plan_blocks(np.zeros(len(members), int), MESH, 1)
     portions = ((block, stack_members(cohort, block.members)) for block in blocks)
-    result = make_usage(roomy, personal, MESH, 1, ROOMY["model__capacity_factor"])(given, portions)
+    usage_of = make_usage(roomy, personal, MESH, 1, ROOMY["model__capacity_factor"], unit)
+    result = usage_of(given, portions)
     for index, client in enumerate(members):
         expected = np.zeros((model.num_layers, model.num_experts))
-        for example in tokens[index].reshape(-1, tokens.shape[-1]):
+        examples = tokens[index].reshape(-1, tokens.shape[-1])
+        for example in examples:
+            share = 1 / np.count_nonzero(examples)  # of a token
+            if unit == "sample":
+                share = 1 / (len(examples) * np.count_nonzero(example))
             _, routing = apply(owners[client] if personal else params, example)
             gates = np.asarray(routing.gates, np.float64)
             for layer, token in np.ndindex(model.num_layers, len(example)):
                 if example[token]:
                     expert = np.argmax(gates[layer, token])
-                    expected[layer, expert] += gates[layer, token, expert]
-        expected /= np.count_nonzero(tokens[index])
+                    expected[layer, expert] += share * gates[layer, token, expert]
         np.testing.assert_allclose(result[index], expected, rtol=1e-4, atol=1e-6)
 
 

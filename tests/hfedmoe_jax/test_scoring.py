@@ -1,4 +1,4 @@
-"""When experts are scored: which settings are refused, and what a batch selects by."""
+"""When and by what experts are scored: which settings are refused, and what a batch selects by."""
 
 import jax
 import jax.numpy as jnp
@@ -8,28 +8,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from hfedmoe_jax import refresh as r
+from hfedmoe_jax import scoring as r
 from hfedmoe_jax.budgeted import Seen
 from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import own_choice
-from hfedmoe_jax.scores import score_rules
+from hfedmoe_jax.scores import routing_importance, score_rules, units_of
 
-LAYERS, TOKENS, EXPERTS = 2, 5, 3
-MASK = np.array([True, True, True, True, False])
+LAYERS, EXPERTS = 2, 3
+MASK = np.array([[True, True, False], [True, False, False], [True, True, True]])
 KEY = jax.random.key(0)
 
 
-def scoring(name, refresh, forward="routed", estimate="routing"):
-    config = tiny_config(importance__refresh=refresh, importance__estimate=estimate)
+def scoring(name, refresh, forward="routed", estimate="routing", unit="sample"):
+    config = tiny_config(importance__refresh=refresh, importance__estimate=estimate, importance__unit=unit)
     return r.Scoring(LAYERS, EXPERTS, name, config.importance, forward == "routed")
 
 
 def batch(seed):
     """Returns what the routers did, the contributions and the gradient norms of a made-up batch."""
     rng = np.random.default_rng(seed)
-    gates = jax.nn.softmax(2 * rng.standard_normal((LAYERS, TOKENS, EXPERTS)).astype(np.float32))
-    own = own_choice(gates, MASK, 1)
+    gates = jax.nn.softmax(2 * rng.standard_normal((LAYERS, MASK.size, EXPERTS)).astype(np.float32))
+    own = own_choice(gates, MASK.reshape(-1), 1)
     sent = jnp.sum(own, axis=1)
     return (
         Seen(gates, own, sent, sent),
@@ -124,23 +124,24 @@ def routed_scores(score, refresh, seeds, norms=False):
     return asked
 
 
-def of(score, seed, contribution=None):
+def units(seed, unit="sample"):
+    seen = batch(seed)[0]
+    return units_of(seen.gates, seen.own, MASK, unit)
+
+
+def of(score, seed, contribution=None, unit="sample"):
     """Returns the plain score of one batch, and its union."""
     seen, own_contribution, norm = batch(seed)
     importance = tiny_config().importance
-    evidence = r.Evidence(
-        seen.gates,
-        seen.own,
-        MASK,
-        KEY,
-        lambda: own_contribution if contribution is None else contribution,
-        lambda: norm,
-    )
+    contribution = own_contribution if contribution is None else contribution
+    gates, chosen, _, mask = units(seed, unit)
+    evidence = r.Evidence(gates, chosen, mask, KEY, lambda: contribution, lambda: norm)
     return np.asarray(score_rules[score](evidence, importance)), np.asarray(seen.own).any(axis=1)
 
 
-def stand_in(seed):
-    return np.asarray(r.routing_importance(batch(seed)[0].gates, MASK, tiny_config().importance.lam))
+def stand_in(seed, unit="sample"):
+    gates, _, _, mask = units(seed, unit)
+    return np.asarray(routing_importance(gates, mask, tiny_config().importance.lam))
 
 
 @pytest.mark.parametrize("score", ["information_bottleneck", "frequency"])
@@ -149,6 +150,20 @@ def test_step_selects_by_the_batch_itself(score):
         expected, union = of(score, seed)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(eligible, union)
+
+
+@pytest.mark.parametrize("unit", ["sample", "token"])
+def test_the_unit_is_that_of_the_config(unit):
+    """In scores, and in the routing importance that stands in for contributions; not in the union."""
+    rules = scoring("information_bottleneck", "step", unit=unit), scoring("contributions", "step", unit=unit)
+    known, by_stand_in = (rule.of_batch(rule.start(), scored(0), unread) for rule in rules)
+    expected, union = of("information_bottleneck", 0, unit=unit)
+    np.testing.assert_allclose(known.score, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(known.eligible, union)
+    np.testing.assert_allclose(by_stand_in.score, stand_in(0, unit), rtol=1e-6)
+    other = {"sample": "token", "token": "sample"}[unit]
+    assert np.abs(known.score - of("information_bottleneck", 0, unit=other)[0]).max() > 1e-3
+    assert np.abs(by_stand_in.score - stand_in(0, other)).max() > 1e-3
 
 
 def test_step_reads_a_running_mean_of_the_contributions_before_it():
