@@ -23,11 +23,11 @@ from absl import flags
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import unknown_name
-from launch.distributed import start_devices
+from launch.hosts.distributed import start_devices
 from launch.main import is_input_error, quiet_libraries
-from launch.progress import print_table
-from launch.timing import as_json, cell
-from launch.workdir import versions, write_json
+from launch.run.progress import print_table
+from launch.run.workdir import versions, write_json
+from launch.suites.timing import as_json, cell
 
 
 class Suite(NamedTuple):
@@ -45,8 +45,8 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "slide": Suite("launch.bench_slide"),
-    "population": Suite("launch.bench_population", peers=True, devices=16),
+    "slide": Suite("launch.suites.slide.suite"),
+    "population": Suite("launch.suites.population.suite", peers=True, devices=16),
 }
 LEAST_REPEATS = 3
 

@@ -39,10 +39,10 @@ from ml_collections import ConfigDict, config_flags
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import unknown_name
-from launch.distributed import Host
-from launch.workdir import default_workdir
+from launch.hosts.distributed import Host
+from launch.run.workdir import default_workdir
 
-EXPERIMENTS = {"hfedmoe": "launch.hfedmoe", "slide": "launch.slide"}
+EXPERIMENTS = {"hfedmoe": "launch.hfedmoe.experiment", "slide": "launch.slide.experiment"}
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}

@@ -31,9 +31,9 @@ def get_config(preset="default"):
 def runs(tmp_path, monkeypatch):
     """An empty directory with a config file in it, an experiment that only notes its calls, and they."""
     calls = []
-    module = types.ModuleType("launch.hfedmoe")
+    module = types.ModuleType("launch.hfedmoe.experiment")
     module.run = lambda config, workdir, host: calls.append((config, workdir))
-    monkeypatch.setitem(sys.modules, "launch.hfedmoe", module)
+    monkeypatch.setitem(sys.modules, "launch.hfedmoe.experiment", module)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.py").write_text(CONFIG_FILE)
     (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
@@ -142,13 +142,15 @@ def test_input_error_of_any_package_is_the_users(runs, capsys, monkeypatch):
         InputError("data.alpha", -1, "must be above 0", "use e.g. 0.3"),
         Other("users=0: none; more"),
     ):
-        monkeypatch.setattr(sys.modules["launch.hfedmoe"], "run", _raises(error))
+        monkeypatch.setattr(sys.modules["launch.hfedmoe.experiment"], "run", _raises(error))
         assert front_door.main(["--config=config.py"]) == 2
         assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_bugs_keep_their_traceback(runs, monkeypatch):
-    monkeypatch.setattr(sys.modules["launch.hfedmoe"], "run", _raises(ValueError("shapes do not match")))
+    monkeypatch.setattr(
+        sys.modules["launch.hfedmoe.experiment"], "run", _raises(ValueError("shapes do not match"))
+    )
     with pytest.raises(ValueError, match="shapes do not match"):
         front_door.main(["--config=config.py"])
 
@@ -177,8 +179,8 @@ def test_the_program_exits_with_2_and_no_traceback(runs, tmp_path):
 
 STUB = """
 import sys, types
-experiment = types.ModuleType("launch.hfedmoe")
-sys.modules["launch.hfedmoe"] = experiment
+experiment = types.ModuleType("launch.hfedmoe.experiment")
+sys.modules["launch.hfedmoe.experiment"] = experiment
 def run(config, workdir, host):
 {body}
 experiment.run = run
@@ -216,10 +218,10 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=3"
 import jax, jax.numpy as jnp
 assert jax.device_count() == 3, "JAX had started before the experiment could choose its devices"
-from launch.checkpoints import Checkpoints
-from launch.progress import Progress
-from launch.workdir import open_workdir
-from launch.writers import MetricWriter
+from launch.run.checkpoints import Checkpoints
+from launch.run.progress import Progress
+from launch.run.workdir import open_workdir
+from launch.run.writers import MetricWriter
 open_workdir(workdir, config.to_dict())
 state = {"weight": jnp.zeros(3)}
 with Checkpoints(workdir / "checkpoints", 2) as checkpoints:

@@ -1,0 +1,1 @@
+"""The suite `slide`: solvers and latency kernels beside NumPy and HiGHS."""
