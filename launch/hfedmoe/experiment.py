@@ -16,15 +16,14 @@ from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.client import STATUS_NAMES
 from hfedmoe_jax.errors import InputError
 from launch.hfedmoe.figures import write_figures
+from launch.hosts.devices import configure_devices, use_compilation_cache
 from launch.hosts.distributed import (
-    HERE,
+    SINGLE_PROCESS,
     Host,
     gather_processes,
     is_first_process,
-    keep_compiled,
-    start_devices,
     start_processes,
-    wait_for_all,
+    wait_for_processes,
 )
 from launch.run.checkpoints import Checkpoints
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
@@ -33,7 +32,7 @@ from launch.run.workdir import open_workdir, versions, write_json
 from launch.run.writers import MetricWriter, read_metrics
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
+def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
     """Runs or continues the experiment of `config` in `workdir`, and writes everything there.
 
     Of several processes every one computes; the first alone writes and prints.
@@ -43,7 +42,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
     """
     check_config(config)
     experts = config.mesh.experts
-    start_devices(config.fl.clients_per_round * experts, experts)
+    configure_devices(config.fl.clients_per_round * experts, experts)
     with start_processes(host.coordinator, host.processes, host.process, workdir / "checkpoints"):
         if is_first_process():
             run_here(config, workdir, host)
@@ -60,8 +59,8 @@ def run_here(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
     if writes:
         open_workdir(workdir, config.to_dict())
         (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
-        keep_compiled(host.compiled or workdir / "compiled")
-    wait_for_all()  # the directory is there
+        use_compilation_cache(host.compiled or workdir / "compiled")
+    wait_for_processes()  # the directory is there
     describe(experiment, workdir)
     state = train(experiment, workdir)
     outcome = experiment.finish(state)

@@ -1,6 +1,5 @@
-"""Devices and processes: one JAX device a CPU core where there is no accelerator, one process a host."""
+"""A run over several hosts, one process on each: how they start, and how they exchange small arrays."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -12,7 +11,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.experimental.compilation_cache import compilation_cache
 
 from hfedmoe_jax.errors import InputError
 from launch.hosts.processes import Links, Processes, join, listen, welcome
@@ -34,42 +32,7 @@ class Host(NamedTuple):
     process: int | None = None
 
 
-HERE = Host()
-
-
-def start_devices(most: int, experts: int = 1) -> None:
-    """Sets JAX up for a population of clients; without effect once JAX has computed something.
-
-    On a CPU a client runs fastest alone on one core, so each core becomes a device and the
-    clients are spread over them (about three times the client steps of one device with as many
-    threads). Accelerators are left as they are, and so is a setting that the user made.
-
-    Args:
-      most: devices that there is work for.
-      experts: see `num_devices`.
-    """
-    chosen = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" in chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
-        return
-    if "xla_cpu_multi_thread_eigen" not in chosen:
-        os.environ["XLA_FLAGS"] = f"{chosen} --xla_cpu_multi_thread_eigen=false".strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(RuntimeError):  # JAX has started: in a notebook, say
-        jax.config.update("jax_num_cpu_devices", num_devices(cores, most, experts))
-
-
-def num_devices(cores: int, most: int, experts: int) -> int:
-    """Returns how many devices to make of a CPU: a multiple of `experts`, if possible at most one a core.
-
-    Args:
-      cores: that this process may use; fewer than `experts` take turns.
-      most: devices that there is work for.
-      experts: devices that the experts of one client's model are spread over.
-
-    >>> num_devices(cores=3, most=16, experts=2), num_devices(cores=1, most=16, experts=2)
-    (2, 2)
-    """
-    return max(experts, min(cores, most) // experts * experts)
+SINGLE_PROCESS = Host()
 
 
 def start_processes(
@@ -154,7 +117,7 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all() -> None:
+def wait_for_processes() -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("here")
@@ -174,28 +137,6 @@ def gather_processes(value: np.ndarray) -> np.ndarray:
     content = np.frombuffer(value.tobytes(), np.uint8)
     gathered = np.asarray(multihost_utils.process_allgather(content))
     return np.frombuffer(gathered.tobytes(), value.dtype).reshape(-1, *value.shape)
-
-
-def keep_compiled(directory: str | os.PathLike) -> None:
-    """Keeps what is compiled from now on in a directory, so that the next run need not compile it again.
-
-    Of several processes only the first one keeps its programs.
-
-    Args:
-      directory: created; several runs may share it.
-
-    Raises:
-      InputError: it cannot be created.
-    """
-    try:
-        os.makedirs(directory, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot be used for compiled programs ({error.strerror})"
-        raise InputError("--compiled", str(directory), problem, "name one that can be written to") from None
-    compilation_cache.reset_cache()  # JAX settles on a directory, or none, when it first compiles
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    # A run compiles dozens of small programs, whose milliseconds add up to seconds.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _check_place(coordinator: str | None, processes: int | None, process: int | None) -> None:

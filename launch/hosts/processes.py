@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from hfedmoe_jax.errors import InputError
+from launch.run.program import exit_code
 
 EXIT_PROCESS_LOST = 3
 """Exit code of a process that stops because another one is gone."""
@@ -138,7 +139,7 @@ class Processes:
             self._failed = True
             self._tell({"failed": self._index})
             # JAX's own end would wait for the others, then abort.
-            atexit.register(_exit_now, _exit_code(error))
+            atexit.register(_exit_now, exit_code(error))
         elif self._index == 0:
             self._listener.join()
             self._tell({"done": 0})
@@ -227,12 +228,6 @@ def _probe(link: socket.socket) -> None:
     for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5)):
         if hasattr(socket, option):
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _exit_code(error: BaseException | None) -> int:
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, InputError) else 1
 
 
 def _exit_now(code: int) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from launch.hosts.distributed import HERE, Host, keep_compiled
+from launch.hosts.devices import use_compilation_cache
+from launch.hosts.distributed import SINGLE_PROCESS, Host
 from launch.run.progress import print_summary, print_table
 from launch.run.report import write_report
 from launch.run.workdir import open_workdir, versions, write_json
@@ -55,14 +56,14 @@ PATIENCE_S = 5.0
 """A solver that took longer, compilation included, is not called again to be timed without."""
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
+def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
     """Runs the experiment of `config` and writes everything into `workdir`.
 
     Raises:
       InputError: the config, the scenario or the directory cannot be used; nothing was written.
     """
     begun = time.perf_counter()
-    if host[1:] != HERE[1:]:
+    if host[1:] != SINGLE_PROCESS[1:]:
         problem = "this experiment runs in one process"
         raise InputError(
             "--coordinator", host.coordinator, problem, "leave out the flags of several processes"
@@ -70,7 +71,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
     check_config(config)
     problem = read_scenario(config.scenario.path) if config.scenario.path else sample_drop(config)
     open_workdir(workdir, identity(config))
-    keep_compiled(host.compiled or workdir / "compiled")
+    use_compilation_cache(host.compiled or workdir / "compiled")
     print(f"{title(config, problem)}, in {workdir}", flush=True)
     if problem.num_users <= SCENARIO_USERS:
         write_scenario(problem, workdir / "scenario.json")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from hfedmoe_jax.population import make_mesh
-from launch.hosts.distributed import keep_compiled, start_devices
+from launch.hosts.devices import configure_devices, use_compilation_cache
 from launch.suites.population.rounds import Rounds, Size
 from launch.suites.timing import Table, Timing, rate, ratio, time_together
 
@@ -57,7 +57,7 @@ def memory_table(size: Size, cohorts: Sequence[int], most_devices: int) -> Table
 
 def run_cohort(size: Size, cohort: int, most_devices: int) -> list[float | None]:
     """Returns MB of a round's program, temporary and all, MB of this process, and client-steps/s."""
-    start_devices(most_devices)
+    configure_devices(most_devices)
     rounds = Rounds(size, cohort, make_mesh())
     first = next(rounds.portions(cohort))
     memory = rounds.compile(first)[0].memory_analysis()
@@ -116,8 +116,8 @@ def compile_table(size: Size, most_devices: int) -> Table:
 
 def compile_tiers(size: Size, directory: str, most_devices: int) -> dict[float, tuple[float, float]]:
     """Returns seconds to trace and to compile the program of each tier, by its share of the experts."""
-    start_devices(most_devices)
-    keep_compiled(directory)
+    configure_devices(most_devices)
+    use_compilation_cache(directory)
     rounds = Rounds(size, len(SHARES), make_mesh(), budgets=SHARES, **SELECTIVE)
     found = {portion.block.tier: rounds.compile(portion)[1:] for portion in rounds.portions(len(SHARES))}
     return {tier / size.all_experts: seconds for tier, seconds in sorted(found.items(), reverse=True)}

@@ -2,23 +2,18 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 
 import jax
 import numpy as np
 import pytest
 
 from hfedmoe_jax.errors import InputError
-from launch.hosts import processes
 from launch.hosts.distributed import (
     cluster,
     gather_processes,
-    keep_compiled,
-    num_devices,
-    start_devices,
     start_processes,
 )
-from launch.hosts.processes import EXIT_PROCESS_LOST, join, listen, receive, send, welcome
+from launch.hosts.processes import EXIT_PROCESS_LOST, listen
 from launch.run.checkpoints import Checkpoints
 
 # Shared by the processes and the test: a state of every kind of leaf, as a function of the step. Four
@@ -300,98 +295,3 @@ def test_tasks_of_slurm_meet_by_their_environment(tmp_path):
         for task in tasks:
             task.kill()
     assert ends == 2 * [("[0, 1]\n", "", 0)]
-
-
-@pytest.mark.parametrize("cores", [1, 2, 3, 7, 8])
-@pytest.mark.parametrize("most", [1, 2, 3, 16])
-@pytest.mark.parametrize("experts", [1, 2, 3, 4])
-def test_the_devices_of_a_cpu_are_as_many_as_useful(cores, most, experts):
-    # The most that the experts divide, and no more than there is work or cores for: found one by one.
-    useful = [number for number in range(experts, 17, experts) if number <= min(cores, most)]
-    assert num_devices(cores, most, experts) == (useful[-1] if useful else experts)
-
-
-def test_devices_are_set_up_unless_the_user_did(monkeypatch):
-    made = {}
-    monkeypatch.setattr(jax.config, "update", made.__setitem__)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
-    start_devices(most=16, experts=2)
-    assert (made, os.environ["XLA_FLAGS"]) == ({}, "--xla_force_host_platform_device_count=3")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_of_the_user=1")
-    start_devices(most=16, experts=2)
-    assert made == {"jax_num_cpu_devices": 2}
-    assert os.environ["XLA_FLAGS"] == "--xla_of_the_user=1 --xla_cpu_multi_thread_eigen=false"
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "5")
-    made.clear()
-    start_devices(most=16)
-    assert made == {}
-
-
-def test_impostors_are_refused_and_strangers_ignored():
-    with listen(0) as server:
-        address = ("localhost", server.getsockname()[1])
-        links = {}
-        first = threading.Thread(target=lambda: links.update(welcome(server, 3, {"answer": 1})))
-        first.start()
-        with socket.create_connection(address) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n".ljust(1000))
-        with pytest.raises(InputError, match="--processes=4: process 0 was told 3"):
-            join(address, 1, 4)
-        with pytest.raises(InputError, match="--process=0: another process has this number"):
-            join(address, 0, 3)
-        others = [threading.Thread(target=join, args=(address, index, 3)) for index in (2, 1)]
-        for thread in others:
-            thread.start()
-        for thread in (first, *others):
-            thread.join(20)
-    assert sorted(links.values()) == [1, 2]
-
-
-def test_who_did_not_come_is_named(monkeypatch):
-    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 0.3)
-    with listen(0) as server, pytest.raises(InputError, match=r"processes \[1, 2\] did not come"):
-        welcome(server, 3, {})
-    with pytest.raises(InputError, match=r"--coordinator='localhost:.*process 0 did not answer"):
-        join(("localhost", free_port()), 1, 2)
-
-
-def test_messages_arrive_whole_and_an_end_is_none():
-    here, there = socket.socketpair()
-    with there:
-        with here:
-            send(here, {"lost": 3})
-            send(here, {"done": 0})
-        assert [receive(there) for _ in range(3)] == [{"lost": 3}, {"done": 0}, None]
-    send(here, {"done": 0})  # the other end is gone
-
-
-COMPILED = """
-import sys
-import jax, jax.numpy as jnp
-from launch.hosts.distributed import keep_compiled
-keep_compiled(sys.argv[1])
-events = []
-jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-mesh = jax.make_mesh((2,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
-spec = jax.sharding.PartitionSpec("clients")
-program = lambda array: jax.lax.psum(array, "clients")
-for _ in range(2):
-    print(sum("cache_hits" in event for event in events))
-    jax.jit(jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))(jnp.ones(2))
-    jax.clear_caches()
-print(sum("cache_hits" in event for event in events) > 0)
-"""
-
-
-def test_compiled_programs_are_kept(tmp_path):
-    command = [sys.executable, "-c", COMPILED, str(tmp_path / "a" / "compiled")]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""}
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert (child.stdout.split(), child.stderr) == (["0", "0", "True"], "")
-
-
-def test_a_directory_for_compiled_programs_that_cannot_be_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be used for compiled programs"):
-        keep_compiled(tmp_path / "file" / "compiled")

@@ -310,7 +310,7 @@ def test_a_large_cell_is_solved_without_a_scenario_file(tmp_path, monkeypatch):
 def test_a_wrong_file_of_the_user_is_the_users_affair(tmp_path):
     config, *_ = read_command(slide_run.arguments(tmp_path, scenario__path="none.json"))
     with pytest.raises(InputError, match=r"scenario='none.json': no such file"):
-        experiment.run(config, tmp_path / "run")
+        experiment.run_experiment(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -52,7 +52,7 @@ def record(tmp_path_factory):
         patch.setattr(scaling, "SHARES", (SHARE,))
         # Processes of their own take seconds to start; one test below starts one.
         patch.setattr(scaling, "alone", lambda function, *arguments: function(*arguments))
-        patch.setattr(scaling, "keep_compiled", lambda directory: None)
+        patch.setattr(scaling, "use_compilation_cache", lambda directory: None)
         rounds = shared_rounds()
         patch.setattr(suite, "Rounds", rounds)
         patch.setattr(scaling, "Rounds", rounds)
