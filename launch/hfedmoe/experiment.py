@@ -1,4 +1,4 @@
-"""Runs a federated experiment in a work directory: progress, metrics, checkpoints, figures, report."""
+"""The HFedMoE run: trains round by round in a work directory, resumes, evaluates and writes all results."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,7 @@ import os
 import pathlib
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from launch.run.writers import MetricWriter, read_metrics
 def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
     """Runs or continues the experiment of `config` in `workdir`, and writes everything there.
 
-    Of several processes every one computes; the first alone writes and prints.
+    With several processes, all of them compute; only the first writes files and prints.
 
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written.
@@ -43,56 +44,65 @@ def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGL
     check_config(config)
     experts = config.mesh.experts
     configure_devices(config.fl.clients_per_round * experts, experts)
-    with start_processes(host.coordinator, host.processes, host.process, workdir / "checkpoints"):
-        if is_first_process():
-            run_here(config, workdir, host)
-        else:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                run_here(config, workdir, host)
+    with (
+        start_processes(host.coordinator, host.processes, host.process, workdir / "checkpoints"),
+        contextlib.nullcontext() if is_first_process() else no_stdout(),
+    ):
+        run_process(config, workdir, host)
 
 
-def run_here(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
-    """Runs this process's part."""
-    check_same_everywhere(config)
+@contextlib.contextmanager
+def no_stdout() -> Iterator[None]:
+    """Discards what is printed in its context."""
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+        yield
+
+
+def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
+    """Does the part of this process: trains with the others; the first process writes the results."""
+    check_same_config(config)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
-    writes = is_first_process()
-    if writes:
+    if is_first_process():
         open_workdir(workdir, config.to_dict())
         (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
         use_compilation_cache(host.compiled or workdir / "compiled")
-    wait_for_processes()  # the directory is there
+    wait_for_processes()  # the others must not use the directory before it exists
     describe(experiment, workdir)
     state = train(experiment, workdir)
     outcome = experiment.finish(state)
-    if not writes:
-        return
+    if is_first_process():
+        write_results(experiment, state, outcome, workdir)
+
+
+def write_results(experiment: Experiment, state: RunState, outcome: Outcome, workdir: pathlib.Path) -> None:
+    """Writes the figures, the report and summary.json, and prints the summary."""
+    config = experiment.config
     rows = read_metrics(workdir / "metrics.csv")
     summary = summarize(experiment, state, outcome)
     figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures")
-    command = f"python -m launch.main {shlex.join(sys.argv[1:])}"
     write_report(
         workdir / "report.html",
         title=f"{config.fl.algorithm} on {config.data.source}",
         introduction=introduction(experiment),
         summary=summary,
         sections=figures,
-        command=command,
+        command=f"python -m launch.main {shlex.join(sys.argv[1:])}",
     )
     write_json(workdir / "summary.json", summary)
     print_summary("Summary", summary_rows(summary, workdir))
 
 
-def check_same_everywhere(config: ConfigDict) -> None:
-    """Refuses processes that were given unlike configs: they would wait for each other for ever."""
+def check_same_config(config: ConfigDict) -> None:
+    """Raises an `InputError` if the processes have different configs, which would deadlock them."""
     digest = np.frombuffer(hashlib.sha256(config.to_json(sort_keys=True).encode()).digest(), np.uint8)
-    unlike = np.flatnonzero((gather_processes(digest) != digest).any(axis=1))
-    if len(unlike):
-        problem = f"process {unlike[0]} has another config"
+    different = np.flatnonzero((gather_processes(digest) != digest).any(axis=1))
+    if len(different):
+        problem = f"process {different[0]} has another config"
         raise InputError("config", config.experiment, problem, "give every process the same --config flags")
 
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
-    """Returns the state after the last round, continuing from the newest checkpoint if there is one."""
+    """Returns the state after the last round, resuming from the newest checkpoint if there is one."""
     config = experiment.config
     state = experiment.init()
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
@@ -121,7 +131,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
 
 
 def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
-    """Prints what is about to run."""
+    """Prints the data and the expert budgets before the first round."""
     data, config = experiment.data, experiment.config
     sizes = (
         len(data.client_train),
@@ -135,14 +145,20 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     budgets = budget_by_class(experiment)
     print(f"experts that a client can train, of {experiment.cost.num_experts}: "
           + ", ".join(f"{name} {budget}" for name, budget in budgets.items()))  # fmt: skip
+    print_hints(experiment)
+    print("compiling the first round ...", flush=True)
+
+
+def print_hints(experiment: Experiment) -> None:
+    """Prints where the config asks for something that has no effect here."""
     selects = experiment.algorithm.composition.score != "none"
     if selects and min(experiment.budgets) == experiment.cost.num_experts:
         print("note: every client can train all experts, so nothing is selected: give the devices less "
               "memory, or set budget.fraction, e.g. 0.25")  # fmt: skip
-    if config.fl.chunk > experiment.chunk:
-        print(f"note: fl.chunk={config.fl.chunk} is for accelerators: a CPU computes clients one at a time, "
+    chunk = experiment.config.fl.chunk
+    if chunk > experiment.chunk:
+        print(f"note: fl.chunk={chunk} is for accelerators: a CPU computes clients one at a time, "
               "which is faster there")  # fmt: skip
-    print("compiling the first round ...", flush=True)
 
 
 def budget_by_class(experiment: Experiment) -> dict[str, int]:
@@ -176,7 +192,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
         "bytes_up": float(ledger.bytes_up),
         "bytes_down": float(ledger.bytes_down),
         "simulated_time_s": float(ledger.simulated_time_s),
-        # None after a single round, which compiles.
+        # None after a single round: its time is mostly compilation.
         "client_steps_per_s": float(ledger.timed_steps / ledger.train_s) if ledger.timed_steps else None,
         "wall_s": float(ledger.wall_s),
         "versions": versions(),
@@ -184,7 +200,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
 
 
 def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[str, Any]:
-    """Returns the arrays that the figures draw, beside the metrics by round."""
+    """Returns the arrays that the figures need besides metrics.csv; see `figures.write_figures`."""
     records = state.server.records
     rounds = np.asarray(records.rounds_measured)
     union = np.where(rounds > 0, np.asarray(records.union_total) / np.maximum(rounds, 1), np.nan)
@@ -218,7 +234,7 @@ def introduction(experiment: Experiment) -> str:
 
 
 def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[str, Any]]:
-    """Returns the lines of the table that the run prints at its end."""
+    """Returns the summary as (name, text) lines for the screen."""
     spread, speed = summary["client_accuracy"], summary["client_steps_per_s"]
     budgets = ", ".join(f"{name} {budget}" for name, budget in summary["expert_budget"].items())
     return [

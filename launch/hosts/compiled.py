@@ -1,10 +1,9 @@
-"""What a compiled program computes: its matrix products, each as often as it runs.
+"""FLOP of a compiled program, counted from its optimized HLO text with the trip counts of its loops.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs, and a federated round
-is loops all the way down: clients, steps, layers, experts. So the optimized program is read as
-text and followed through its loops. Only products are counted (dots and convolutions, also where a GPU's
-library computes them): the rest is a few percent of a model's operations, and the peak that they
-are compared to is that of a product.
+XLA's own cost analysis counts the body of a loop once, however often it runs, and a federated round is
+nested loops over clients, steps, layers and experts. Only matrix products are counted (dots and
+convolutions, also as calls of a GPU's library): other operations are a few percent of a model's FLOP, and
+the result is compared with the peak rate of a matrix product.
 """
 
 import json
@@ -18,9 +17,9 @@ class Product(NamedTuple):
     """A matrix product of a program.
 
     Attributes:
-      sizes: of all axes of its operands.
-      flop: of one run of it, a multiplication and an addition being two.
-      times: how often it runs.
+      sizes: sizes of all axes of its operands.
+      flop: FLOP of one execution; a multiplication and an addition are two.
+      times: number of executions.
     """
 
     sizes: frozenset[int]
@@ -46,28 +45,28 @@ _LIBRARY = re.compile(r'custom_call_target="([^"]*(?:gemm|matmul|\$conv)[^"]*)"'
 _WINDOW = dict(stride=1, lhs_dilate=1, rhs_dilate=1)
 
 
-def products(program: str, turns: Sequence[float] = ()) -> list[Product]:
+def matrix_products(program: str, trip_counts: Sequence[float] = ()) -> list[Product]:
     """Returns the matrix products of a program.
 
     A conditional counts as its most expensive branch.
 
     Args:
-      program: an optimized program of XLA, `compiled.as_text()`; of one device.
-      turns: how often loops run whose end only the data decide: first those that lie in no other such
-        loop, then those inside one of these, and so on. Loops without products need none.
+      program: optimized HLO of one device, `compiled.as_text()`.
+      trip_counts: trip counts of the loops whose number of iterations depends on data, by nesting depth
+        among such loops, the outermost first. Loops without matrix products need none.
 
     Raises:
-      ValueError: `turns` lacks a loop, or a product is of a kind that nobody has taught this function.
+      ValueError: `trip_counts` is too short, or a product is of an unknown kind.
     """
     computations, entry = _read(program)
-    return _visit(computations, entry, turns)
+    return _visit(computations, entry, trip_counts)
 
 
 def total_flop(found: Iterable[Product], sizes: Iterable[int] = ()) -> float:
-    """Returns the FLOP of a program's products, or of those whose operands have axes of all these sizes.
+    """Returns the FLOP of all products, or of those whose operands have axes of all these sizes.
 
-    An expert's products are told from the others by the model's width, the hidden units and the
-    slots of an expert, if nothing else has all three.
+    The products of experts are found by three sizes, the model's width, the hidden units and the slots of
+    an expert, if no other product has all three.
     """
     return sum(each.flop * each.times for each in found if each.sizes.issuperset(sizes))
 
@@ -89,7 +88,7 @@ def _read(program: str) -> tuple[dict[str, tuple[list[_Operation], dict[str, lis
     return computations, entry
 
 
-def _visit(computations: dict, name: str, turns: Sequence[float]) -> list[Product]:
+def _visit(computations: dict, name: str, trip_counts: Sequence[float]) -> list[Product]:
     operations, shapes = computations[name]
     found: list[Product] = []
     for operation in operations:
@@ -97,25 +96,25 @@ def _visit(computations: dict, name: str, turns: Sequence[float]) -> list[Produc
         if product := _product(operation, shapes):
             found.append(product)
         elif operation.kind == "while":
-            found += _loop(computations, line, turns)
+            found += _loop(computations, line, trip_counts)
         elif operation.kind == "conditional":
             names = re.findall(r"[\w.\-]+", " ".join(map("".join, _BRANCHES.findall(line))))
-            found += max((_visit(computations, each, turns) for each in names), key=total_flop)
+            found += max((_visit(computations, each, trip_counts) for each in names), key=total_flop)
         elif called := _CALLED.search(line):
-            found += _visit(computations, called[1], turns)
+            found += _visit(computations, called[1], trip_counts)
     return found
 
 
-def _loop(computations: dict, line: str, turns: Sequence[float]) -> list[Product]:
+def _loop(computations: dict, line: str, trip_counts: Sequence[float]) -> list[Product]:
     body = _CALLED.search(line)[1]
     if known := _TRIPS.search(line):
-        inside, times = _visit(computations, body, turns), int(known[1])
+        inside, times = _visit(computations, body, trip_counts), int(known[1])
     else:
-        # A loop without products may lie deeper than `turns` goes.
-        inside, times = _visit(computations, body, turns[1:]), turns[0] if turns else None
+        # A loop without products may be nested deeper than `trip_counts` is long.
+        inside, times = _visit(computations, body, trip_counts[1:]), trip_counts[0] if trip_counts else None
     if inside and times is None:
         raise ValueError(
-            f"the data decide how often this loop runs, and `turns` does not say: {line.strip()}"
+            f"this loop's trip count depends on data and is not in `trip_counts`: {line.strip()}"
         )
     return [each._replace(times=each.times * times) for each in inside]
 
@@ -126,7 +125,7 @@ def _product(operation: _Operation, shapes: dict[str, list[int]]) -> Product | N
         contracted, batched = (_numbers(line, f"lhs_{axes}_dims=") for axes in ("contracting", "batch"))
     elif operation.kind == "custom-call" and (library := _LIBRARY.search(line)):
         if not library[1].startswith("__cublas"):
-            raise ValueError(f"the operations of {library[1]} are not known: {line.strip()}")
+            raise ValueError(f"the FLOP of {library[1]} are unknown: {line.strip()}")
         axes = json.loads(re.search(r'"dot_dimension_numbers":(\{.*?\})', line)[1])
         contracted, batched = (
             [int(axis) for axis in axes.get(f"lhs_{kind}_dimensions", ())]
@@ -142,7 +141,7 @@ def _product(operation: _Operation, shapes: dict[str, list[int]]) -> Product | N
 
 
 def _convolution(operation: _Operation, shapes: dict[str, list[int]]) -> Product:
-    """A convolution, which is also how a TPU writes a product; taps on padding and gaps cost nothing."""
+    """A convolution, as TPUs also write dots; taps on padding and dilation gaps are not counted."""
     lhs, rhs = (shapes[name] for name in operation.operands[:2])
     of_lhs, of_rhs, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", operation.line).groups()
     out = shapes[operation.name]

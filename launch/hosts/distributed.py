@@ -13,17 +13,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hfedmoe_jax.errors import InputError
-from launch.hosts.processes import Links, Processes, join, listen, welcome
+from launch.hosts.processes import Links, Processes, accept_processes, connect, listen
 
-_TOGETHER = "give --coordinator=HOST:PORT --processes=N --process=I on every host, alike but for I"
+_REMEDY = "give --coordinator=HOST:PORT --processes=N --process=I on every host, the same but for I"
 
 
 class Host(NamedTuple):
-    """Where a command runs; see the flags of `launch.main`.
+    """The process that runs a command, among those of its run; see the flags of `launch.main`.
 
     Attributes:
-      compiled: directory of compiled programs; None: in the work directory.
-      coordinator, processes, process: of a run over several processes, else None.
+      compiled: directory of the compilation cache; None: in the work directory.
+      coordinator: HOST:PORT of process 0, or "auto"; None for a single process.
+      processes, process: the number of processes and the index of this one, or None.
     """
 
     compiled: pathlib.Path | None = None
@@ -41,20 +42,20 @@ def start_processes(
     process: int | None,
     checkpoints: str | os.PathLike,
 ) -> Processes:
-    """Joins this process to the others of its run; call it before JAX computes anything.
+    """Connects this process with the others of its run; call it before JAX computes anything.
 
-    With nothing given, SLURM and TPU pods are recognised by their environment (see `cluster`), and
-    anything else runs alone. CPUs of different processes talk through gloo.
+    Without arguments, SLURM and TPU pods are detected by their environment variables (see `cluster`);
+    anything else is a run of one process. CPUs of several processes communicate through gloo.
 
     Args:
-      coordinator: HOST:PORT where process 0 is reached, any free port of its host; "auto", alone,
-        leaves all to JAX's own detection, for clusters whose environment says nothing.
-      processes: how many there are.
-      process: which of them this one is, from 0.
-      checkpoints: the directory that a stopped run continues from, for the message that says so.
+      coordinator: HOST:PORT of process 0, with any free port of its host; "auto", without the other
+        arguments, leaves everything to JAX's cluster detection.
+      processes: the number of processes.
+      process: the index of this process, from 0.
+      checkpoints: the directory that a stopped run continues from; it is named in error messages.
 
     Returns:
-      a context to run in, which ends when every process has left it. When one of them dies, the
+      A context to compute in, which ends when every process has left it. If a process dies, the
       others print one line and exit with `EXIT_PROCESS_LOST` within seconds.
 
     Raises:
@@ -63,37 +64,47 @@ def start_processes(
     directory = pathlib.Path(checkpoints)
     given = coordinator not in (None, "auto") or processes is not None or process is not None
     if given:
-        _check_place(coordinator, processes, process)
+        _check_flags(coordinator, processes, process)
     if processes == 1 or not (given or coordinator or cluster(os.environ)):
         return Processes({}, 0, 1, directory)
-    # CPUs of several processes compute together through gloo alone.
+    # The only implementation of collectives between the CPUs of several processes.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would swallow SIGTERM, and nothing here asks it for preemptions.
     jax.config.update("jax_enable_preemption_service", False)
     if given:
-        # Our own connections first: JAX aborts a process that finds no others, or that they leave meanwhile.
-        links, address = _meet(coordinator, processes, process)
-        joined = Processes(links, process, processes, directory)
-        jax.distributed.initialize(address, processes, process)
-        _mute_gloo()
+        started = _start_at(coordinator, processes, process, directory)
     else:
-        try:
-            jax.distributed.initialize()
-        except (RuntimeError, ValueError) as error:
-            problem = f"JAX recognises no cluster here ({error})"
-            raise InputError("--coordinator", coordinator or "auto", problem, _TOGETHER) from None
-        if jax.process_count() == 1:
-            return Processes({}, 0, 1, directory)
-        _mute_gloo()
-        joined = Processes(_meet_by_jax(), jax.process_index(), jax.process_count(), directory)
-    multihost_utils.sync_global_devices("started")  # connects all of them
-    if is_first_process():
-        joined.outlive()
-    return joined
+        started = _start_detected(coordinator, directory)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("started")  # opens the connections of the collectives
+        if is_first_process():
+            started.hold_connections()
+    return started
+
+
+def _start_at(coordinator: str, processes: int, process: int, directory: pathlib.Path) -> Processes:
+    # Our connections come first, with errors of our own: JAX would abort a process that finds no others.
+    links, address = _connect_at(coordinator, processes, process)
+    started = Processes(links, process, processes, directory)
+    jax.distributed.initialize(address, processes, process)
+    _mute_gloo()
+    return started
+
+
+def _start_detected(coordinator: str | None, directory: pathlib.Path) -> Processes:
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        problem = f"JAX detects no cluster here ({error})"
+        raise InputError("--coordinator", coordinator or "auto", problem, _REMEDY) from None
+    if jax.process_count() == 1:
+        return Processes({}, 0, 1, directory)
+    _mute_gloo()
+    return Processes(_connect_through_jax(), jax.process_index(), jax.process_count(), directory)
 
 
 def cluster(environment: Mapping[str, str]) -> str | None:
-    """Returns the kind of cluster that started this process as one of several, or None.
+    """Returns the kind of cluster that started this process as one of several, `slurm` or `tpu`, or None.
 
     Args:
       environment: environment variables. `srun` sets SLURM_* for each task; TPU pods have
@@ -102,7 +113,7 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     >>> cluster({"TPU_WORKER_HOSTNAMES": "host-0,host-1"})
     'tpu'
     """
-    # JAX takes a process for one of SLURM's tasks when all of these are set.
+    # JAX's condition for a task of SLURM.
     task = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in task) and environment["SLURM_NTASKS"] != "1":
         return "slurm"
@@ -113,37 +124,37 @@ def cluster(environment: Mapping[str, str]) -> str | None:
 
 
 def is_first_process() -> bool:
-    """Says whether this process is the one that writes files and talks to the user."""
+    """Says whether this is process 0, which writes the files and prints."""
     return jax.process_index() == 0
 
 
 def wait_for_processes() -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it: a barrier."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("here")
+        multihost_utils.sync_global_devices("barrier")
 
 
 def gather_processes(value: np.ndarray) -> np.ndarray:
-    """Returns the host array of every process, bit for bit, on each of them; all must call.
+    """Returns the arrays of all processes, bit for bit; every process must call it.
 
     Args:
-      value: of the same shape and type everywhere.
+      value: a host array with the same shape and dtype on every process.
 
     Returns:
-      an array with one more axis in front, of one entry a process.
+      An array [processes, ...].
     """
     value = np.asarray(value)
-    # As bytes: JAX would round what has 64 bits.
+    # As bytes, because JAX would round 64-bit values to 32 bits.
     content = np.frombuffer(value.tobytes(), np.uint8)
     gathered = np.asarray(multihost_utils.process_allgather(content))
     return np.frombuffer(gathered.tobytes(), value.dtype).reshape(-1, *value.shape)
 
 
-def _check_place(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def _check_flags(coordinator: str | None, processes: int | None, process: int | None) -> None:
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     for flag, value in given.items():
         if value is None:
-            raise InputError(flag, value, "missing", _TOGETHER)
+            raise InputError(flag, value, "missing", _REMEDY)
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         remedy = "give process 0's host and a free port of it, e.g. --coordinator=10.0.0.1:9876"
@@ -155,11 +166,11 @@ def _check_place(coordinator: str | None, processes: int | None, process: int | 
         raise InputError("--process", process, f"is none of {processes} processes", remedy)
 
 
-def _meet(coordinator: str, processes: int, process: int) -> tuple[Links, str]:
-    """Returns the connections to the others, and the address of JAX's coordinator."""
+def _connect_at(coordinator: str, processes: int, process: int) -> tuple[Links, str]:
+    """Returns the connections to the other processes, and the address for JAX's coordinator."""
     host, _, port = coordinator.rpartition(":")
     if process > 0:
-        links, answer = join((host.strip("[]"), int(port)), process, processes)
+        links, answer = connect((host.strip("[]"), int(port)), process, processes)
         return links, answer["address"]
     try:
         server = listen(int(port))
@@ -169,11 +180,11 @@ def _meet(coordinator: str, processes: int, process: int) -> tuple[Links, str]:
     with server, listen(0) as free:
         address = f"{host}:{free.getsockname()[1]}"
         free.close()
-        return welcome(server, processes, {"address": address}), address
+        return accept_processes(server, processes, {"address": address}), address
 
 
-def _meet_by_jax() -> Links:
-    """Returns the connections to the others once JAX has connected them."""
+def _connect_through_jax() -> Links:
+    """Returns the connections to the other processes, whose addresses are exchanged through JAX."""
     content = np.zeros(256, np.uint8)
     with listen(0) as server:
         if is_first_process():
@@ -181,13 +192,13 @@ def _meet_by_jax() -> Links:
             content[: len(text)] = np.frombuffer(text, np.uint8)
         content = np.asarray(multihost_utils.broadcast_one_to_all(content))
         if is_first_process():
-            return welcome(server, jax.process_count(), {})
+            return accept_processes(server, jax.process_count(), {})
     address = json.loads(content.tobytes().rstrip(b"\0"))
-    return join(tuple(address), jax.process_index(), jax.process_count())[0]
+    return connect(tuple(address), jax.process_index(), jax.process_count())[0]
 
 
 def _mute_gloo() -> None:
-    """Keeps gloo, which reports every connection on stdout from C++, off the user's screen."""
+    """Redirects the stdout of C++, where gloo reports every connection; Python's stdout stays."""
     if jax.default_backend() != "cpu":
         return
     sys.stdout.flush()

@@ -1,4 +1,7 @@
-"""The processes of a run find each other, and watch each other until all of them are done."""
+"""TCP connections between the processes of a run: they meet at its start and detect each other's death.
+
+Process 0 listens; every other process connects to it. Messages are small JSON objects of a fixed size.
+"""
 
 import atexit
 import contextlib
@@ -20,30 +23,30 @@ from hfedmoe_jax.errors import InputError
 from launch.run.program import exit_code
 
 EXIT_PROCESS_LOST = 3
-"""Exit code of a process that stops because another one is gone."""
+"""Exit code of a process that stops because another one died or failed."""
 
 JOIN_TIMEOUT_S = 300.0
 """How long the processes of a run wait for each other at its start."""
 
 Address = tuple[str, int]
 Links = Mapping[socket.socket, int]
-"""Connections and the process at the other end: all others for process 0, process 0 for the others."""
+"""Connections with the index of the process at the other end: all others on process 0, only 0 elsewhere."""
 
 _MESSAGE_BYTES = 512
 
 
 def listen(port: int) -> socket.socket:
-    """Returns a socket that others can connect to; port 0 is any free one."""
+    """Returns a listening socket for IPv4 and, where there is one, IPv6; port 0 takes any free port."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
 
 
-def welcome(server: socket.socket, count: int, answer: dict[str, Any]) -> Links:
-    """Returns the connections to processes 1 to `count` - 1, each of which gets the answer.
+def accept_processes(server: socket.socket, count: int, answer: dict[str, Any]) -> Links:
+    """Accepts processes 1 to `count` - 1, sends each of them the answer and returns the connections.
 
     Raises:
-      InputError: not all of them came in time.
+      InputError: not all of them connected within `JOIN_TIMEOUT_S`.
     """
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     links: dict[socket.socket, int] = {}
@@ -53,29 +56,29 @@ def welcome(server: socket.socket, count: int, answer: dict[str, Any]) -> Links:
             link, _ = server.accept()
         except TimeoutError:
             missing = sorted(set(range(1, count)) - set(links.values()))
-            problem = f"processes {missing} did not come within {JOIN_TIMEOUT_S:g} s"
+            problem = f"processes {missing} did not connect within {JOIN_TIMEOUT_S:g} s"
             raise InputError("--processes", count, problem, "start the same command on every host") from None
-        link.settimeout(10)  # whatever knocks here by mistake must not hold the others up
+        link.settimeout(10)  # a client of another program must not block the others
         hello = receive(link)
         if hello is None or not {"process", "processes"} <= set(hello):
             link.close()
         elif hello["processes"] != count:
-            send(link, {"flag": "--processes", "problem": f"process 0 was told {count}"})
+            send(link, {"flag": "--processes", "problem": f"process 0 was started with {count}"})
         elif hello["process"] in (0, *links.values()):
             send(link, {"flag": "--process", "problem": "another process has this number"})
         else:
-            _probe(link)
+            _use_keepalive(link)
             links[link] = hello["process"]
     for link in links:
         send(link, answer)
     return links
 
 
-def join(address: Address, index: int, count: int) -> tuple[Links, dict[str, Any]]:
-    """Returns the connection to process 0, and its answer once all processes are there.
+def connect(address: Address, index: int, count: int) -> tuple[Links, dict[str, Any]]:
+    """Connects to process 0 and returns the connection with its answer, sent once all processes are there.
 
     Raises:
-      InputError: process 0 did not answer in time, or refused this one.
+      InputError: process 0 did not answer within `JOIN_TIMEOUT_S`, or rejected this process.
     """
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     where = f"{address[0]}:{address[1]}"
@@ -101,21 +104,21 @@ def join(address: Address, index: int, count: int) -> tuple[Links, dict[str, Any
         value = {"--process": index, "--processes": count}[answer["flag"]]
         remedy = "number the processes from 0 to N - 1, with the same --processes=N on every host"
         raise InputError(answer["flag"], value, answer["problem"], remedy)
-    _probe(link)
+    _use_keepalive(link)
     return {link: 0}, answer
 
 
 class Processes:
-    """The processes of a run as a context: it ends when all have left it, and all stop when one dies.
+    """A context in which all processes of a run compute: it ends when all have left it or one has died.
 
-    The kernel closes the connections of a process that is killed, and probes those whose host fell
-    silent, so it does not matter what Python or XLA are busy with.
+    The kernel closes the connections of a killed process, and TCP keepalive those of a host that is gone,
+    so a death is noticed even while Python or XLA is busy.
 
     Args:
-      links: see `Links`; none: this process is alone.
+      links: see `Links`; empty for a run of one process.
       index: of this process.
       count: of all processes.
-      checkpoints: the directory that a stopped run continues from.
+      checkpoints: the directory that a stopped run continues from; it is named in the message.
     """
 
     def __init__(self, links: Links, index: int, count: int, checkpoints: pathlib.Path):
@@ -133,25 +136,25 @@ class Processes:
         if not self._links:
             return
         if kind is not None:
-            # A collective that another process left fails here too, sometimes before the listener knows.
+            # If another process died, a collective fails here, sometimes before the listener notices.
             if issubclass(kind, jax.errors.JaxRuntimeError):
                 self._listener.join(timeout=5)
             self._failed = True
-            self._tell({"failed": self._index})
-            # JAX's own end would wait for the others, then abort.
+            self._send_all({"failed": self._index})
+            # JAX's shutdown would wait for the others and then abort.
             atexit.register(_exit_now, exit_code(error))
         elif self._index == 0:
             self._listener.join()
-            self._tell({"done": 0})
+            self._send_all({"done": 0})
         else:
-            self._tell({"done": self._index})
+            self._send_all({"done": self._index})
             self._listener.join()
 
-    def outlive(self) -> None:
-        """Keeps the connections that JAX has by now open for some seconds after this process's death.
+    def hold_connections(self) -> None:
+        """Keeps JAX's present connections open for five seconds after this process has died.
 
-        JAX aborts a process, with a C++ stack trace, when its connection to process 0 closes. A
-        small process that inherits process 0's connections lets the others leave in good order.
+        JAX aborts a process, with a C++ stack trace, when its connection to process 0 closes. A small
+        child process inherits process 0's connections, so that the others have time to exit cleanly.
         """
         held = []
         for number in {int(name) for name in os.listdir("/dev/fd")} - {link.fileno() for link in self._links}:
@@ -170,7 +173,7 @@ class Processes:
         )
         os.close(read)
 
-    def _tell(self, message: dict[str, int]) -> None:
+    def _send_all(self, message: dict[str, int]) -> None:
         for link in self._links:
             send(link, message)
 
@@ -187,9 +190,9 @@ class Processes:
 
     def _stop(self, message: dict[str, int]) -> None:
         if self._index == 0:
-            self._tell(message)
+            self._send_all(message)
         ((event, process),) = message.items()
-        problem = "stopped responding" if event == "lost" else "stopped with an error of its own"
+        problem = "stopped responding" if event == "lost" else "stopped with an error"
         steps = [int(path.name) for path in self._checkpoints.glob("*") if path.name.isdigit()]
         found = "starts again from the first round"
         if steps:
@@ -200,29 +203,29 @@ class Processes:
         )
         with contextlib.suppress(OSError, ValueError):
             print(line, file=sys.__stderr__)  # Orbax may be silenced at this moment
-        if self._index == 0:  # leaves last: see `outlive`
+        if self._index == 0:  # exits last: see `hold_connections`
             for link in self._links:
                 link.settimeout(2)
                 receive(link)
-        _exit_now(EXIT_PROCESS_LOST)  # the main thread may wait for the lost process for ever
+        _exit_now(EXIT_PROCESS_LOST)  # the main thread may be blocked in a collective
 
 
 def send(link: socket.socket, message: dict[str, Any]) -> None:
-    """Sends a small message; without effect if the other end is gone."""
+    """Sends a message; without effect if the connection is closed."""
     with contextlib.suppress(OSError):
         link.sendall(json.dumps(message).encode().ljust(_MESSAGE_BYTES))
 
 
 def receive(link: socket.socket) -> dict[str, Any] | None:
-    """Returns the next message, or None if the other end is gone or is a stranger."""
+    """Returns the next message, or None if the connection is closed or the message is not one of ours."""
     try:
         return json.loads(link.recv(_MESSAGE_BYTES, socket.MSG_WAITALL))
     except (OSError, ValueError):
         return None
 
 
-def _probe(link: socket.socket) -> None:
-    """Makes a connection wait for ever, and its kernel close it 15 s after the other host fell silent."""
+def _use_keepalive(link: socket.socket) -> None:
+    """Removes the timeout and lets TCP keepalive close the connection 15 s after the other host is gone."""
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 5)):

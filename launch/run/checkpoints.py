@@ -1,4 +1,4 @@
-"""Checkpoints that a killed run continues from, bit for bit."""
+"""Checkpoints, from which a killed run continues with the same bits as one that was not killed."""
 
 import contextlib
 import hashlib
@@ -23,16 +23,16 @@ PyTree = Any
 
 
 class Checkpoints:
-    """The newest states of a run on disk, saved while the run goes on.
+    """The latest checkpoints of a run, written asynchronously.
 
     A state is any pytree of arrays (JAX, NumPy), typed PRNG keys and Python numbers. Each process
-    writes its own part of what is spread over several, and the first one all that is not; every
-    process must call every method. A state may be restored onto other devices, or by another number
-    of processes, than it was saved from.
+    writes its shards of arrays that several processes share; the first process writes everything else.
+    Every process must call every method. A state may be restored onto other devices and by another
+    number of processes than it was saved from.
 
     Args:
-      directory: where the checkpoints lie; created.
-      keep: how many of the newest ones remain.
+      directory: of the checkpoints; created.
+      keep: the number of latest checkpoints to keep.
 
     >>> import tempfile
     >>> with Checkpoints(tempfile.mkdtemp(), keep=2) as checkpoints:
@@ -44,11 +44,11 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, keep: int):
         self._directory = pathlib.Path(directory).absolute()
-        with _silence():
+        with _suppress_output():
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-                cleanup_tmp_directories=True,  # what a killed process left
+                cleanup_tmp_directories=True,  # left by a killed process
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -58,70 +58,71 @@ class Checkpoints:
         self.close()
 
     def save(self, step: int, state: PyTree) -> None:
-        """Saves `state` in the background; first waits for an earlier save to end."""
+        """Saves `state` in the background, after an earlier save has ended."""
         leaves = {name: _stored(leaf) for name, leaf in _named_leaves(state)}
-        # Orbax does not notice a changed byte inside an array's data, so the digest travels along.
+        # Orbax does not detect a changed byte within an array, so a digest of all arrays is saved too.
         saved = {"digest": fingerprint(leaves), "leaves": {k: v for k, v in leaves.items() if v.size}}
         self._checkpointer.save_async(step, saved, force=True, overwrite=True)
 
     def restore(self, template: PyTree) -> tuple[int, PyTree] | None:
-        """Returns the newest usable checkpoint as (step, state), or None if there is none.
+        """Returns the latest usable checkpoint as (step, state), or None if there is none.
 
-        A checkpoint that is damaged or does not fit is named on stderr and moved out of the way.
+        A checkpoint that is damaged or does not fit is reported on stderr and moved to another directory.
 
         Args:
-          template: a state whose structure, shapes, types and devices the result takes.
+          template: a state with the structure, shapes, dtypes and devices of the result.
         """
         self.wait()
         unusable = []
         result = None
         steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-        while result is None and (step := _of_first(steps.pop() if steps else -1)) >= 0:
+        while result is None and (step := _from_first(steps.pop() if steps else -1)) >= 0:
             try:
                 result = step, self._load(step, template)
             except _UnusableError as error:
                 unusable.append(f"checkpoint {step} {error}")
-                self._set_aside(step)
+                self._move_away(step)
         if unusable:
             self._checkpointer.reload()
             use = "starting afresh" if result is None else f"continuing from checkpoint {result[0]}"
             if jax.process_index() == 0:
-                print(f"warning: {'; '.join(unusable)}: moved to {self._aside}; {use}", file=sys.stderr)
+                print(f"warning: {'; '.join(unusable)}: moved to {self._unusable}; {use}", file=sys.stderr)
         return result
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
+        """Waits until all saves are on disk."""
         self._checkpointer.wait()
 
     def close(self) -> None:
-        """Waits and releases the directory."""
+        """Waits until all saves are on disk and releases the directory."""
         self._checkpointer.close()
 
     @property
-    def _aside(self) -> pathlib.Path:
+    def _unusable(self) -> pathlib.Path:
         return self._directory.with_name(f"{self._directory.name}_unusable")
 
-    def _set_aside(self, step: int) -> None:
+    def _move_away(self, step: int) -> None:
         if jax.process_index() == 0:
-            target = self._aside / str(step)
+            target = self._unusable / str(step)
             shutil.rmtree(target, ignore_errors=True)
-            self._aside.mkdir(exist_ok=True)
+            self._unusable.mkdir(exist_ok=True)
             shutil.move(self._directory / str(step), target)
-        _agree("")  # the others wait for it
+        _raise_on_all("")  # the other processes wait until it is moved
 
     def _load(self, step: int, template: PyTree) -> PyTree:
         wanted = dict(_named_leaves(template))
         found, problem = {}, ""
         try:
-            with _silence():
+            with _suppress_output():
                 found, digest = self._read(step, wanted)
         except _UnusableError as error:
             problem = str(error)
         except Exception:
             problem = "is damaged (it cannot be read)"
-        # All must have loaded before any may compute: a computation on shared arrays takes all.
-        _agree(problem)
-        _agree("" if np.array_equal(digest, fingerprint(found)) else "is damaged (its contents have changed)")
+        # A computation on shared arrays needs every process, so all must have loaded before the digest.
+        _raise_on_all(problem)
+        unchanged = np.array_equal(digest, fingerprint(found))
+        _raise_on_all("" if unchanged else "is damaged (its contents have changed)")
         return jax.tree.unflatten(
             jax.tree.structure(template), [_like(leaf, found[name]) for name, leaf in wanted.items()]
         )
@@ -131,7 +132,7 @@ class Checkpoints:
         abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
         empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in abstract.items() if not leaf.size}
         index = jax.process_index()
-        # Every process reads for itself: where one fails, the others must not wait for it.
+        # Every process reads independently, so that none waits for one that fails.
         alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
         with ocp.Context(multiprocessing_options=alone):
             metadata = ocp.metadata(path).metadata
@@ -148,9 +149,9 @@ class _UnusableError(Exception):
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps stderr clean while Orbax reads what may be damaged."""
-    # The tasks that it leaves unfinished after a failure are reported when they are collected.
+def _suppress_output() -> Iterator[None]:
+    """Suppresses logs and stderr while Orbax reads a checkpoint that may be damaged."""
+    # asyncio reports the tasks that Orbax leaves unfinished after a failure.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.disable(logging.CRITICAL)
     try:
@@ -158,7 +159,7 @@ def _silence() -> Iterator[None]:
             try:
                 yield
             except Exception:
-                time.sleep(0.2)  # its reading threads fail, with tracebacks, a little later
+                time.sleep(0.2)  # tracebacks of its reading threads come a little later
                 raise
     finally:
         logging.disable(logging.NOTSET)
@@ -172,12 +173,12 @@ def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _of_first(value: int) -> int:
+def _from_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def _agree(problem: str) -> None:
-    """Raises an error on every process if there is a problem on any."""
+def _raise_on_all(problem: str) -> None:
+    """Raises an error on every process if any process has a problem."""
     problems = np.atleast_1d(multihost_utils.process_allgather(np.bool_(problem)))
     if problems.any():
         raise _UnusableError(problem or f"is damaged (host {problems.argmax()} cannot read it)")
@@ -187,31 +188,31 @@ def _raw(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _is_shared(leaf: Any) -> bool:
-    """Says whether Orbax is to handle a leaf as an array on devices that all processes know."""
+def _is_orbax_array(leaf: Any) -> bool:
+    """Says whether Orbax handles a leaf as a JAX array, rather than as an array of the first process."""
     return isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
 
 
 def _stored(leaf: Any) -> jax.Array | np.ndarray:
-    """Returns a leaf as it is saved: as it is now, even if the caller then changes or donates it."""
+    """Returns a leaf as it is saved; later changes or donation of the original have no effect."""
     leaf = _raw(leaf)
-    return leaf if _is_shared(leaf) else np.array(leaf)
+    return leaf if _is_orbax_array(leaf) else np.array(leaf)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-    """Returns the shape and type of a leaf, and the devices that it is to be loaded onto, if any."""
+    """Returns the shape and dtype of a leaf, with its sharding if it is committed to devices."""
     leaf = _raw(leaf)
-    if _is_shared(leaf) and leaf.committed:
+    if _is_orbax_array(leaf) and leaf.committed:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return np.empty_like(leaf)
 
 
 def fingerprint(leaves: dict[str, Any]) -> np.ndarray:
-    """Returns 32 bytes that depend on every bit of the leaves, not on where they lie.
+    """Returns a digest of 32 bytes of all bits of the leaves, independent of their sharding.
 
     Args:
-      leaves: NumPy arrays and JAX arrays (no typed keys) by name; those that are spread over several
-        processes are not brought together.
+      leaves: NumPy arrays and JAX arrays (no typed keys) by name; arrays that several processes share
+        are not gathered.
     """
     sums = {name: _device_checksum(leaf) if isinstance(leaf, jax.Array) else _checksum(leaf, np)
             for name, leaf in leaves.items()}  # fmt: skip
@@ -222,13 +223,13 @@ def fingerprint(leaves: dict[str, Any]) -> np.ndarray:
 
 
 def _checksum(array: Any, numeric: ModuleType) -> Any:
-    """Returns a sum, modulo 2^32, over mixed words of an array: exact, so in any order the same.
+    """Returns the sum modulo 2^32 of the hashed words of an array, which is the same in any order.
 
-    A changed word always changes it; other damage goes unnoticed once in 2^32.
+    A single changed word always changes it; any other damage does with probability 1 - 2^-32.
 
     Args:
-      array: of any shape and type.
-      numeric: numpy or jax.numpy, whichever the array is of.
+      array: of any shape and dtype.
+      numeric: numpy or jax.numpy, the module of the array.
     """
     words = _words(array, numeric)
     position = numeric.arange(words.size, dtype=np.uint32).reshape(words.shape)
@@ -243,7 +244,7 @@ _device_checksum = jax.jit(lambda array: _checksum(array, jnp))
 
 
 def _words(array: Any, numeric: ModuleType) -> Any:
-    """Returns the bits of an array as 32-bit words, at least one an element."""
+    """Returns the bits of an array as 32-bit words, at least one per element."""
     array = numeric.atleast_1d(array)
     if array.dtype == bool:
         return array.astype(np.uint32)
@@ -257,7 +258,7 @@ def _words(array: Any, numeric: ModuleType) -> Any:
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Returns the first way in which two sets of leaves differ in name, shape or type, or ''."""
+    """Returns the first difference of two sets of leaves in name, shape or dtype, or ''."""
     for name in sorted(wanted | found):
         if name not in found:
             return f"it lacks {name}"
@@ -270,12 +271,12 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def _like(template: Any, value: jax.Array | np.ndarray) -> Any:
-    """Returns `value` as the kind of object, and on the devices, that `template` is."""
+    """Returns `value` with the type of `template`, and on its devices."""
     if isinstance(template, jax.Array):
         array = jnp.asarray(value)
         if _is_key(template):
             array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(template))
-        # An array bound to a device would not mix with the unbound ones it is used with.
+        # A committed array could not be combined with arrays on other devices.
         return jax.device_put(array, template.sharding) if template.committed else array
     if isinstance(template, np.ndarray):
         return value

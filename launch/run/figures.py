@@ -1,4 +1,4 @@
-"""House style of the figures, and the few steps that every figure shares."""
+"""The common style of all figures, and plotting functions that they share."""
 
 import os
 import pathlib
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's palette, safe for the colour-blind, without its yellow (invisible on white).
+# The palette of Okabe and Ito for colour-blind readers, without yellow, which is invisible on white.
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY, GREY = PALETTE = (
     "#0072B2",
     "#D55E00",
@@ -49,7 +49,7 @@ DOTS_PER_INCH = 150
 
 
 class FigureEntry(NamedTuple):
-    """A figure as a report shows it."""
+    """A figure with its title and caption in the report."""
 
     title: str
     caption: str
@@ -57,14 +57,14 @@ class FigureEntry(NamedTuple):
 
 
 def house_style() -> AbstractContextManager[None]:
-    """Returns the context inside which figures are drawn and saved; matplotlib's own settings stay."""
+    """Returns a context in which figures are drawn and saved; matplotlib's global settings are kept."""
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE})
 
 
 def new_figure(
     rows: int = 1, columns: int = 1, height_in: float = 3.6, **layout: Any
 ) -> tuple[Figure, np.ndarray]:
-    """Returns a figure of the house's width and its axes, an array [rows, columns]."""
+    """Returns a figure of the common width and its axes as an array [rows, columns]."""
     figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: nothing global, nothing to close
     return figure, figure.subplots(rows, columns, squeeze=False, **layout)
@@ -79,7 +79,7 @@ def save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
 
 
 def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Returns a column of metrics as floats, nan where it is missing.
+    """Returns a column of metrics as floats, nan for a missing value.
 
     >>> column([{"loss": 1}, {"loss": None}, {}], "loss")
     array([ 1., nan, nan])
@@ -88,7 +88,7 @@ def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, color: str, **style: Any) -> None:
-    """Draws the points that are known, joined; nothing and no legend entry if there are none."""
+    """Draws a line through the finite points; if there are none, no line and no legend entry."""
     known = np.isfinite(x) & np.isfinite(y)
     if not known.any():
         return
@@ -106,7 +106,7 @@ def band(axes: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, color: st
 
 
 def finish(axes: Axes, title: str, xlabel: str, ylabel: str, legend_columns: int = 3) -> None:
-    """Adds title, labels and, below the data, the legend; says so where there was nothing to draw."""
+    """Adds title, labels and a legend below the axes; axes without data get a note instead."""
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -119,7 +119,7 @@ def finish(axes: Axes, title: str, xlabel: str, ylabel: str, legend_columns: int
 
 
 def whole_numbers(axes: Axes, values: np.ndarray) -> None:
-    """Puts whole numbers on the x axis, which spans `values` even if there is only one."""
+    """Sets integer ticks on an x axis that spans `values`, even a single one."""
     if not axes.has_data():
         return
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
@@ -128,13 +128,13 @@ def whole_numbers(axes: Axes, values: np.ndarray) -> None:
 
 
 def from_zero(axes: Axes) -> None:
-    """Lets the y axis begin at zero and leaves room above the data."""
+    """Starts the y axis at zero, with a margin above the data."""
     highest = axes.dataLim.ymax if axes.has_data() else 1.0
     axes.set_ylim(0, 1.08 * highest if highest > 0 else 1.0)
 
 
 def time_scale(seconds: np.ndarray) -> tuple[float, str]:
-    """Returns the number of seconds in the unit that suits these durations, and its name.
+    """Returns a suitable unit of time for these durations, in seconds, and its name.
 
     >>> time_scale(np.array([30.0, 7300.0]))
     (3600.0, 'h')
@@ -143,7 +143,7 @@ def time_scale(seconds: np.ndarray) -> tuple[float, str]:
 
 
 def byte_scale(count: np.ndarray) -> tuple[float, str]:
-    """Returns the number of bytes in the unit that suits these sizes, and its name.
+    """Returns a suitable unit for these sizes, in bytes, and its name.
 
     >>> byte_scale(np.array([12e6]))
     (1000000.0, 'MB')

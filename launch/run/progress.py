@@ -1,4 +1,4 @@
-"""What the user sees: a progress bar or lines while a run goes on, a table at its end."""
+"""Terminal output: progress of a run as a bar or as lines, and tables."""
 
 import math
 import sys
@@ -13,18 +13,18 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-LINES = 15  # over a whole run, where there is no terminal
+LINES = 15  # printed over a whole run if there is no terminal
 
 
 class Progress:
-    """Shows how far a run is, its latest numbers and the time it still needs.
+    """Shows the progress of a run, its latest numbers and the estimated time left.
 
-    On a terminal a bar; elsewhere at most about 15 lines over the run.
+    On a terminal it is a bar; elsewhere at most about 15 lines over the whole run.
 
     Args:
-      total: rounds of the whole run.
-      description: what is counted, e.g. "rounds".
-      initial: rounds that an earlier process has done.
+      total: number of rounds of the whole run.
+      description: the unit of the count, e.g. "rounds".
+      initial: number of rounds that an earlier process has completed.
     """
 
     def __init__(self, total: int, description: str, initial: int = 0):
@@ -55,7 +55,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, completed: int, **fields: Any) -> None:
-        """Says that `completed` rounds are done, with the latest numbers by name (None: unchanged)."""
+        """Shows that `completed` rounds are done, with their numbers by name; None keeps the last number."""
         self._clock.tick(completed)
         for name, value in fields.items():
             self._fields[name] = self._fields.get(name) if value is None else value
@@ -78,7 +78,7 @@ class Progress:
 
 
 class _Clock:
-    """Time since the start and until the end, from the pace of this process."""
+    """Elapsed time, and time left at the present pace of this process."""
 
     def __init__(self, initial: int, total: int):
         self._total = total
@@ -88,7 +88,7 @@ class _Clock:
         self._marks.append((completed, time.monotonic()))
 
     def left_s(self) -> float | None:
-        # The first round compiles the program, so the pace is taken from the second on.
+        # The pace leaves out the first round, which compiles the program.
         (done_then, then), (done, now) = self._marks[:2][-1], self._marks[-1]
         if done <= done_then:
             return None
@@ -117,7 +117,7 @@ class _TimeColumn(ProgressColumn):
 
 
 def print_summary(title: str, rows: Sequence[tuple[str, Any]]) -> None:
-    """Prints a table of names and values; what has no spaces, such as a path, is never broken."""
+    """Prints names and values in two columns; a word without spaces, such as a path, is never broken."""
     console = Console(highlight=False)
     width = max((len(name) for name, _ in rows), default=0)
     console.print(f"\n{title}", style="bold", markup=False)
@@ -133,7 +133,7 @@ def print_summary(title: str, rows: Sequence[tuple[str, Any]]) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table of texts: the first column to the left, the others to the right."""
+    """Prints a table of texts, its first column left-aligned and the others right-aligned."""
     console = Console(highlight=False)
     console.print(f"\n{title}", style="bold", markup=False, soft_wrap=True)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -146,7 +146,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns a duration as people write it.
+    """Returns a duration as text in seconds, minutes or hours.
 
     >>> [format_seconds(s) for s in (1.34, 42.4, 187, 7512)]
     ['1.3 s', '42 s', '3:07 min', '2:05 h']

@@ -1,4 +1,4 @@
-"""One HTML file that shows a whole run: it needs no other file and no network."""
+"""The report of a run: one HTML file with embedded figures, which loads nothing else."""
 
 import base64
 import html
@@ -45,7 +45,7 @@ figure img { display: block; width: 100%; height: auto; background: #fff; paddin
 
 
 class Comparison(NamedTuple):
-    """A table: what is compared stands in the first column, numbers right-aligned in the others."""
+    """A table whose first column names the rows; the other columns are right-aligned."""
 
     title: str
     caption: str
@@ -62,16 +62,16 @@ def write_report(
     command: str,
     tables: Sequence[Comparison] = (),
 ) -> None:
-    """Writes the report of a run at once or not at all.
+    """Writes the report of a run atomically.
 
     Args:
       path: the HTML file.
       title: its heading.
       introduction: a paragraph of plain text.
-      summary: values by name for the table at the top; a dict inside becomes a table in its cell,
-        and `versions` moves to the end of the page.
+      summary: values by name for the table at the top; a nested dict becomes a nested table, and
+        `versions` is shown at the end of the page.
       sections: (title, caption, PNG file) of each figure.
-      command: what the user typed, for copying.
+      command: the command line of the run.
       tables: shown before the figures.
     """
     versions = summary.get("versions", {})
@@ -119,7 +119,7 @@ def _row(name: str, value: Any) -> str:
 
 
 def _readable(name: str, value: Any) -> tuple[str, str]:
-    """Returns name and cell of a value; units that a name carries go to the value."""
+    """Returns name and cell of a value; a unit in the name, such as `_s`, moves to the value."""
     if isinstance(value, Mapping):
         return name, _table(value)
     if isinstance(value, list | tuple):

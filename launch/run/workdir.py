@@ -1,4 +1,4 @@
-"""The work directory: one run's files, and the config that they belong to."""
+"""The work directory, which holds all files of one run and the config that it was started with."""
 
 import hashlib
 import importlib.metadata
@@ -20,15 +20,15 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "nu
 
 
 def default_workdir(config: ConfigDict, name: str, preset: str = "") -> pathlib.Path:
-    """Returns the directory of a run whose user named none: the same config, the same name.
+    """Returns the default work directory of a config; equal configs have the same one.
 
     >>> default_workdir(ConfigDict({"seed": 0}), "margin", "smoke").as_posix()
     'runs/margin-smoke-seed0-de7d7744'
 
     Args:
-      config: of the run.
-      name: of the config file.
-      preset: of the config file; without one the data source stands in its place.
+      config: the config of the run.
+      name: the name of the config file, without its ending.
+      preset: the preset of the config file; without one, the data source is part of the name.
     """
     source = preset or config.get("data", {}).get("source")
     algorithm = config.get("fl", {}).get("algorithm")
@@ -39,14 +39,14 @@ def default_workdir(config: ConfigDict, name: str, preset: str = "") -> pathlib.
 
 
 def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> pathlib.Path:
-    """Creates the work directory of a run, or re-opens it if it belongs to the same config.
+    """Creates the work directory of a run, or opens it again if its run has the same config.
 
     Args:
       path: the directory; it and its parents are created.
       config: the run's config as nested dicts; written to config.json.
 
     Raises:
-      InputError: the directory cannot be written, belongs to another config, or holds other things.
+      InputError: the directory cannot be written, has another config, or has files but no config.
     """
     directory = pathlib.Path(path)
     try:
@@ -59,7 +59,7 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> pathlib.
         raise InputError("workdir", str(path), problem, "give another --workdir") from None
     if CONFIG_FILE in present:
         _check_same_config(directory, json.loads(_to_json(config)))
-    # A run killed while it wrote its config left nothing but the temporary file.
+    # A run killed while writing its config has left only the temporary file.
     elif present - {_temporary(directory / CONFIG_FILE).name}:
         problem = f"holds other files and no {CONFIG_FILE}"
         raise InputError("workdir", str(path), problem, "give a new or empty --workdir")
@@ -69,7 +69,7 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> pathlib.
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file at once or not at all; NaN and infinities become null.
+    """Writes a JSON file atomically; NaN and infinities become null.
 
     Args:
       path: the file.
@@ -83,7 +83,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and the libraries, and the device that JAX computes on."""
-    import jax  # here, because it must not be loaded before an experiment has set its devices up
+    import jax  # imported here: default_workdir needs no JAX
 
     device = jax.devices()[0]
     found = {"python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""Metrics by round, or by whatever an experiment counts: metrics.csv and TensorBoard events."""
+"""Metrics by round, or by the points of a sweep: metrics.csv and TensorBoard events."""
 
 import csv
 import math
@@ -13,16 +13,16 @@ Number = int | float | None
 
 
 class MetricWriter:
-    """Writes a row a round to DIRECTORY/metrics.csv and DIRECTORY/tensorboard.
+    """Writes one row per round to DIRECTORY/metrics.csv and DIRECTORY/tensorboard.
 
-    The file holds every number so that reading gives it back bit for bit; a missing one is empty.
-    Write a round's row before its checkpoint: a resumed run then finds every row that it needs.
+    Numbers are written so that reading them returns the same bits; a missing number is an empty cell.
+    Write a round's row before its checkpoint, so that a resumed run finds all rows up to it.
 
     Args:
       directory: an existing directory.
-      columns: the columns after the first.
+      columns: names of the columns after the first.
       resume_after: the last round that a resumed run keeps; None starts the file anew.
-      index: the first column: what a row is one of.
+      index: name of the first column, which numbers the rows.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MetricWriter:
         self._events = SummaryWriter(
             str(pathlib.Path(directory, "tensorboard")),
             purge_step=first_round,
-            # Event files are named by the second, and a restart may be faster.
+            # TensorBoard names event files by the second; a restart may come within one.
             filename_suffix=f".{os.getpid()}.{first_round}",
         )
 
@@ -57,10 +57,10 @@ class MetricWriter:
         self.close()
 
     def write(self, number: int, row: Mapping[str, Any]) -> None:
-        """Appends a row, at once visible to readers.
+        """Appends a row; readers of the file see it when this returns.
 
         Args:
-          number: of the round, or of whatever the rows count.
+          number: the number of the round, or of the point.
           row: numbers by column; a column that is absent or None stays empty.
 
         Raises:
@@ -77,12 +77,12 @@ class MetricWriter:
         self._events.flush()
 
     def close(self) -> None:
-        """Writes what is left of the events and closes their file."""
+        """Flushes and closes the event file."""
         self._events.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Number]]:
-    """Returns the rows of a metrics.csv, numbers as they were written and None where empty."""
+    """Returns the rows of a metrics.csv: numbers as they were written, None for an empty cell."""
     return [{name: _parse(text) for name, text in row.items()} for row in _whole_rows(pathlib.Path(path))]
 
 
@@ -90,7 +90,7 @@ def _whole_rows(path: pathlib.Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A killed process may leave half a line, which could pass for a shorter number.
+    # A killed process may leave an incomplete line, whose last number may have lost digits.
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 

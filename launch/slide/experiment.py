@@ -1,4 +1,4 @@
-"""Solves a cell with every solver, draws thousands more, and writes what there is to see into a directory."""
+"""The SLIDE run: solves one cell with every solver, sweeps over random drops, and writes all results."""
 
 import hashlib
 import pathlib
@@ -33,9 +33,9 @@ from launch.slide.sweeps import (
     mean,
     monte_carlo,
     nearest,
-    one_user,
     own_scenario,
     quotient,
+    typical_user,
 )
 from slide_jax.baselines import download_then_infer
 from slide_jax.errors import InputError
@@ -47,13 +47,13 @@ from slide_jax.solvers import SOLVERS, solve
 from slide_jax.verification import verify
 
 MOST_USERS = {"milp": 2000}
-"""Solvers whose time grows faster than the users, and the users up to which `all` includes them."""
+"""Users up to which `solver=all` includes a solver whose time grows faster than linearly in them."""
 
 SCENARIO_USERS = 10_000
-"""The most users of a cell that is written as a scenario file, for editing."""
+"""Users up to which a cell is written to scenario.json; larger files are unwieldy to edit."""
 
-PATIENCE_S = 5.0
-"""A solver that took longer, compilation included, is not called again to be timed without."""
+MOST_S_TO_REPEAT = 5.0
+"""Solvers that took at most this long, compilation included, run again to be timed without it."""
 
 
 def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
@@ -63,11 +63,7 @@ def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGL
       InputError: the config, the scenario or the directory cannot be used; nothing was written.
     """
     begun = time.perf_counter()
-    if host[1:] != SINGLE_PROCESS[1:]:
-        problem = "this experiment runs in one process"
-        raise InputError(
-            "--coordinator", host.coordinator, problem, "leave out the flags of several processes"
-        )
+    check_single_process(host)
     check_config(config)
     problem = read_scenario(config.scenario.path) if config.scenario.path else sample_drop(config)
     open_workdir(workdir, identity(config))
@@ -75,46 +71,67 @@ def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGL
     print(f"{title(config, problem)}, in {workdir}", flush=True)
     if problem.num_users <= SCENARIO_USERS:
         write_scenario(problem, workdir / "scenario.json")
-    print("solving; each solver is compiled first ...", flush=True)
-    solutions = solve_all(config, problem)
-    table = solver_table(solutions, problem)
-    print_table(table.title, table.header, table.rows)
-    print(
-        "\n  gap: to exact; dai solves another problem; whoever gets just what it needs ends at its deadline"
-    )
+    solutions = solve_and_print(config, problem)
     allocations = {found.solver: found.allocation for found in solutions if found.allocation}
     chosen = allocations["exact" if config.solver == ALL else config.solver]
     write_allocation(problem, chosen, workdir / "allocation.json")
-
-    if config.scenario.path:
-        print("\nthe same with parts and multiples of the spectrum ...", flush=True)
-        study = own_scenario(problem, config.monte_carlo.bandwidth_factors)
-    else:
-        print("\nsweeps over drops; their two programs are compiled first ...", flush=True)
-        study = monte_carlo(config)
-    with MetricWriter(workdir, COLUMNS, resume_after=None, index="point") as writer:
-        for number, row in enumerate(study.rows, 1):
-            writer.write(number, row)
+    study = run_study(config, problem)
+    write_metrics(study, workdir)
     summary = summarize(config, problem, allocations, chosen, study)
-    bars = one_user(problem, allocations["dai"], allocations["exact"])
-    texts = figure_texts(config, problem, study, bars)
-    sections = write_figures(study, bars, texts, workdir / "figures")
+    user = typical_user(problem, allocations["dai"], allocations["exact"])
+    figures = write_figures(study, user, figure_texts(config, problem, study, user), workdir / "figures")
     lines = overview(summary)
     write_report(
         workdir / "report.html",
         title=title(config, problem),
         introduction=introduction(config, study),
         summary={**dict(lines), "versions": summary["versions"]},
-        sections=sections,
+        sections=figures,
         command=f"python -m launch.main {shlex.join(sys.argv[1:])}",
-        tables=[table, *sweep_tables(study)],
+        tables=[solver_table(solutions, problem), *sweep_tables(study)],
     )
     write_json(workdir / "summary.json", {**summary, "wall_s": time.perf_counter() - begun})
     print_summary("Summary", [*lines, ("report", workdir / "report.html"), ("everything", workdir)])
 
 
+def check_single_process(host: Host) -> None:
+    """Raises an `InputError` if the command asks for several processes."""
+    if host._replace(compiled=None) != SINGLE_PROCESS:
+        problem, remedy = "this experiment runs in one process", "leave out the flags of several processes"
+        raise InputError("--coordinator", host.coordinator, problem, remedy)
+
+
+def solve_and_print(config: ConfigDict, problem: Problem) -> list[Solution]:
+    """Returns what the solvers make of a problem, and prints it as a table."""
+    print("solving; each solver is compiled first ...", flush=True)
+    solutions = solve_all(config, problem)
+    table = solver_table(solutions, problem)
+    print_table(table.title, table.header, table.rows)
+    print(
+        "\n  gap: users served fewer than by exact. dai solves another problem and has no gap.\n"
+        "  A user who gets just the spectrum that it needs ends at its deadline."
+    )
+    return solutions
+
+
+def run_study(config: ConfigDict, problem: Problem) -> Study:
+    """Returns the sweeps: of the user's scenario over its spectrum, else over random drops."""
+    if config.scenario.path:
+        print("\nsolving the scenario again with parts and multiples of its spectrum ...", flush=True)
+        return own_scenario(problem, config.monte_carlo.bandwidth_factors)
+    print("\nsweeps over random drops; their two programs are compiled first ...", flush=True)
+    return monte_carlo(config)
+
+
+def write_metrics(study: Study, workdir: pathlib.Path) -> None:
+    """Writes metrics.csv and TensorBoard events, a row a point of the sweeps."""
+    with MetricWriter(workdir, COLUMNS, resume_after=None, index="point") as writer:
+        for number, row in enumerate(study.rows, 1):
+            writer.write(number, row)
+
+
 def identity(config: ConfigDict) -> dict[str, Any]:
-    """Returns what a work directory belongs to: the config, and the content of the scenario file."""
+    """Returns what identifies a run in its work directory: the config, and the scenario file's digest."""
     fields = config.to_dict()
     if config.scenario.path:
         content = pathlib.Path(config.scenario.path).read_bytes()
@@ -123,11 +140,11 @@ def identity(config: ConfigDict) -> dict[str, Any]:
 
 
 def solve_all(config: ConfigDict, problem: Problem) -> list[Solution]:
-    """Returns what the solvers make of a problem, each answer verified.
+    """Returns the solution of every requested solver, each verified against all constraints.
 
-    The optimum and DAI are always among them: what any solver does is told in relation to these.
+    The exact optimum and DAI are always among them, because every result is reported relative to both.
     """
-    asked = list(SOLVERS) if config.solver == ALL else list(dict.fromkeys(["exact", "dai", config.solver]))
+    requested = SOLVERS if config.solver == ALL else dict.fromkeys(["exact", "dai", config.solver])
     options = {
         "exact": {"left_over": config.left_over},
         "relaxed": {"left_over": config.left_over},
@@ -136,32 +153,32 @@ def solve_all(config: ConfigDict, problem: Problem) -> list[Solution]:
         "random_order": {"seed": config.seed},
     }
     solutions = []
-    for solver in asked:
+    for solver in requested:
         most = MOST_USERS.get(solver, np.inf)
         if config.solver == ALL and problem.num_users > most:
             solutions.append(Solution(solver, None, f"skipped: more than {most:,} users"))
             continue
         allocation = solve(problem, solver, **options.get(solver, {}))
-        if allocation.solve_s <= PATIENCE_S:
+        if allocation.solve_s <= MOST_S_TO_REPEAT:
             allocation = solve(problem, solver, **options.get(solver, {}))
-        refuse_infeasible(problem, allocation)
+        check_feasible(problem, allocation)
         solutions.append(Solution(solver, allocation))
     return solutions
 
 
-def refuse_infeasible(problem: Problem, allocation: Allocation) -> None:
-    """Stops the run at an answer that breaks a constraint: a bug, never to be reported as a result."""
-    judged = download_then_infer(problem) if allocation.solver == "dai" else problem
-    violations = verify(judged, allocation)
+def check_feasible(problem: Problem, allocation: Allocation) -> None:
+    """Raises a `RuntimeError` for an allocation that violates a constraint: it must not be reported."""
+    solved = download_then_infer(problem) if allocation.solver == "dai" else problem
+    violations = verify(solved, allocation)
     if violations:
         more = f" and {len(violations) - 1} more" if len(violations) > 1 else ""
-        raise RuntimeError(f"the solver {allocation.solver} breaks a constraint: {violations[0]}{more}")
+        raise RuntimeError(f"the solver {allocation.solver} violates a constraint: {violations[0]}{more}")
 
 
 def summarize(
     config: ConfigDict, problem: Problem, allocations: dict[str, Allocation], chosen: Allocation, study: Study
 ) -> dict[str, Any]:
-    """Returns the content of summary.json, but for the time that everything took."""
+    """Returns the content of summary.json without the wall time."""
     best, conventional = allocations["exact"].throughput, allocations["dai"].throughput
     latencies = compare_latencies(problem, allocations["dai"])
     counts = np.bincount(chosen.reason, minlength=len(REASONS))

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFor
 
 from launch.run import figures
 from launch.run.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, FigureEntry, column, finish
-from launch.slide.sweeps import Bars, Row, Study
+from launch.slide.sweeps import Row, Study, UserTimeline
 from slide_jax.experiment import METHODS, Latencies
 
 Rows = Sequence[Row]
@@ -40,30 +40,30 @@ LOOKS = {
     "proportional_share": {"color": AMBER, "marker": "P"},
     "equal_share": {"color": SKY, "marker": "X"},
 }
-"""Curves of the sweeps; `relaxed` would hide under `exact`."""
+"""Styles of the curves of the sweeps. `relaxed` is left out: its curve would coincide with `exact`."""
 
 OWN_LOOK = {"color": "black", "marker": "*", "linestyle": "--"}
-"""Of methods that a user added."""
+"""Style of the methods that a user added."""
 
 PUBLISHED_SAVING = 0.325
 PUBLISHED_GAIN = (0.4, 0.6)
-"""What the paper is quoted with: latency saved, and users gained over DAI (arXiv 2512.20946)."""
+"""The paper's published results: latency saved, and users gained over DAI (arXiv 2512.20946)."""
 
 
 def write_figures(
-    study: Study, bars: Bars | None, texts: dict[str, tuple[str, str]], directory: str | os.PathLike
+    study: Study, user: UserTimeline | None, texts: dict[str, tuple[str, str]], directory: str | os.PathLike
 ) -> list[FigureEntry]:
-    """Draws every figure that a study has data for, and returns what a report needs of them.
+    """Draws every figure that has a text, and returns their entries for the report.
 
     Args:
-      study: see there.
-      bars: of one user; None: nobody is served.
-      texts: title and caption by figure.
+      study: results of the sweeps.
+      user: the typical user; None if nobody is served.
+      texts: title and caption by the name of the figure; only these figures are drawn.
       directory: where the PNG files go; created.
     """
     sweeps = study.sweeps
     drawings = {
-        "timeline": lambda: timeline(bars),
+        "timeline": lambda: timeline(user),
         "served_by_rho": lambda: by_rho(sweeps["rho"]),
         "served_by_bandwidth": lambda: by_bandwidth(sweeps["bandwidth"]),
         "served_by_deadline": lambda: by_deadline(sweeps["patience"]),
@@ -85,12 +85,12 @@ def by_bandwidth(rows: Rows) -> Figure:
 
 
 def by_deadline(rows: Rows) -> Figure:
-    """Draws users served and gained by what all deadlines are multiplied with."""
+    """Draws users served and gained by the factor on all deadlines."""
     return _sweep(rows, column(rows, "patience"), "factor on every deadline")
 
 
 def by_users(rows: Rows) -> Figure:
-    """Draws users served and gained by users who ask."""
+    """Draws users served and gained by the number of users."""
     users = column(rows, "users")
     figure = _sweep(rows, users, "users who ask")
     for axes in figure.axes:
@@ -125,7 +125,7 @@ def by_rho(rows: Rows) -> Figure:
 
 
 def latency_cdf(latencies: Latencies) -> Figure:
-    """Draws how latency is distributed under DAI and SLIDE, and what each user saves."""
+    """Draws the distributions of latency under DAI and SLIDE and of each user's saving."""
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=3.9)
     known = np.isfinite(latencies.dai_s)
     before, after = latencies.dai_s[known], latencies.slide_s[known]
@@ -147,41 +147,41 @@ def latency_cdf(latencies: Latencies) -> Figure:
     return figure
 
 
-def timeline(bars: Bars | None) -> Figure:
-    """Draws when one user's layers download and run, under DAI and under SLIDE."""
+def timeline(user: UserTimeline | None) -> Figure:
+    """Draws when the layers of one user are downloaded and run, under DAI and under SLIDE."""
     figure, grid = figures.new_figure(2, 1, height_in=4.2, sharex=True)
     above, below = grid[:, 0]
-    if bars is None:
+    if user is None:
         for axes, title in ((above, "Download, then infer"), (below, "SLIDE")):
             finish(axes, title, "", "")
         return figure
-    begins = np.concatenate([[bars.start_s], bars.arrival_s[:-1]])
+    begins = np.concatenate([[user.start_s], user.arrival_s[:-1]])
     panels = (
-        (above, "Download, then infer", bars.dai_begin_s, bars.dai_end_s),
-        (below, "SLIDE: a layer runs as soon as it has arrived", bars.slide_begin_s, bars.slide_end_s),
+        (above, "Download, then infer", user.dai_begin_s, user.dai_end_s),
+        (below, "SLIDE: a layer runs as soon as it has arrived", user.slide_begin_s, user.slide_end_s),
     )
     for axes, title, run_begins, run_ends in panels:
-        _chain(axes, 1, begins, bars.arrival_s, SKY)
+        _chain(axes, 1, begins, user.arrival_s, SKY)
         _chain(axes, 0, run_begins, run_ends, GREEN)
         end = run_ends[-1]
         axes.axvline(end, color=BLUE, linewidth=1.6)
-        axes.axvline(bars.deadline_s, color=ORANGE, linestyle="--", linewidth=1.6)
+        axes.axvline(user.deadline_s, color=ORANGE, linestyle="--", linewidth=1.6)
         axes.set_yticks([1, 0], ["download", "inference"])
         axes.set_ylim(-0.6, 1.6)
         axes.grid(axis="y", visible=False)
-        axes.set_title(f"{title} — done after {end - bars.start_s:.2f} s")
-    # What is told by colour and line, once for both panels.
+        axes.set_title(f"{title} — done after {end - user.start_s:.2f} s")
+    # One legend for both panels.
     above.plot([], [], color=BLUE, label="done")
     above.plot([], [], color=ORANGE, linestyle="--", label="deadline")
-    latest = max(bars.deadline_s, bars.dai_end_s[-1])
-    below.set_xlim(bars.start_s, latest + 0.03 * (latest - bars.start_s))
+    latest = max(user.deadline_s, user.dai_end_s[-1])
+    below.set_xlim(user.start_s, latest + 0.03 * (latest - user.start_s))
     below.set_xlabel("time (s)")
     figure.legend(*above.get_legend_handles_labels(), loc="outside upper right", ncols=2)
     return figure
 
 
 def gap(served: dict[str, np.ndarray]) -> Figure:
-    """Draws what every method but `exact` loses of the users that could be served under SLIDE."""
+    """Draws the share of the optimum's users that every other method leaves unserved."""
     figure, ((axes,),) = figures.new_figure(height_in=3.6)
     best = served["exact"].astype(float)
     some = best > 0
@@ -226,7 +226,7 @@ def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
 
 
 def _name(method: str) -> str:
-    """Returns what a curve is called; a method of the user's own goes by its name."""
+    """Returns the label of a curve; a method that a user added has its own name."""
     return NAMES.get(method, f"SLIDE, {method.replace('_', ' ')}")
 
 
@@ -263,7 +263,7 @@ def _chain(axes: Axes, height: float, begins: np.ndarray, ends: np.ndarray, colo
 
 
 def _log_scale(axes: Axes, values: np.ndarray) -> None:
-    """Puts the values that people think in on a logarithmic x axis."""
+    """Makes the x axis logarithmic, with ticks at round values."""
     if not values.size:
         return
     axes.set_xscale("log")

@@ -1,4 +1,4 @@
-"""What a SLIDE run says in words and tables: on the screen, in the report and under every figure."""
+"""Texts and tables of a SLIDE run: on the screen, in the report and in the captions of the figures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from launch.run.report import Comparison
 from launch.slide.figures import PUBLISHED_GAIN, PUBLISHED_SAVING
-from launch.slide.sweeps import Bars, Row, Study, mean, nearest
+from launch.slide.sweeps import Row, Study, UserTimeline, mean, nearest
 from slide_jax.problem import Allocation, Problem
 from slide_jax.settings import model_names
 
@@ -16,7 +16,7 @@ SAME_USERS = "Latency of the same users with the same spectrum"
 
 
 class Solution(NamedTuple):
-    """What a solver made of the cell: an allocation, or why there is none."""
+    """A solver's allocation of the cell, or the reason why there is none."""
 
     solver: str
     allocation: Allocation | None
@@ -24,7 +24,7 @@ class Solution(NamedTuple):
 
 
 def title(config: ConfigDict, problem: Problem) -> str:
-    """Returns the name of what is solved."""
+    """Returns one line that names the cell: users, models, spectrum and source."""
     where = config.scenario.path or "a drawn cell"
     models = len(problem.labels.models)
     return (
@@ -67,7 +67,7 @@ def solver_table(solutions: Sequence[Solution], problem: Problem) -> Comparison:
 
 
 def sweep_tables(study: Study) -> list[Comparison]:
-    """Returns the table of the gain by rho, if that was swept."""
+    """Returns the table of the gain by rho, if rho was swept."""
     if "rho" not in study.sweeps:
         return []
     header = ("rho", "SLIDE serves", "DAI serves", "more users", "less latency", "at most")
@@ -120,41 +120,43 @@ def introduction(config: ConfigDict, study: Study) -> str:
 
 
 def figure_texts(
-    config: ConfigDict, problem: Problem, study: Study, bars: Bars | None
+    config: ConfigDict, problem: Problem, study: Study, user: UserTimeline | None
 ) -> dict[str, tuple[str, str]]:
-    """Returns title and caption of every figure of a study, each with its setting."""
-    plain = study.sweeps["plain"][0]
-    mean_rho = f"mean rho {_number(plain['rho'])}"
-    one_user = (
+    """Returns title and caption of every figure of a study; a caption names its setting."""
+    texts = _scenario_texts(problem, study) if config.scenario.path else _drops_texts(config, study)
+    setting = _cell(problem)
+    if not config.scenario.path:
+        setting += f" at {config.setting.bits_per_parameter:g} bits a parameter; {_deadlines(config)}"
+    who = f"Its rho is {_number(user.rho)}." if user else "Nobody is served."
+    caption = (
         "One user with the same spectrum and clock under both, each bar a layer: of the users whom DAI "
-        "serves, the one with the median saving. "
-    ) + (f"Its rho is {_number(bars.rho)}. " if bars else "Nobody is served. ")
-    if config.scenario.path:
-        cell = _cell(problem)
-        return {
-            "timeline": ("Time line of one user", f"{one_user}{cell}."),
-            "served_by_bandwidth": (
-                "Users served against bandwidth",
-                f"Parts and multiples of the scenario's spectrum. {cell}; {mean_rho} with all of it.",
-            ),
-            "latency_cdf": (SAME_USERS, f"The users whom DAI serves, at its clocks. {cell}; {mean_rho}."),
-        }
-    setting, drops = config.setting, f"{config.monte_carlo.drops:,} drops"
+        f"serves, the one with the median saving. {who} {setting}."
+    )
+    return {"timeline": ("Timeline of one user", caption), **texts}
+
+
+def _scenario_texts(problem: Problem, study: Study) -> dict[str, tuple[str, str]]:
+    cell, mean_rho = _cell(problem), f"mean rho {_number(study.sweeps['plain'][0]['rho'])}"
+    return {
+        "served_by_bandwidth": (
+            "Users served against bandwidth",
+            f"Parts and multiples of the scenario's spectrum. {cell}; {mean_rho} with all of it.",
+        ),
+        "latency_cdf": (SAME_USERS, f"The users whom DAI serves, at its clocks. {cell}; {mean_rho}."),
+    }
+
+
+def _drops_texts(config: ConfigDict, study: Study) -> dict[str, tuple[str, str]]:
+    setting, deadlines = config.setting, _deadlines(config)
     users = f"{config.monte_carlo.users:,} users"
     spectrum = f"{_hertz(setting.bandwidth_hz)} ({setting.rate_model} rates)"
-    deadlines = f"deadlines of {setting.deadline_min_s:g} to {setting.deadline_max_s:g} s"
-    if setting.patience != 1:
-        deadlines += f" times {setting.patience:g}"
+    mean_rho = f"mean rho {_number(study.sweeps['plain'][0]['rho'])}"
     compute = f"compute {setting.compute_min:.0%} to {setting.compute_max:.0%} of them ({mean_rho})"
     models = f"{', '.join(model_names(config))} at {setting.bits_per_parameter:g} bits a parameter"
     accuracy = f"accuracy of at least {setting.accuracy_min:g} to {setting.accuracy_max:g}"
-    rest = f"{models}, {accuracy}; {_channel(config.cell)}; {drops}"
+    rest = f"{models}, {accuracy}; {_channel(config.cell)}; {config.monte_carlo.drops:,} drops"
     means = "Means over drops with 95% intervals, shaded."
     return {
-        "timeline": (
-            "Time line of one user",
-            f"{one_user}{_cell(problem)} at {setting.bits_per_parameter:g} bits a parameter; {deadlines}.",
-        ),
         "served_by_rho": (
             "What SLIDE gains, by compute over download",
             f"{means} Latency is that of the users whom DAI serves, with its spectrum and clocks. Grey and "
@@ -189,7 +191,7 @@ def figure_texts(
 
 
 def overview(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the lines that the screen and the report begin with."""
+    """Returns the summary of the screen and the report as (name, text) lines."""
     solver, versus = summary["solver"], summary["against_dai"]
     served = summary["served"]
     reasons = sorted(summary["reasons"].items(), key=lambda reason: -reason[1])
@@ -239,6 +241,12 @@ def _cell(problem: Problem) -> str:
     names = problem.labels.models
     models = ", ".join(names) if len(names) <= 6 else f"{len(names)} models"
     return f"Setting: {problem.num_users:,} users, {spectrum}, {models}"
+
+
+def _deadlines(config: ConfigDict) -> str:
+    setting = config.setting
+    factor = "" if setting.patience == 1 else f" times {setting.patience:g}"
+    return f"deadlines of {setting.deadline_min_s:g} to {setting.deadline_max_s:g} s{factor}"
 
 
 def _channel(cell: ConfigDict) -> str:

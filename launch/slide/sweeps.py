@@ -1,6 +1,6 @@
-"""What becomes of the gain when bandwidth, deadlines, users or rho change: one row of metrics.csv a point.
+"""Sweeps of SLIDE's gain over DAI by bandwidth, deadlines, users and rho; each point is a row of metrics.csv.
 
-rho is compute over download under DAI. Letters in shapes: D drops, K users.
+rho is a user's compute time over its download time under DAI. Letters in shapes: D drops, K users, L layers.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from slide_jax.sampling import Setting
 from slide_jax.settings import read_models_of, read_setting
 
 INTERVAL = 1.96
-"""Standard errors to either side of a mean that hold the truth 95 times in 100."""
+"""Half-width of a 95% confidence interval, in standard errors of the mean."""
 
 COLUMNS = (
     "bandwidth_hz",
@@ -37,18 +37,19 @@ COLUMNS = (
     "users_gained_ci95",
     *(f"served_{method}{what}" for method in METHODS for what in ("", "_ci95")),
 )
-"""Columns of metrics.csv after `point`: the setting, what SLIDE gains over DAI, users served by method."""
+"""Columns of metrics.csv after `point`: setting, gain of SLIDE over DAI, users served by each method."""
 
 Row = Mapping[str, Any]
 
 
 class Study(NamedTuple):
-    """What the figures draw.
+    """Results of all sweeps.
 
     Attributes:
-      sweeps: rows by sweep: `plain` (one row), `bandwidth`, `patience`, `users`, `rho`, those that were run.
-      served: users served in every drop of the plain setting, by method; None for a user's own scenario.
-      latencies: under DAI and SLIDE of the users that DAI serves, in the plain setting or the scenario.
+      sweeps: rows by the name of the sweep: `plain` (one row), `bandwidth`, `patience`, `users`, `rho`. A
+        scenario file has `plain` and `bandwidth` only.
+      served: users served [D] in the plain setting, by method; None for a scenario file.
+      latencies: of the users that DAI serves, under DAI and SLIDE, in the plain setting or the scenario.
     """
 
     sweeps: Mapping[str, list[Row]]
@@ -57,18 +58,18 @@ class Study(NamedTuple):
 
     @property
     def rows(self) -> list[Row]:
-        """Rows of metrics.csv: a point that several sweeps share stands there once."""
+        """Rows of metrics.csv; a point that several sweeps share is one row."""
         return list({id(row): row for rows in self.sweeps.values() for row in rows}.values())
 
 
-class Bars(NamedTuple):
-    """One user's time line under SLIDE and under DAI, at one spectrum and clock.
+class UserTimeline(NamedTuple):
+    """When one user's layers arrive and run under SLIDE and under DAI, with the same spectrum and clock.
 
     Attributes:
-      arrival_s: when each layer has arrived [L].
-      slide_begin_s, slide_end_s: when each layer runs under SLIDE [L].
-      dai_begin_s, dai_end_s: and under DAI [L].
-      start_s, deadline_s: of the user.
+      arrival_s: end of each layer's download [L], the same under both.
+      slide_begin_s, slide_end_s: begin and end of each layer's compute under SLIDE [L].
+      dai_begin_s, dai_end_s: the same under DAI [L].
+      start_s, deadline_s: start of the download, and deadline.
     """
 
     arrival_s: np.ndarray
@@ -81,14 +82,14 @@ class Bars(NamedTuple):
 
     @property
     def rho(self) -> float:
-        """Compute over download; infinite where there is nothing to download."""
+        """Compute time over download time; infinite where there is nothing to download."""
         downloading = self.arrival_s[-1] - self.start_s
         computing = self.dai_end_s[-1] - self.arrival_s[-1]
         return float(computing / downloading) if downloading > 0 else float("inf")
 
 
 def monte_carlo(config: ConfigDict) -> Study:
-    """Returns what all methods do over the drops of every sweep, showing how far it is."""
+    """Returns the results of all methods over random drops at every point, with a progress bar."""
     grids = config.monte_carlo
     plain = read_setting(config)._replace(users=grids.users)
     catalogue, _ = read_models_of(config)
@@ -99,7 +100,7 @@ def monte_carlo(config: ConfigDict) -> Study:
         "rho": [_with_rho(plain, rho) for rho in grids.rhos],
     }
     points["users"] = [plain._replace(users=count) for count in grids.user_counts]
-    # Drawn for the largest crowd everywhere: one program serves all points.
+    # Every drop has the users of the largest point, so that one program computes all points.
     count = max(grids.users, *grids.user_counts)
     drawn = (catalogue, grids.drops, config.seed)
     settings = dict.fromkeys(setting for several in points.values() for setting in several)
@@ -110,13 +111,13 @@ def monte_carlo(config: ConfigDict) -> Study:
             progress.update(len(results))
         latencies = sample_latencies(plain, *drawn, config.setting.rate_model)
         progress.update(len(settings) + 1)
-    rows = {setting: _row(setting, result) for setting, result in results.items()}
+    rows = {setting: point_row(setting, result) for setting, result in results.items()}
     served = {method: counts[0] for method, counts in results[plain].served.items()}
     return Study({name: [rows[x] for x in several] for name, several in points.items()}, served, latencies)
 
 
 def own_scenario(problem: Problem, factors: tuple[float, ...]) -> Study:
-    """Returns what SLIDE and DAI make of a problem as it is and with these parts of its spectrum."""
+    """Returns SLIDE and DAI on one problem with its spectrum multiplied by each factor."""
 
     def solved(factor: float) -> tuple[Row, Latencies]:
         changed = dataclasses.replace(problem, bandwidth_hz=factor * problem.bandwidth_hz)
@@ -139,19 +140,19 @@ def own_scenario(problem: Problem, factors: tuple[float, ...]) -> Study:
 
 
 def latency_saved(latencies: Latencies) -> float:
-    """Returns what SLIDE saves of the sum of the latencies under DAI; nan where DAI serves nobody."""
+    """Returns the share of the total latency under DAI that SLIDE saves; nan where DAI serves nobody."""
     return 1 - quotient(np.nansum(latencies.slide_s), np.nansum(latencies.dai_s))
 
 
 def nearest(rows: list[Row], rho: float) -> Row:
-    """Returns the row whose rho is nearest on a log scale; the first where none is known."""
+    """Returns the row whose rho is nearest on a log scale; the first row if no rho is positive."""
     return min(rows, key=lambda row: abs(np.log(row["rho"] / rho)) if row["rho"] > 0 else np.inf)
 
 
-def one_user(problem: Problem, conventional: Allocation, best: Allocation) -> Bars | None:
-    """Returns the time line of a user: of those that DAI serves the one with the median saving.
+def typical_user(problem: Problem, conventional: Allocation, best: Allocation) -> UserTimeline | None:
+    """Returns the timeline of the user with the median latency saving among those that DAI serves.
 
-    Where DAI serves nobody it is the first that SLIDE serves, and None where that serves nobody either.
+    If DAI serves nobody, it is the first user that SLIDE serves; None if nobody is served.
     """
     latencies = compare_latencies(problem, conventional)
     saved = 1 - latencies.slide_s / np.where(latencies.dai_s > 0, latencies.dai_s, 1.0)
@@ -171,7 +172,7 @@ def one_user(problem: Problem, conventional: Allocation, best: Allocation) -> Ba
         bits, flop = catalogue.layer_bits[model, layers], catalogue.layer_flop[model, layers]
         lines = jax.tree.map(np.asarray, timeline(bits, flop, rate, speed, users.start_s[k]))
     dai_end_s = lines.arrival_s[-1] + np.cumsum(flop) / speed
-    return Bars(
+    return UserTimeline(
         arrival_s=lines.arrival_s,
         slide_begin_s=lines.begin_s,
         slide_end_s=lines.completion_s,
@@ -183,13 +184,13 @@ def one_user(problem: Problem, conventional: Allocation, best: Allocation) -> Ba
 
 
 def _with_rho(setting: Setting, rho: float) -> Setting:
-    """Returns the setting in which a user who fills its deadline under DAI has this rho."""
+    """Returns the setting in which a user who finishes exactly at its deadline under DAI has this rho."""
     share = rho / (1 + rho)
     return setting._replace(compute_min=share, compute_max=share)
 
 
-def _row(setting: Setting, sweep: Sweep) -> Row:
-    """Returns means over the drops of a single point, each with the half-width of its 95% interval."""
+def point_row(setting: Setting, sweep: Sweep) -> Row:
+    """Returns the row of one point: means over its drops with the half-widths of their 95% intervals."""
     numbers = ("bandwidth_hz", "patience", "users", "compute_min", "compute_max")
     row = {name: getattr(setting, name) for name in numbers}
     row["rho"] = mean(sweep.rho[0])
@@ -206,14 +207,14 @@ def _row(setting: Setting, sweep: Sweep) -> Row:
 
 
 def _with_interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean of what is known and the half-width of its 95% interval; nan: too little is known."""
+    """Returns the mean of the finite values and the half-width of its 95% interval; nan where undefined."""
     known = values[np.isfinite(values)].astype(float)
     spread = known.std(ddof=1) if len(known) > 1 else np.nan
     return mean(known), float(INTERVAL * spread / np.sqrt(max(1, len(known))))
 
 
 def mean(values: np.ndarray) -> float:
-    """Returns the mean of what is known; nan where nothing is."""
+    """Returns the mean of the finite values; nan if there are none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else float("nan")
 

@@ -1,4 +1,4 @@
-"""Timing side by side, and the tables that say what came of it."""
+"""Timing of calls that take turns, and the tables of their results."""
 
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Timing(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """How many a second: median and quartiles."""
+    """Items a second: median and quartiles."""
 
     median_hz: float
     low_hz: float
@@ -26,13 +26,13 @@ class Rate(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What a suite measured.
+    """One table of a suite.
 
     Attributes:
-      title: one line, with the sizes.
-      columns: names; the first names the rows. A `Timing` is printed in milliseconds, a `Rate` by second.
-      rows: values by column.
-      note: what a reader must know to judge it.
+      title: one line, with the sizes and the unit.
+      columns: names of the columns, of which the first names the rows.
+      rows: values by column; a `Timing` is printed in milliseconds, a `Rate` per second.
+      note: conditions of the measurement that a reader must know.
     """
 
     title: str
@@ -42,11 +42,11 @@ class Table(NamedTuple):
 
 
 def time_together(repeats: int, **calls: Callable[[], Any]) -> dict[str, Timing]:
-    """Returns how long each call takes, the calls taking turns, so that the machine is the same for all.
+    """Returns the time of each call; the calls take turns, so that all meet the same state of the machine.
 
     Args:
-      repeats: of each, after one that is not counted (it compiles).
-      calls: each blocks until its result is there.
+      repeats: of each call, after a first one that compiles and is not counted.
+      calls: each must block until its result is computed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -63,22 +63,22 @@ def time_together(repeats: int, **calls: Callable[[], Any]) -> dict[str, Timing]
 
 
 def each_of(timing: Timing, count: float) -> Timing:
-    """Returns the time of each of `count` that a call runs."""
+    """Returns the time of one item of a call that computes `count` of them."""
     return Timing(*(seconds / count for seconds in timing))
 
 
 def rate(timing: Timing, count: float) -> Rate:
-    """Returns how many a second, of `count` that a call runs."""
+    """Returns the items a second of a call that computes `count` of them."""
     return Rate(count / timing.median_s, count / timing.high_s, count / timing.low_s)
 
 
 def ratio(first: Timing, second: Timing) -> float:
-    """Returns how many times as long the first takes, by medians."""
+    """Returns the ratio of the median times, first over second."""
     return first.median_s / second.median_s
 
 
 def cell(value: Any) -> str:
-    """Returns a value as a table shows it.
+    """Returns the text of a table's value.
 
     >>> cell(Timing(0.0123, 0.0121, 0.0130)), cell(2.345678), cell(None)
     ('12.3 (12.1-13)', '2.346', '-')
@@ -91,7 +91,7 @@ def cell(value: Any) -> str:
 
 
 def as_json(table: Table) -> dict[str, Any]:
-    """Returns a table as plain values."""
+    """Returns a table as values for JSON."""
     rows = [
         {
             name: value._asdict() if isinstance(value, Timing | Rate) else value

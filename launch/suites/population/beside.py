@@ -1,9 +1,9 @@
-"""The suite `population` beside other packages: one model, data and mathematics, losses compared."""
+"""The suite `population` beside other packages, which train the same model on the same data and batches."""
 
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -25,71 +25,81 @@ OURS, OURS_ACTIVE = "ours", f"ours, {SHARE:.0%} of the experts, active"
 
 
 def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
-    """Compares the engine with every peer.
+    """Compares the engine with every peer: PyTorch's arrangements first, then each package with the fastest.
 
     Raises:
       InputError: a package is missing.
-      AssertionError: a peer's losses are not ours.
+      AssertionError: a peer's losses differ from ours.
     """
     ours = Rounds(size, clients, mesh)
-    task = make_task(ours)
     active = Rounds(
         size, clients, mesh, budgets=(SHARE,),
         fl=dict(algorithm="hfedmoe", forward="active"), importance=dict(refresh="previous"),
     )  # fmt: skip
-    own = {OURS: ours.of(clients), OURS_ACTIVE: active.of(clients)}
-    peers = arrangements()
-    losses: dict[str, list[np.ndarray]] = {name: [] for name in peers}
-    rows = []
-
-    def call(name, peer):
-        return lambda: losses[name].append(peer.round())
-
-    def row(name: str, times: dict[str, Timing], fastest: str) -> list:
-        apart = difference(losses[name], ours.losses) if name in losses else None
-        over = ratio(times[fastest], times[name]), ratio(times[name], times[OURS])
-        return [name, rate(times[name], task.client_steps), *over, apart]
-
-    # Not all at once: each peer has processes with a copy of its libraries.
-    names = [name for name in peers if name.split(",")[0] == REFERENCE]
-    with contextlib.ExitStack() as stack:
-        opened = {name: call(name, stack.enter_context(peers[name](task))) for name in names}
-        times = time_together(repeats, **own, **opened)
-        fastest = min(opened, key=lambda name: times[name].median_s)
-        rows += [row(name, times, fastest) for name in times]
-    others = sorted({name.split(",")[0] for name in peers} - {REFERENCE})
-    for other in others:
-        names = [fastest, *(name for name in peers if name.split(",")[0] == other)]
-        losses[fastest] = []
-        with contextlib.ExitStack() as stack:
-            opened = {name: call(name, stack.enter_context(peers[name](task))) for name in names}
-            times = time_together(repeats, **own, **opened)
-            rows += [row(name, times, fastest) for name in names[1:]]
-    largest = max(value for *_, value in rows if value is not None)
-    compared = ours.losses[:COMPARED_ROUNDS]
-    fall = np.mean(compared[0]) - np.mean(compared[-1])
+    task, peers = make_task(ours), arrangements()
+    own = {OURS: ours.call(clients), OURS_ACTIVE: active.call(clients)}
+    groups: dict[str, list[str]] = {REFERENCE: []}
+    for name in peers:
+        groups.setdefault(name.split(",")[0], []).append(name)
+    rows, fastest = [], None
+    for names in groups.values():
+        together = [*names, *([fastest] if fastest else [])]
+        times, losses = time_peers({name: peers[name] for name in together}, task, own, repeats)
+        shown = names if fastest else [*own, *names]
+        fastest = fastest or min(names, key=lambda name: times[name].median_s)
+        for name in shown:
+            apart = difference(losses[name], ours.losses) if name in losses else None
+            over = ratio(times[fastest], times[name]), ratio(times[name], times[OURS])
+            rows.append([name, rate(times[name], task.client_steps), *over, apart])
     return Table(
         f"Beside other packages, {clients} clients of the {size.name} model, fedavg; client-steps/s",
         ["who", "client-steps/s", f"over {fastest}", "ours over it", "largest difference of a loss"],
         rows,
-        f"Mean losses of a round apart from ours, over the first {len(compared)} rounds: at most "
+        peers_note(rows, ours, active, fastest),
+    )
+
+
+def time_peers(
+    peers: Mapping[str, Callable], task: Task, own: Mapping[str, Callable[[], None]], repeats: int
+) -> tuple[dict[str, Timing], dict[str, list[np.ndarray]]]:
+    """Returns the times of a round of our engine and of peers, which take turns, and the peers' losses.
+
+    Only these peers are open at the same time: each has processes with a copy of its libraries.
+    """
+    losses: dict[str, list[np.ndarray]] = {name: [] for name in peers}
+
+    def call(name, peer):
+        return lambda: losses[name].append(peer.round())
+
+    with contextlib.ExitStack() as stack:
+        opened = {name: call(name, stack.enter_context(peer(task))) for name, peer in peers.items()}
+        return time_together(repeats, **own, **opened), losses
+
+
+def peers_note(rows: Sequence[list], ours: Rounds, active: Rounds, fastest: str) -> str:
+    """Returns the note of the table: how far losses are apart, how it was timed, and what is missing."""
+    largest = max(value for *_, value in rows if value is not None)
+    compared = ours.losses[:COMPARED_ROUNDS]
+    fall = np.mean(compared[0]) - np.mean(compared[-1])
+    trained = np.mean(active.report.trained_size)
+    return (
+        f"Mean losses of a round differ from ours, over the first {len(compared)} rounds, by at most "
         f"{largest:.1e} nats ({LARGEST_DIFFERENCE:g} would have stopped the suite); they fell by "
         f"{fall:.2g}. The packages take turns in groups, with ours and {fastest} in each; a ratio is of its "
-        f"group. At {SHARE:.0%} "
-        f"{np.mean(active.report.trained_size):.3g} of {size.all_experts} experts were trained."
-        + "".join(f" {package} is not installed." for package in absent()),
+        f"group. At {SHARE:.0%}, {trained:.3g} of {ours.size.all_experts} experts were trained."
+        + "".join(f" {package} is not installed." for package in absent())
     )
 
 
 def make_task(ours: Rounds) -> Task:
-    """Returns what `ours` computes in a round, for peers."""
+    """Returns the parameters, data and settings of a round of `ours`, for the peers."""
     size = ours.size
     data = ours.client_data(np.arange(len(ours.budget)))
     return Task(
         params=merge_params(jax.device_get(ours.params)),
         tokens=data.tokens,
         labels=data.labels,
-        num_examples=100 * data.size,  # all alike; packages count examples in whole numbers
+        num_examples=100 * data.size,  # all equal; the packages want integers
         num_heads=size.num_heads,
         capacity=size.capacity,
         learning_rate=LEARNING_RATE,
@@ -102,12 +112,12 @@ def package_of(name: str) -> str:
 
 
 def absent() -> list[str]:
-    """Returns the packages that are not installed; they are left out, and the table says so."""
+    """Returns the packages that are not installed; the table leaves them out and names them."""
     return [package for package in PACKAGES.values() if importlib.util.find_spec(package) is None]
 
 
 def arrangements() -> dict[str, Callable]:
-    """Returns the peers of this machine: on a GPU that PyTorch can use its loop there, else all on the CPU.
+    """Returns the peers that this machine can run: all of them on a CPU, PyTorch alone on a GPU.
 
     Raises:
       InputError: PyTorch is not installed, or JAX computes on an accelerator that PyTorch cannot use.
@@ -126,13 +136,13 @@ def arrangements() -> dict[str, Callable]:
                 name: functools.partial(Loop, settings=each, device="cuda") for name, each in settings.items()
             }
     problem = f"needs PyTorch on the {jax.default_backend()} that JAX uses"
-    raise InputError("peers", True, problem, "install PyTorch for it, or leave --peers away")
+    raise InputError("peers", True, problem, "install PyTorch for it, or leave out --peers")
 
 
 def difference(theirs: Sequence[Float[np.ndarray, " clients"]], ours: Sequence) -> float:
-    """Returns the largest difference between the mean losses of a round.
+    """Returns the largest difference between the mean losses of a round, over the first rounds.
 
-    A client's own loss may differ by more after a few rounds: rounding sends a token to another expert.
+    The loss of one client may differ by more after a few rounds, when rounding routes a token differently.
 
     Raises:
       AssertionError: it is not below `LARGEST_DIFFERENCE`.

@@ -1,4 +1,4 @@
-"""FedAvg of the bench model by others: a plain PyTorch loop, pfl-research and Flower's simulation.
+"""FedAvg on the bench model with other packages: a PyTorch loop, pfl-research and Flower's simulation.
 
 Every peer runs the same PyTorch step (see `launch.suites.population.torch_step`) on every core, in
 processes that are started once and then run a round on request, so that peers can take turns within one
@@ -31,20 +31,20 @@ from hfedmoe_jax.errors import InputError
 from launch.suites.population.torch_step import Settings, Task, initial, make_train
 
 CLOSE_S = 30
-"""How long a process may take to stop when told."""
+"""Seconds that a process may take to stop."""
 
 
 class Arrangement:
-    """Processes that run a round when told; a context manager that ends them.
+    """Processes that run a round on request; a context manager that ends them.
 
     Args:
-      serve: what a process runs: `serve(connection, *arguments)` sends None when it is ready, then
-        answers each True with {client: mean loss}, until it receives False.
-      arguments: of each process.
-      finish: what this process does at the end of each round.
+      serve: the function of each process: `serve(connection, *arguments)` sends None when it is ready,
+        then answers each True with {client: mean loss}, until it receives False.
+      arguments: the arguments of each process.
+      finish: called in this process at the end of each round.
 
     Raises:
-      RuntimeError: a process died; the text ends with what it last printed.
+      RuntimeError: a process died; the text ends with its last output.
     """
 
     def __init__(self, serve: Callable, arguments: list[tuple], finish: Callable[[], None] = lambda: None):
@@ -105,24 +105,24 @@ class Arrangement:
 
 
 def _in_process(serve, log, connection, *arguments):
-    """Runs `serve` with what it and its libraries print in a file."""
+    """Runs `serve` with its output, and that of its libraries, in a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ["OMP_NUM_THREADS"] = "1"  # one process a core
+    os.environ["OMP_NUM_THREADS"] = "1"  # there is one process per core
     serve(connection, *arguments)
 
 
 def num_cores() -> int:
-    """Returns how many cores this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def require(*packages: str) -> None:
-    """Checks that optional packages are there.
+    """Checks that optional packages are installed.
 
     Raises:
-      InputError: one is missing.
+      InputError: a package is missing.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -137,7 +137,7 @@ def _require_torch(settings):
 
 
 def pytorch(task: Task, settings: Settings) -> Arrangement:
-    """Plain PyTorch: a process a core, each with its share of the clients, parameters in shared memory."""
+    """Plain PyTorch: one process per core with a share of the clients, parameters in shared memory."""
     _require_torch(settings)
     start = initial(task)
     workers = min(num_cores(), len(task.labels))
@@ -177,9 +177,9 @@ def _serve_pytorch(connection, task, settings, shared, part, clients):
 
 
 def pfl_research(task: Task, settings: Settings) -> Arrangement:
-    """pfl-research's simulation: a process a core, joined by its torch.distributed backend.
+    """pfl-research's simulation: one process per core with its torch.distributed backend.
 
-    As many processes as divide the clients: with others its sampler does not draw each client once a round.
+    The number of processes divides the clients: otherwise its sampler does not draw each client once a round.
     """
     _require_torch(settings)
     require("pfl")
@@ -191,7 +191,7 @@ def pfl_research(task: Task, settings: Settings) -> Arrangement:
 
 
 def _serve_pfl(connection, task, settings, rank, workers, port):
-    # What torchrun tells its processes; pfl reads it when it is imported.
+    # The environment that torchrun sets; pfl reads it when it is imported.
     os.environ |= dict(
         TORCHELASTIC_RUN_ID="bench", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers),
         LOCAL_WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -259,7 +259,7 @@ def _serve_pfl(connection, task, settings, rank, workers, port):
 
 
 def flower(task: Task, settings: Settings) -> Arrangement:
-    """Flower's simulation: its FedAvg, with a Ray actor a core."""
+    """Flower's simulation: its FedAvg with one Ray actor per core."""
     _require_torch(settings)
     require("flwr", "ray")
     return Arrangement(_serve_flower, [(task, settings, num_cores())])
@@ -292,7 +292,7 @@ def _serve_flower(connection, task, settings, cores):
 
     @server.main()
     def main(grid, context):
-        grid.pull_interval = 0.02  # by default it looks for answers ten times a second
+        grid.pull_interval = 0.02  # by default it polls ten times a second
         connection.send(None)
         strategy = Turns(fraction_evaluate=0.0, min_train_nodes=num_clients, min_available_nodes=num_clients)
         strategy.start(grid, ArrayRecord([initial(task)]), num_rounds=sys.maxsize)
@@ -313,7 +313,7 @@ def _serve_flower(connection, task, settings, cores):
 
 @functools.cache
 def _flower_task(path):
-    """A Ray actor's task, read and compiled once."""
+    """Returns the task of a Ray actor, read and compiled once."""
     task, settings = pickle.loads(pathlib.Path(path).read_bytes())
     return task, make_train(task, settings)
 
@@ -345,8 +345,8 @@ ARRANGEMENTS: dict[str, Callable[[Task], Arrangement]] = {
     "PyTorch": functools.partial(pytorch, settings=Settings(False, "mkl")),
     "PyTorch, oneDNN": functools.partial(pytorch, settings=Settings(False, "onednn")),
 } | {
-    f"{peer}, {how}": functools.partial(run, settings=settings)
-    for peer, run in (("PyTorch", pytorch), ("pfl-research", pfl_research), ("Flower", flower))
+    f"{peer}, {how}": functools.partial(arrangement, settings=settings)
+    for peer, arrangement in (("PyTorch", pytorch), ("pfl-research", pfl_research), ("Flower", flower))
     for how, settings in COMPILED.items()
 }
-"""What `--peers` compares, by name; a setting that does not work raises and is never replaced by another."""
+"""Peers of `--peers` by name; a setting that does not work is an error and is not replaced by another."""

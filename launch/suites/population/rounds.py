@@ -1,4 +1,4 @@
-"""What the suite `population` measures: clients with random texts, trained a round at a call.
+"""Federated rounds for the suite `population`: clients with random texts, one round per call.
 
 Axes: C clients, S local steps, B batch, T tokens.
 """
@@ -23,26 +23,28 @@ from hfedmoe_jax.models import build_model, model_cost
 from hfedmoe_jax.models.dispatch import expert_capacity
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.population import CLIENTS, chunk_size, put_members
-from launch.hosts.compiled import Product, products
+from launch.hosts.compiled import Product, matrix_products
 
 NUM_CLASSES = 5
 SEED = 0
-SHARE = 0.25  # of the experts, where one budget stands for all
+SHARE = 0.25  # of the experts, in tables with a single budget
 LEARNING_RATE = 1e-3
-"""Losses of all packages stay together and fall, and routing stays as even as it starts.
+"""Small enough that losses fall, agree between packages, and routing stays balanced.
 
-At 0.01 rounding sends enough tokens to other experts to move a round's mean loss by 9e-4 nats within five
-rounds; at 0.1 the routers give up most experts within one, and a budget would not be used.
+At 0.01, differences of rounding route enough tokens to other experts to change a round's mean loss by 9e-4
+nats within five rounds. At 0.1 the routing collapses to few experts within a round, which leaves a part of
+the budgets unused.
 """
 
 
 class Size(NamedTuple):
-    """A model, and what a client trains it on.
+    """Sizes of a model and of a client's data.
 
     Attributes:
-      name: in tables.
+      name: of the model, in tables.
       width, hidden, num_experts, top_k, num_layers, num_heads, precision: see configs/hfedmoe.py.
-      vocab_size, seq_len, batch_size, steps: of the texts, and of a client's round.
+      vocab_size, seq_len: of the texts.
+      batch_size, steps: of a client's round.
     """
 
     name: str
@@ -60,23 +62,23 @@ class Size(NamedTuple):
 
     @property
     def all_experts(self) -> int:
-        """Of all layers."""
+        """Number of experts in all layers."""
         return self.num_layers * self.num_experts
 
     @property
     def capacity(self) -> int:
-        """Slots of an expert."""
+        """Slots of an expert for a batch."""
         factor = make_config(self).model.capacity_factor
         return expert_capacity(self.batch_size * self.seq_len, self.num_experts, self.top_k, factor)
 
     @property
     def expert_axes(self) -> tuple[int, int, int]:
-        """Sizes that only the products of experts have together: model, hidden units, slots."""
+        """The sizes (model, hidden units, slots) that together only the products of experts have."""
         return self.width, self.hidden, self.capacity
 
 
 def make_config(size: Size, **fields: Any) -> ConfigDict:
-    """Returns the config of a size: plain SGD, and `fields` by section, `fl=dict(algorithm=...)`."""
+    """Returns the config of a size with plain SGD; `fields` override it by section, `fl=dict(...)`."""
     config = hfedmoe.get_config()
     names = ("width", "hidden", "num_experts", "top_k", "num_layers", "num_heads", "precision")
     config.model.update({name: getattr(size, name) for name in names})
@@ -89,7 +91,7 @@ def make_config(size: Size, **fields: Any) -> ConfigDict:
 
 
 def texts(size: Size, clients: Int[np.ndarray, " clients"]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns random tokens [C, S, B, T] and labels [C, S, B]; a client's are the same in any company."""
+    """Returns random tokens [C, S, B, T] and labels [C, S, B], which depend on a client's index only."""
     tokens, labels = [], []
     for client in clients:
         rng = np.random.default_rng([SEED, client])
@@ -100,14 +102,14 @@ def texts(size: Size, clients: Int[np.ndarray, " clients"]) -> tuple[np.ndarray,
 
 
 class Rounds:
-    """A population as the engine runs it, with its server's state.
+    """A population of clients in the engine, with the state of its server.
 
     Args:
       size: of the model.
       num_clients: C.
-      mesh: where it runs.
-      chunk: clients at once on a device; default: by the engine.
-      budgets: each client's share of the experts, repeated over the clients.
+      mesh: the devices.
+      chunk: clients computed together on a device; default: the engine's choice.
+      budgets: shares of the experts, assigned to the clients in turn.
       fields: of the config, see `make_config`.
 
     Attributes:
@@ -136,36 +138,36 @@ class Rounds:
         most_tokens = min(size.vocab_size, 1 + size.steps * size.batch_size * size.seq_len)
         clients = Clients(self.budget, most_tokens)
         self.algorithm = build_algorithm(self.config, self.model, clients, mesh, self.chunk)
-        # The state is donated to each round; a peer still needs what it started from.
+        # A copy, because each round donates its state, and peers start from the same parameters.
         self.state = self.algorithm.init(jax.tree.map(jnp.copy, self.params))
         self.report, self.losses = None, []
 
     def client_data(self, clients: Int[np.ndarray, " clients"]) -> ClientData:
-        """Returns what clients bring to a round."""
+        """Returns the data of clients for one round."""
         tokens, labels = texts(self.size, clients)
         same = np.ones(len(clients), np.float32)
         numbers = clients.astype(np.int32)
         return ClientData(numbers, tokens, labels, same, self.budget[clients], same > 0)
 
     def portions(self, cohort: int) -> Iterator[Portion]:
-        """Yields the data of a round of the first clients, block by block, as they are asked for."""
+        """Yields the data of a round of the first `cohort` clients, block by block."""
         for block in self.algorithm.plan(np.arange(cohort)):
             yield self.algorithm.portion(block, self.client_data(np.maximum(block.members, 0).reshape(-1)))
 
-    def run(self, portions: Iterable[Portion]) -> None:
-        """Trains a round, to its end."""
+    def train(self, portions: Iterable[Portion]) -> None:
+        """Trains one round and waits for its end."""
         self.state, metrics = self.algorithm.round(self.state, portions, jax.random.key(SEED))
         jax.block_until_ready(self.state.params)
         self.report = metrics.report
         self.losses.append(np.asarray(metrics.report.loss))
 
-    def of(self, cohort: int) -> Callable[[], None]:
-        """Returns a call that trains a round of the first clients, whose data lie on the devices."""
+    def call(self, cohort: int) -> Callable[[], None]:
+        """Returns a call that trains one round of the first `cohort` clients, with data on the devices."""
         portions = list(self.portions(cohort))
-        return lambda: self.run(portions)
+        return lambda: self.train(portions)
 
     def compile(self, portion: Portion) -> tuple[jax.stages.Compiled, float, float]:
-        """Returns the program of a portion's tier, and the seconds to trace and to compile it."""
+        """Returns the compiled program of a portion's tier, with the seconds of tracing and of compiling."""
         programs = self.algorithm.programs
         count = put_members(self.mesh, portion.block.count)
         arguments = (programs["open"](), (self.state.params, jax.random.key(SEED)), portion.data, count)
@@ -176,18 +178,18 @@ class Rounds:
         return program, traced - begun, time.perf_counter() - traced
 
     def step_products(self, program: jax.stages.Compiled, portion: Portion) -> list[Product]:
-        """Returns the matrix products of a client's step, `times` being its share of the program's runs.
+        """Returns the matrix products of one client step, `times` as an average over the program's steps.
 
-        A loop over the experts that a batch selects counts as often as if it used its whole budget,
-        evenly over the layers.
+        A loop over the selected experts is counted as if each batch used its whole budget, evenly over
+        the layers.
         """
         block = portion.block
         chunks = -(-block.members.shape[1] // self.chunk)
-        found = products(program.as_text(), (chunks, block.tier / self.size.num_layers))
+        found = matrix_products(program.as_text(), (chunks, block.tier / self.size.num_layers))
         steps = chunks * self.chunk * self.size.steps
         return [each._replace(times=each.times / steps) for each in found]
 
     @property
     def num_devices(self) -> int:
-        """Devices that the clients are spread over."""
+        """Number of devices that the clients are spread over."""
         return self.mesh.shape[CLIENTS]

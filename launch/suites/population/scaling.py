@@ -1,4 +1,4 @@
-"""The parts of the suite `population` that need a JAX, or a memory, of their own: each runs in a process."""
+"""Tables of the suite `population` that need a fresh process: memory, number of devices, compilation."""
 
 import multiprocessing
 import os
@@ -22,8 +22,8 @@ SHARES = (1.0, 0.5, 0.25)  # of the experts, a tier each
 SELECTIVE = dict(fl=dict(algorithm="hfedmoe", forward="active"), importance=dict(refresh="previous"))
 
 
-def alone(function: Callable, *arguments: Any) -> Any:
-    """Returns `function(*arguments)` of a process of its own; on a TPU, which has one owner, of this one."""
+def call_in_process(function: Callable, *arguments: Any) -> Any:
+    """Calls a function in a new process; on a TPU, which only one process can use, in this process."""
     if jax.default_backend() == "tpu":
         return function(*arguments)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -31,21 +31,24 @@ def alone(function: Callable, *arguments: Any) -> Any:
 
 
 def peak_bytes() -> int | None:
-    """Returns the most memory that this process has held: of its first accelerator, else resident.
+    """Returns the peak memory of this process: of its first accelerator, on a CPU resident memory.
 
-    None where the system does not tell.
+    None if the system does not report it.
     """
     on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if on_device is not None or not PEAK_FILE.exists():
         return on_device
-    # getrusage would count what the parent held when it started this process.
+    # getrusage would include the memory of the parent when it started this process.
     (line,) = (line for line in PEAK_FILE.read_text().splitlines() if line.startswith("VmHWM"))
     return 1024 * int(line.split()[1])
 
 
 def memory_table(size: Size, cohorts: Sequence[int], most_devices: int) -> Table:
-    """Tells whether memory grows with the cohort; one local step, as it does not depend on them."""
-    rows = [[cohort, *alone(run_cohort, size._replace(steps=1), cohort, most_devices)] for cohort in cohorts]
+    """Measures memory by cohort, with one local step, because it does not depend on their number."""
+    rows = [
+        [cohort, *call_in_process(run_cohort, size._replace(steps=1), cohort, most_devices)]
+        for cohort in cohorts
+    ]
     return Table(
         f"Memory against the clients of a round, {size.name} model, one local step; MB",
         ["clients", "program, temporary", "program, all", "most held by the process", "client-steps/s"],
@@ -63,9 +66,9 @@ def run_cohort(size: Size, cohort: int, most_devices: int) -> list[float | None]
     memory = rounds.compile(first)[0].memory_analysis()
     temporary = memory.temp_size_in_bytes
     everything = temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    rounds.run([first])
+    rounds.train([first])
     begun = time.perf_counter()
-    rounds.run(rounds.portions(cohort))
+    rounds.train(rounds.portions(cohort))
     steps = cohort * size.steps / (time.perf_counter() - begun)
     held = peak_bytes()
     everything -= memory.alias_size_in_bytes
@@ -73,8 +76,8 @@ def run_cohort(size: Size, cohort: int, most_devices: int) -> list[float | None]
 
 
 def scaling_table(size: Size, clients: int, devices: Sequence[int], repeats: int) -> Table:
-    """Compares the same round on more and more devices."""
-    times = alone(run_on_devices, size, clients, devices, repeats)
+    """Compares the same round on different numbers of devices."""
+    times = call_in_process(run_on_devices, size, clients, devices, repeats)
     single = times[min(times)]
     rows = [
         [count, rate(time_s, clients * size.steps), ratio(single, time_s)] for count, time_s in times.items()
@@ -88,23 +91,23 @@ def scaling_table(size: Size, clients: int, devices: Sequence[int], repeats: int
 
 
 def run_on_devices(size: Size, clients: int, devices: Sequence[int], repeats: int) -> dict[int, Timing]:
-    """Returns how long a round takes by the number of devices, of those that there are."""
-    # Of two flags of one name XLA takes the last.
+    """Returns the time of a round by the number of devices, for the numbers that exist."""
+    # If a flag is given twice, XLA takes the last.
     flags = f"--xla_force_host_platform_device_count={max(devices)} --xla_cpu_multi_thread_eigen=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    there = jax.devices()
+    found = jax.devices()
     calls = {
-        str(count): Rounds(size, clients, make_mesh(there[:count])).of(clients)
+        str(count): Rounds(size, clients, make_mesh(found[:count])).call(clients)
         for count in devices
-        if count <= len(there)
+        if count <= len(found)
     }
-    return {int(name): found for name, found in time_together(repeats, **calls).items()}
+    return {int(name): time_s for name, time_s in time_together(repeats, **calls).items()}
 
 
 def compile_table(size: Size, most_devices: int) -> Table:
-    """Times the compilation of each tier, without and with what an earlier process kept."""
+    """Times the compilation of each tier with an empty and with a filled compilation cache."""
     with tempfile.TemporaryDirectory() as directory:
-        cold, warm = (alone(compile_tiers, size, directory, most_devices) for _ in range(2))
+        cold, warm = (call_in_process(compile_tiers, size, directory, most_devices) for _ in range(2))
     rows = [[f"{share:g}", *cold[share], *warm[share]] for share in cold]
     return Table(
         f"Compilation of the {size.name} model's tiers, forward=active; seconds",

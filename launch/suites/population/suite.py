@@ -1,7 +1,7 @@
-"""The suite `population`: what a federated round costs, by chunk, cohort, budget and device.
+"""The suite `population`: cost of a federated round by chunk, cohort, budget, score refresh and devices.
 
-Every table but those of `launch.suites.population.scaling` is measured in this process, the rows
-of a table taking turns.
+All tables except those of `launch.suites.population.scaling` are measured in this process; the rows of a
+table take turns.
 """
 
 import os
@@ -36,28 +36,29 @@ BUDGETS = (
     ("active", "round", 0.5),
     ("active", "round", 0.25),
 )
-"""fl.forward, importance.refresh and the share of the experts, compared with all experts."""
+"""fl.forward, importance.refresh and the budget as a share of the experts; compared with all experts."""
 ALL = ("all", "-", 1.0)
-LONG_REPEATS = 5  # at most, of rounds that take seconds
+LONG_REPEATS = 5  # the most repeats of rounds that take seconds
 MOMENTS = tuple(
     (forward, refresh)
     for forward, moments in {"routed": ("step", "previous", "round"), "active": ("previous", "round")}.items()
     for refresh in moments
 )
-SELECTIONS = 64  # one after the other in the program that times them
+SELECTIONS = 64  # in sequence, in the program that times them
 
 
 class Scale(NamedTuple):
-    """How much a kind of machine is given to do.
+    """Sizes of the measurements on a kind of machine.
 
     Attributes:
-      small, heavy: models; experts are most of the heavy one's work.
-      clients: of a round of the small model.
-      heavy_clients: of a round of the heavy model, on each device.
-      chunks, cohorts: clients at once on a device, and of a round, that are compared.
-      memory_cohorts: clients of a round whose memory is compared.
-      devices: numbers of devices that are compared.
-      product: rows of the square matrices whose product is the peak.
+      small, heavy: models; most of the heavy one's work is in its experts.
+      clients: clients a round of the small model.
+      heavy_clients: clients a round of the heavy model, on each device.
+      chunks: numbers of clients computed together on a device.
+      cohorts: numbers of clients a round.
+      memory_cohorts: numbers of clients a round in the table of memory.
+      devices: numbers of devices.
+      product: rows of the square matrices whose product gives the peak rate.
     """
 
     small: Size = SMALL
@@ -89,9 +90,9 @@ def measure(repeats: int, peers: bool = False) -> Iterator[Table]:
 
     Args:
       repeats: of each call.
-      peers: compare with other packages too.
+      peers: whether to compare with other packages.
     """
-    # Processes of their own need room on a GPU; JAX reads this when it starts.
+    # Leaves GPU memory for the processes that some tables start. JAX reads it when it starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     scale = SCALES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
     mesh = make_mesh()
@@ -112,7 +113,7 @@ def chunk_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
     for chunk in scale.chunks:
         rounds = Rounds(size, max(scale.cohorts), mesh, chunk)
         for cohort in scale.cohorts:
-            calls[f"{chunk} {cohort}"] = rounds.of(cohort)
+            calls[f"{chunk} {cohort}"] = rounds.call(cohort)
             steps[f"{chunk} {cohort}"] = cohort * size.steps
     repeats = min(repeats, LONG_REPEATS)
     times = time_together(repeats, **calls)
@@ -126,7 +127,7 @@ def chunk_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
 
 
 def budget_tables(scale: Scale, mesh: Mesh, repeats: int) -> Iterator[Table]:
-    """Yields what a step costs by budget, and which part of the peak of a matrix product it reaches."""
+    """Yields the cost of a step by budget, and the share of a matrix product's peak rate that it reaches."""
     budgets, peaks = [], []
     for size in (scale.small, scale.heavy):
         clients = scale.clients if size is scale.small else scale.heavy_clients * mesh.shape[CLIENTS]
@@ -159,11 +160,11 @@ def _budget_rows(size: Size, clients: int, mesh: Mesh, product: int, repeats: in
     for forward, refresh, share in BUDGETS:
         fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))
         populations[forward, refresh, share] = Rounds(size, clients, mesh, budgets=(share,), **fields)
-    with ThreadPoolExecutor() as pool:  # compiling keeps one core busy
+    with ThreadPoolExecutor() as pool:  # a compilation uses one core
         costs = pool.map(lambda rounds: cost(rounds, clients), populations.values())
     costs = dict(zip(populations, costs, strict=True))
     peak, peak_flop = make_peak(mesh, product, size.precision)
-    calls = {" ".join(map(str, key)): rounds.of(clients) for key, rounds in populations.items()}
+    calls = {" ".join(map(str, key)): rounds.call(clients) for key, rounds in populations.items()}
     times = time_together(repeats, peak=peak, **calls)
     peak_s = times.pop("peak")
     steps = clients * size.steps
@@ -182,12 +183,12 @@ def _budget_rows(size: Size, clients: int, mesh: Mesh, product: int, repeats: in
 
 
 class Cost(NamedTuple):
-    """What a client's step costs by its compiled program.
+    """Cost of a client step, from its compiled program.
 
     Attributes:
-      flop: of its matrix products.
-      expert_flop: of those of the experts.
-      temporary_bytes: of the program, whatever the number of its clients.
+      flop: FLOP of all matrix products.
+      expert_flop: FLOP of the products of experts.
+      temporary_bytes: temporary memory of the program, which does not depend on the number of clients.
     """
 
     flop: float
@@ -196,7 +197,7 @@ class Cost(NamedTuple):
 
 
 def cost(rounds: Rounds, clients: int) -> Cost:
-    """Returns what a step of the first clients costs, which all have one tier."""
+    """Returns the cost of a step of the first clients, who all have the same tier."""
     portion = next(rounds.portions(clients))
     program, *_ = rounds.compile(portion)
     found = rounds.step_products(program, portion)
@@ -205,10 +206,10 @@ def cost(rounds: Rounds, clients: int) -> Cost:
 
 
 def make_peak(mesh: Mesh, rows: int, dtype: str) -> tuple[Callable[[], None], float]:
-    """Returns a call that multiplies square matrices on every device at once, and its FLOP."""
-    devices, turns = mesh.shape[CLIENTS], 32  # long enough to reach its speed after a round
+    """Returns a call that multiplies square matrices on all devices at the same time, and its FLOP."""
+    devices, turns = mesh.shape[CLIENTS], 32  # long enough to reach the peak rate after another call
     rng = np.random.default_rng(SEED)
-    # Of norm one, so that a chain of products neither vanishes nor overflows.
+    # Orthogonal, so that a chain of products neither vanishes nor overflows.
     matrix = np.linalg.qr(rng.standard_normal((rows, rows)))[0]
     matrices = np.broadcast_to(matrix.astype(np.float32), (devices, rows, rows))
     left = jax.device_put(jnp.asarray(matrices, dtype), NamedSharding(mesh, BY_CLIENT))
@@ -216,19 +217,21 @@ def make_peak(mesh: Mesh, rows: int, dtype: str) -> tuple[Callable[[], None], fl
     def chain(x):
         return jax.lax.fori_loop(0, turns, lambda _, y: jnp.dot(x[0], y), x[0])[None]
 
-    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=BY_CLIENT, out_specs=BY_CLIENT, check_vma=False))
-    return lambda: jax.block_until_ready(run(left)), 2.0 * rows**3 * turns * devices
+    multiply = jax.jit(
+        jax.shard_map(chain, mesh=mesh, in_specs=BY_CLIENT, out_specs=BY_CLIENT, check_vma=False)
+    )
+    return lambda: jax.block_until_ready(multiply(left)), 2.0 * rows**3 * turns * devices
 
 
 def refresh_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
-    """Compares the moments at which a client scores its experts."""
+    """Compares how often a client scores its experts."""
     size, clients, share = scale.small, scale.clients, SHARE
     populations, calls = {}, {}
     for forward, refresh in MOMENTS:
         fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))
         name = f"{forward} {refresh}"
         populations[name] = rounds = Rounds(size, clients, mesh, budgets=(share,), **fields)
-        calls[name] = rounds.of(clients)
+        calls[name] = rounds.call(clients)
         calls[f"{name} selection"] = make_selection(rounds)
     times = time_together(repeats, **calls)
     rows = []
@@ -248,7 +251,7 @@ def refresh_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
 
 
 def make_selection(rounds: Rounds) -> Callable[[], Any]:
-    """Returns a call that scores and selects `SELECTIONS` times, each with the gates of another batch."""
+    """Returns a call that scores and selects `SELECTIONS` times, with the gates of different batches."""
     size, config = rounds.size, rounds.config
     scoring = build_scoring(config, SCORE)
     mask = jnp.ones(size.batch_size * size.seq_len, bool)
@@ -270,7 +273,7 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
 
     @jax.jit
     def select_all(gates, own):
-        # As a client does before its first batch.
+        # The state of a client before its first batch.
         known = scoring.start()._replace(eligible=jnp.ones(scoring.shape, bool))
         return jax.lax.scan(step, known, (gates, own, jnp.arange(SELECTIONS) == 0))[1]
 

@@ -1,4 +1,4 @@
-"""The bench model in PyTorch, as fast as we can make it: local training of one flat vector of parameters.
+"""The bench model in PyTorch, optimised for speed: local training on one flat vector of parameters.
 
 The same function as `hfedmoe_jax.models.switch.SwitchClassifier` with capacity dispatch, top-1.
 PyTorch is optional, so it is imported where it is used.
@@ -21,7 +21,7 @@ NORM_EPSILON = 1e-6  # Flax's
 
 @dataclass(frozen=True)
 class Task:
-    """What every arrangement computes: FedAvg with plain SGD, all clients in every round.
+    """The work of every peer: FedAvg with plain SGD and all clients in every round.
 
     Attributes:
       params: the Flax parameters of `SwitchClassifier`, arrays.
@@ -97,7 +97,7 @@ def torch_layout(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _map(function, tree):
-    """`function` of every array of a tree of dicts."""
+    """Returns a tree of dicts with `function` applied to every array."""
     return {
         key: _map(function, value) if isinstance(value, Mapping) else function(value)
         for key, value in tree.items()
@@ -105,12 +105,12 @@ def _map(function, tree):
 
 
 def flatten(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns all arrays one after the other, float32."""
+    """Returns all arrays concatenated as one float32 vector."""
     return np.concatenate([array.ravel() for array in arrays.values()]).astype(np.float32)
 
 
 def views(vector, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Returns the arrays that `flatten` joined as views of `vector` (NumPy or PyTorch)."""
+    """Returns views of a flattened `vector` (NumPy or PyTorch) with the original shapes."""
     arrays, begin = {}, 0
     for name, shape in shapes.items():
         end = begin + int(np.prod(shape))
@@ -165,7 +165,7 @@ def make_objective(num_heads: int, capacity: int, library: str) -> Callable:
     product = {"mkl": lambda: torch.matmul, "onednn": onednn_product}[library]()
 
     class Move(torch.autograd.Function):
-        """Gathers rows; as no row is read twice, the backward pass gathers too, by the inverse."""
+        """Gathers rows. Each is read at most once, so the backward pass is a gather by the inverse index."""
 
         @staticmethod
         def forward(ctx, rows, index, inverse):
@@ -177,7 +177,7 @@ def make_objective(num_heads: int, capacity: int, library: str) -> Callable:
             return take(gradient, ctx.saved_tensors[0]), None, None
 
     def take(rows, index):
-        """Rows by index; one past the last is a row of zeros."""
+        """Returns rows by index; the index after the last row gives zeros."""
         return torch.cat([rows, rows.new_zeros(1, rows.shape[1])]).index_select(0, index)
 
     def norm(x, scale, bias):
@@ -311,13 +311,13 @@ def initial(task: Task) -> Float[np.ndarray, " parameters"]:
 
 
 class Loop(contextlib.AbstractContextManager):
-    """Plain PyTorch in this process, on one device, client after client.
+    """Plain PyTorch in this process on one device, one client after the other.
 
-    It is meant for a GPU, and has not been run on one.
+    It is meant for a GPU and has not been run on one.
 
     Args:
-      task, settings: see there; a GPU has no oneDNN.
-      device: as PyTorch names it.
+      task, settings: the work, and how PyTorch runs it; a GPU has no oneDNN.
+      device: PyTorch's name of the device.
     """
 
     def __init__(self, task: Task, settings: Settings, device: str):

@@ -1,7 +1,7 @@
-"""The exact optimum in plain NumPy, twice: what `slide_jax.exact` is measured against.
+"""Two solvers of the exact optimum in plain NumPy, the baselines of `slide_jax.exact`.
 
-Both give what the exact solver decides (served, model, clock, bandwidth), without latencies, energies and
-reasons, and take the linear rate model without static power. Written to be fast: vectors of users, in blocks.
+Both return the decisions (served, model, clock, bandwidth) without latencies, energies and reasons, for the
+linear rate model without static power. They are written for speed: vectors of users, in blocks.
 
 Axes: K users, I models, L layers.
 """
@@ -15,10 +15,10 @@ from slide_jax.hull import convex_hull
 from slide_jax.problem import Problem
 
 BLOCK = 16384
-"""Users at once, as in `slide_jax.provisioning`: what stays in a cache."""
+"""Users computed together, as in `slide_jax.provisioning`, so that arrays stay in the cache."""
 
 Answer = tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Number of users served; who; model, clock and least bandwidth of each user."""
+"""Number of users served, a mask of them, and model, clock and least bandwidth of each user."""
 
 
 def solve_dense(problem: Problem) -> Answer:
@@ -57,7 +57,7 @@ def _solve(problem: Problem, points: Callable[[int], Iterable[tuple[float, float
 
 
 def _provision(catalogue, users, vertices, best, chosen, clock):
-    """Fills in least rate, model and clock of a block of users."""
+    """Writes the least rate, the model and the clock of a block of users into `best`, `chosen`, `clock`."""
     slack = users.deadline_s - users.start_s
     total = catalogue.layer_flop.sum(axis=1)
     # More accurate models first, so that a strict comparison keeps them where rates are equal.

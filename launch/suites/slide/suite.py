@@ -1,4 +1,4 @@
-"""The suite `slide`: exact optimum, latency kernels and relaxed optimizer, each beside its peers."""
+"""The suite `slide`: exact solver, latency kernels, relaxed optimizer and quantisation, with baselines."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ QUANTISED = (
     (("gpt2",), (0.85, 0.99)),
     (("smollm2_135m",), (0.85, 0.99)),
 )
-"""Models, and compute as a share of the deadline."""
+"""Models, and the range of compute as a share of the deadline."""
 
 
 def measure(repeats: int) -> Iterator[Table]:
@@ -46,7 +46,7 @@ def measure(repeats: int) -> Iterator[Table]:
 
 
 def random_problem(users: int) -> Problem:
-    """Returns a problem of `MODELS` models of `LAYERS` layers each; about a quarter of the users fit."""
+    """Returns a random problem with `MODELS` models of `LAYERS` layers; about a quarter of the users fit."""
     rng = np.random.default_rng(SEED)
 
     def layers(low: float, high: float) -> np.ndarray:
@@ -83,7 +83,7 @@ def random_problem(users: int) -> Problem:
 
 
 def exact_table(repeats: int) -> Table:
-    """Times the exact optimum against NumPy and HiGHS, which must all serve as many users."""
+    """Times the exact solver against NumPy and HiGHS, which must serve equally many users."""
     rows = []
     for users in USERS:
         problem = random_problem(users)
@@ -123,7 +123,7 @@ def exact_table(repeats: int) -> Table:
 
 
 def latency_table(repeats: int) -> Table:
-    """Times the latency kernels against reading their input once."""
+    """Times the latency kernels and their gradients against reading their input once."""
     rows = []
     with jax.enable_x64(True):
         for users in USERS[:3]:
@@ -157,7 +157,7 @@ def _latency_rows(users: int, repeats: int) -> list[list[Any]]:
 
 
 def _gradient(kernel: Callable, arguments: tuple) -> Callable[[], None]:
-    """Returns a call that computes the gradient into the memory of the call before."""
+    """Returns a call that computes the gradient into the donated memory of the previous call."""
 
     def gradient(earlier, *arguments):
         del earlier
@@ -173,7 +173,7 @@ def _gradient(kernel: Callable, arguments: tuple) -> Callable[[], None]:
 
 
 def relaxed_table(repeats: int) -> Table:
-    """Times the relaxed optimizer against the exact one, with what its certificate says."""
+    """Times the relaxed optimizer against the exact solver, with its gap and its certified gap."""
     rows = []
     for users in USERS:
         problem = random_problem(users)
@@ -189,7 +189,7 @@ def relaxed_table(repeats: int) -> Table:
 
 
 def quantise_table(repeats: int) -> Table:
-    """Compares whole bits for each layer with equal bits of the same noise, by users served."""
+    """Compares integer bits by layer with equal bits at the same quantisation noise, by users served."""
     rows = []
     for models, share in QUANTISED:
         gains = np.array([_quantised(models, share, seed) for seed in range(repeats)])
@@ -210,7 +210,7 @@ def quantise_table(repeats: int) -> Table:
 
 
 def _quantised(models: tuple[str, ...], share: tuple[float, float], seed: int) -> tuple[int, int, int]:
-    """Returns users served at equal bits, by the smallest models and by bits that follow the gradient."""
+    """Returns users served with equal bits, with the smallest models, and with bits by gradient."""
     profiles = [profile(name) for name in models]
     catalogue, _ = read_models([to_model(found, UNIFORM_BITS) for found in profiles], None)
     parameters = np.zeros(catalogue.layer_bits.shape, np.int64)

@@ -1,6 +1,5 @@
 """A whole run of the command line: every promised file, the same bits again, a damaged checkpoint."""
 
-import base64
 import json
 import math
 import pathlib
@@ -8,7 +7,6 @@ import re
 import shutil
 from typing import NamedTuple
 
-import matplotlib.image
 import numpy as np
 import pytest
 import tiny_run
@@ -50,7 +48,7 @@ FIELDS = {"fl__rounds": 6, "fl__local_steps": 4, "fl__chunk": 2, "partition__nam
 def finished(tmp_path_factory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
     train_path = tiny_run.write_jsonl(folder / "train.jsonl", tiny_run.texts(90))
-    screen = tiny_run.run_here(tiny_run.arguments(folder / "run", train_path, **FIELDS))
+    screen = tiny_run.run_main(tiny_run.arguments(folder / "run", train_path, **FIELDS))
     return Finished(folder / "run", train_path, screen)
 
 
@@ -174,16 +172,7 @@ def test_a_run_learns(finished):
 
 
 def test_figures_open_and_the_report_needs_no_other_file(finished):
-    html = (finished.workdir / "report.html").read_text(encoding="utf-8")
-    paths = list((finished.workdir / "figures").iterdir())
-    assert {path.name for path in paths} == {f"{name}.png" for name in FIGURES}
-    for path in paths:
-        image = matplotlib.image.imread(path)
-        assert min(image.shape[:2]) > 200 and image[..., :3].std() > 0.01
-        assert base64.b64encode(path.read_bytes()).decode() in html
-    addresses = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]+)|url\(([^)]+)""", html)
-    assert len(addresses) == len(FIGURES)
-    assert all(address.startswith("data:image/png;base64,") for address, _ in addresses)
+    html = tiny_run.complete_report(finished.workdir, FIGURES)
     for text in ("hfedmoe on file", "expert budget", "python -m launch.main", "orbax-checkpoint"):
         assert text in html
 
@@ -195,13 +184,13 @@ def test_the_tokenizer_is_kept(finished):
 
 def test_the_same_command_elsewhere_gives_the_same_bits(finished, tmp_path):
     command = tiny_run.arguments(tmp_path / "again", finished.train_path, **FIELDS)
-    assert tiny_run.run_here(command).code == 0
+    assert tiny_run.run_main(command).code == 0
     tiny_run.assert_same_results(tmp_path / "again", finished.workdir)
 
 
 def test_a_finished_run_is_not_trained_again(finished, copy):
     workdir, command = copy
-    screen = tiny_run.run_here(command)
+    screen = tiny_run.run_main(command)
     assert (screen.code, screen.err) == (0, "")
     assert "this run is finished" in screen.out
     assert "rounds 6/6" in finished.screen.out and "rounds 6/6" not in screen.out
@@ -216,7 +205,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, copy
     for path in (workdir / "checkpoints" / "6").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    screen = tiny_run.run_here(command)
+    screen = tiny_run.run_main(command)
     assert screen.code == 0
     (warning,) = screen.err.splitlines()
     assert "checkpoint 6 is damaged" in warning and "continuing from checkpoint 5" in warning
@@ -226,7 +215,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, copy
 
 def test_a_conflicting_config_names_the_field_and_changes_nothing(finished, copy):
     workdir, command = copy
-    screen = tiny_run.run_here([*command, "--config.client.learning_rate=0.5"])
+    screen = tiny_run.run_main([*command, "--config.client.learning_rate=0.5"])
     assert screen.code == 2
     (line,) = screen.err.splitlines()
     assert line.startswith(

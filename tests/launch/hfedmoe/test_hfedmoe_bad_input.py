@@ -28,18 +28,13 @@ def folder(tmp_path_factory):
 
 
 def refusal(folder, tmp_path, extra=(), **fields) -> str:
-    """Returns the one line of a refused command, and fails if the command left anything."""
+    """Returns the line that refuses these fields; FOLDER in values and line is the folder of data files."""
     fields = {
         name: value.replace("FOLDER", str(folder)) if isinstance(value, str) else value
         for name, value in fields.items()
     }
     command = tiny_run.arguments(tmp_path / "a" / "run", folder / "train.jsonl", **fields)
-    screen = tiny_run.run_here([*command, *extra])
-    assert (screen.code, screen.out) == (2, "")
-    assert list(tmp_path.iterdir()) == []
-    (line,) = screen.err.splitlines()
-    assert re.fullmatch(r"error: [\w.]+=.+: .+; .+", line)
-    return line.replace(str(folder), "FOLDER")
+    return tiny_run.refusal([*command, *extra], tmp_path).replace(str(folder), "FOLDER")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +129,7 @@ def test_a_workdir_that_is_a_file_or_in_use_is_refused_and_left_alone(folder, tm
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.tex").write_text("mine")
     for name, problem in (("file", "is no directory that can be written"), ("used", "holds other files")):
-        screen = tiny_run.run_here(tiny_run.arguments(tmp_path / name, folder / "train.jsonl"))
+        screen = tiny_run.run_main(tiny_run.arguments(tmp_path / name, folder / "train.jsonl"))
         (line,) = screen.err.splitlines()
         assert screen.code == 2 and line.startswith(f"error: workdir='{tmp_path / name}': {problem}")
     assert (tmp_path / "file").read_text() == "mine"
@@ -144,7 +139,7 @@ def test_a_workdir_that_is_a_file_or_in_use_is_refused_and_left_alone(folder, tm
 
 def test_the_program_itself_exits_with_2_and_no_traceback(folder, tmp_path):
     command = tiny_run.arguments(tmp_path / "run", folder / "train.jsonl", fl__clients=500)
-    screen = tiny_run.run_apart(command)
+    screen = tiny_run.run_process(command)
     line = "error: fl.clients=500: there are only 18 training documents; use at most 18 clients\n"
     assert screen == (2, "", line)
     assert list(tmp_path.iterdir()) == []

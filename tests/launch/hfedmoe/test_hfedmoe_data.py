@@ -68,7 +68,7 @@ def test_local_models_of_owners_from_parquet_run_to_the_end(tmp_path):
         "fl__rounds": 2,
         "partition__name": "column",
     }
-    screen = tiny_run.run_here(tiny_run.arguments(tmp_path / "run", train, **fields))
+    screen = tiny_run.run_main(tiny_run.arguments(tmp_path / "run", train, **fields))
     assert (screen.code, screen.err) == (0, "")
     assert "4 clients; 42 training, 6 validation, 9 test texts; 3 labels" in screen.out
     summary = tiny_run.summary(tmp_path / "run")
@@ -90,7 +90,7 @@ def test_a_diverging_run_over_csv_goes_on_drops_the_updates_and_says_so(tmp_path
         "data__vocab_size": 300,
         "fl__algorithm": "fedavg",
     }
-    screen = tiny_run.run_here(tiny_run.arguments(tmp_path / "run", train, **fields))
+    screen = tiny_run.run_main(tiny_run.arguments(tmp_path / "run", train, **fields))
     assert screen.code == 0
     warnings = screen.err.splitlines()
     found = [re.fullmatch(r"warning: client (\d), round (\d): .* dropped", line) for line in warnings]

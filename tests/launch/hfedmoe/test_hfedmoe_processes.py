@@ -36,7 +36,9 @@ def start_group(size: int, devices: int, command: list[str]) -> list:
     """Starts a run over so many processes, on so many devices in all."""
     address = f"--coordinator=localhost:{free_port()}"
     return [
-        tiny_run.start([*command, address, f"--processes={size}", f"--process={index}"], devices // size)
+        tiny_run.start_process(
+            [*command, address, f"--processes={size}", f"--process={index}"], devices // size
+        )
         for index in range(size)
     ]
 
@@ -58,7 +60,7 @@ def texts(tmp_path_factory):
 def alone(tmp_path_factory, texts):
     """The run in one process."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    screen = tiny_run.run_apart(tiny_run.arguments(workdir, texts, **FIELDS), DEVICES)
+    screen = tiny_run.run_process(tiny_run.arguments(workdir, texts, **FIELDS), DEVICES)
     assert (screen.code, screen.err) == (0, "")
     return workdir
 
@@ -90,10 +92,10 @@ def test_processes_with_unlike_configs_are_refused(monkeypatch):
     monkeypatch.setattr(experiment, "gather_processes", lambda own: digests.append(own) or np.stack(digests))
     config = get_config("smoke")
     for _ in range(2):
-        experiment.check_same_everywhere(config)
+        experiment.check_same_config(config)
     config.seed += 1
     with pytest.raises(InputError, match="process 0 has another config"):
-        experiment.check_same_everywhere(config)
+        experiment.check_same_config(config)
 
 
 def test_when_one_is_killed_the_others_stop_and_one_process_goes_on(tmp_path, texts):
@@ -116,7 +118,7 @@ def test_when_one_is_killed_the_others_stop_and_one_process_goes_on(tmp_path, te
     for step in (before_last, last):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     # The same command, on another number of devices: in one process that is interrupted soon.
-    child = tiny_run.start(command, 1)
+    child = tiny_run.start_process(command, 1)
     while child.poll() is None and path.read_text().count("\n") < len(whole) + 2:
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)

@@ -24,7 +24,7 @@ def rows_written(workdir) -> int:
 
 def kill_after(command, workdir, rows) -> str:
     """Starts a run, kills it once it has written so many rounds, and returns what it printed."""
-    child = tiny_run.start(command)
+    child = tiny_run.start_process(command)
     while rows_written(workdir) < rows and child.poll() is None:
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
@@ -38,7 +38,7 @@ def test_a_run_killed_twice_ends_like_one_that_was_not(tmp_path):
     """At two moments while rounds and checkpoints are being written."""
     train = tiny_run.write_jsonl(tmp_path / "train.jsonl", tiny_run.texts(60))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    screen = tiny_run.run_apart(tiny_run.arguments(whole, train, **FIELDS))
+    screen = tiny_run.run_process(tiny_run.arguments(whole, train, **FIELDS))
     assert (screen.code, screen.err) == (0, "")
     assert f"--config.fl.rounds={ROUNDS}" in (whole / "report.html").read_text(encoding="utf-8")
 
@@ -49,7 +49,7 @@ def test_a_run_killed_twice_ends_like_one_that_was_not(tmp_path):
         assert rows <= rows_written(killed) < ROUNDS
         assert not (killed / "summary.json").exists()
     done = tiny_run.steps(killed)[-1]
-    screen = tiny_run.run_apart(command)
+    screen = tiny_run.run_process(command)
     assert (screen.code, screen.err) == (0, "")
     assert f"continuing after round {done} of {ROUNDS}" in screen.out
     assert [row["round"] for row in tiny_run.metrics(killed)] == [str(n) for n in range(1, ROUNDS + 1)]

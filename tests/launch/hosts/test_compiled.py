@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.hosts.compiled import Product, products, total_flop
+from launch.hosts.compiled import Product, matrix_products, total_flop
 
 
 def compiled(function, *shapes):
@@ -13,8 +13,8 @@ def compiled(function, *shapes):
     return jax.jit(function).lower(*arguments).compile()
 
 
-def flop_of(function, *shapes, turns=()):
-    return total_flop(products(compiled(function, *shapes).as_text(), turns))
+def flop_of(function, *shapes, trip_counts=()):
+    return total_flop(matrix_products(compiled(function, *shapes).as_text(), trip_counts))
 
 
 CONVOLUTION = dict(window_strides=(2, 1), padding=((1, 2), (0, 3)), lhs_dilation=(1, 2), rhs_dilation=(2, 1))
@@ -36,7 +36,7 @@ CONVOLUTION = dict(window_strides=(2, 1), padding=((1, 2), (0, 3)), lhs_dilation
 )
 def test_without_loops_it_is_what_xla_counts(function, shapes):
     program = compiled(function, *shapes)
-    assert total_flop(products(program.as_text())) == program.cost_analysis()["flops"]
+    assert total_flop(matrix_products(program.as_text())) == program.cost_analysis()["flops"]
 
 
 def test_what_is_no_product_does_not_count():
@@ -57,7 +57,7 @@ def test_a_scan_counts_its_length_and_scans_in_scans_multiply():
 
 
 def rising(x, count):
-    """A loop of `count` turns, one product each, with a loop of as many more turns and another in each."""
+    """A loop of `count` iterations of one product, each with a loop of as many more and a second one."""
 
     def turn(_, x):
         x = jnp.tanh(x @ jnp.ones((7, 7)))
@@ -68,13 +68,13 @@ def rising(x, count):
 
 def test_loops_that_the_data_end_turn_as_often_as_told():
     one = 2 * 5 * 7 * 7
-    assert flop_of(rising, (5, 7), 3, turns=(10, 2.5)) == 10 * one + 10 * 2.5 * one
+    assert flop_of(rising, (5, 7), 3, trip_counts=(10, 2.5)) == 10 * one + 10 * 2.5 * one
 
 
-@pytest.mark.parametrize("turns", [(), (10,)])
-def test_a_loop_that_nobody_told_of_is_refused(turns):
-    with pytest.raises(ValueError, match="`turns` does not say"):
-        flop_of(rising, (5, 7), 3, turns=turns)
+@pytest.mark.parametrize("trip_counts", [(), (10,)])
+def test_a_loop_of_unknown_trip_count_is_refused(trip_counts):
+    with pytest.raises(ValueError, match="is not in `trip_counts`"):
+        flop_of(rising, (5, 7), 3, trip_counts=trip_counts)
 
 
 def test_a_loop_without_products_needs_no_turns():
@@ -97,7 +97,7 @@ def test_a_conditional_counts_as_its_most_expensive_branch():
 
 
 def test_products_are_told_apart_by_their_axes():
-    found = products(compiled(lambda a, b, c: (a @ b) @ c, (5, 7), (7, 11), (11, 13)).as_text())
+    found = matrix_products(compiled(lambda a, b, c: (a @ b) @ c, (5, 7), (7, 11), (11, 13)).as_text())
     assert total_flop(found, (5, 7, 11)) == 2 * 5 * 7 * 11
     assert total_flop(found, (11, 13)) == 2 * 5 * 11 * 13
     assert total_flop(found, (7, 13)) == 0
@@ -119,16 +119,16 @@ ENTRY %main (a: f32[3,5,7], b: f32[3,7,11]) -> f32[3,5,11] {
 
 def test_products_that_a_library_computes_count():
     for target in ("__cublas$gemm", "__cublas$lt$matmul"):
-        assert total_flop(products(CALL.replace("TARGET", target))) == 2 * 3 * 5 * 7 * 11
+        assert total_flop(matrix_products(CALL.replace("TARGET", target))) == 2 * 3 * 5 * 7 * 11
 
 
 def test_a_library_that_it_does_not_know_is_refused():
     with pytest.raises(ValueError, match=r"__onednn\$matmul"):
-        products(CALL.replace("TARGET", "__onednn$matmul"))
+        matrix_products(CALL.replace("TARGET", "__onednn$matmul"))
 
 
 def test_operands_may_have_their_types_beside_them():
     text = CALL.replace("(%a, %b)", "(f32[3,5,7]{2,1,0} %a, f32[3,7,11]{2,1,0} %b)")
-    (found,) = products(text.replace("TARGET", "__cublas$gemm"))
+    (found,) = matrix_products(text.replace("TARGET", "__cublas$gemm"))
     assert found == Product(frozenset({3, 5, 7, 11}), 2 * 3 * 5 * 7 * 11, 1.0)
     np.testing.assert_equal(found.times, 1.0)

@@ -181,7 +181,7 @@ def test_others_stop_with_one_line_when_a_process_is_killed(groups):
 def test_a_process_that_fails_says_why_and_the_others_stop(groups):
     (first, failed) = groups[1]["failed"]
     assert first[0] == EXIT_PROCESS_LOST
-    assert first[2].startswith("error: host 1 of 2 stopped with an error of its own; this one stops.")
+    assert first[2].startswith("error: host 1 of 2 stopped with an error; this one stops.")
     assert first[2].count("\n") == 1
     assert failed[0] == 1
     assert failed[2].endswith("ValueError: one of its own\n")

@@ -6,7 +6,7 @@ from PIL import Image
 
 from launch.run import figures
 from launch.slide.figures import write_figures
-from launch.slide.sweeps import Bars, Study
+from launch.slide.sweeps import Study, UserTimeline
 from slide_jax.experiment import METHODS, Latencies
 
 NAMES = (
@@ -19,7 +19,7 @@ NAMES = (
     "gap",
 )
 TEXTS = {name: (f"title of {name}", "caption") for name in NAMES}
-BARS = Bars(
+USER = UserTimeline(
     arrival_s=np.array([1.0, 2.0]),
     slide_begin_s=np.array([1.0, 2.0]),
     slide_end_s=np.array([2.0, 3.0]),
@@ -54,18 +54,18 @@ def make_study(points=4, drops=20, known=True) -> Study:
 
 
 @pytest.mark.parametrize(
-    ("study", "bars"),
+    ("study", "user"),
     [
-        (make_study(), BARS),
-        (make_study(points=1, drops=2), BARS._replace(arrival_s=np.zeros(2))),
+        (make_study(), USER),
+        (make_study(points=1, drops=2), USER._replace(arrival_s=np.zeros(2))),
         (make_study(known=False), None),
     ],
     ids=["usual", "one of each", "nobody served"],
 )
-def test_every_figure_is_drawn_without_a_warning(tmp_path, study, bars):
+def test_every_figure_is_drawn_without_a_warning(tmp_path, study, user):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        entries = write_figures(study, bars, TEXTS, tmp_path / "figures")
+        entries = write_figures(study, user, TEXTS, tmp_path / "figures")
     assert [entry.path.stem for entry in entries] == list(NAMES)
     assert [entry.title for entry in entries] == [f"title of {name}" for name in NAMES]
     for entry in entries:
@@ -79,7 +79,7 @@ def test_only_figures_with_a_text_are_drawn(tmp_path):
     study = make_study()
     study = Study({"bandwidth": study.sweeps["bandwidth"]}, None, study.latencies)
     wanted = {name: TEXTS[name] for name in ("timeline", "served_by_bandwidth", "latency_cdf")}
-    write_figures(study, BARS, wanted, tmp_path)
+    write_figures(study, USER, wanted, tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == set(wanted)
 
 
@@ -87,8 +87,8 @@ def test_figures_depend_on_the_data(tmp_path):
     study = make_study()
     other = study._replace(served=study.served | {"relaxed": np.zeros(20, int)})
     first, second = (
-        write_figures(data, bars, TEXTS, tmp_path / name)
-        for data, bars, name in ((study, BARS, "a"), (other, BARS._replace(deadline_s=9.0), "b"))
+        write_figures(data, user, TEXTS, tmp_path / name)
+        for data, user, name in ((study, USER, "a"), (other, USER._replace(deadline_s=9.0), "b"))
     )
     changed = {
         a.path.stem for a, b in zip(first, second, strict=True) if a.path.read_bytes() != b.path.read_bytes()
@@ -98,4 +98,4 @@ def test_figures_depend_on_the_data(tmp_path):
 
 @pytest.mark.parametrize(("arrival_s", "rho"), [([1.0, 2.0], 1.0), ([0.0, 0.0], np.inf)])
 def test_rho_of_a_time_line(arrival_s, rho):
-    assert BARS._replace(arrival_s=np.array(arrival_s)).rho == rho
+    assert USER._replace(arrival_s=np.array(arrival_s)).rho == rho

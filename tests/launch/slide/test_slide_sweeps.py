@@ -1,11 +1,11 @@
-"""Rows of metrics.csv against sums by hand and a bootstrap; whose time line is drawn."""
+"""Rows of metrics.csv against sums by hand and a bootstrap; which user the timeline shows."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from launch.slide.sweeps import _row, one_user
+from launch.slide.sweeps import point_row, typical_user
 from slide_jax.baselines import dai
 from slide_jax.exact import exact
 from slide_jax.experiment import Sweep
@@ -18,7 +18,7 @@ def row_of(exact_counts, dai_counts, saved, rho):
     """Returns the row of a single point from what each drop gave."""
     served = {"exact": np.array([exact_counts]), "dai": np.array([dai_counts])}
     setting = Setting(patience=1.5, users=20)
-    return _row(setting, Sweep(served, np.array([saved], float), np.array([rho], float)))
+    return point_row(setting, Sweep(served, np.array([saved], float), np.array([rho], float)))
 
 
 def test_means_and_intervals_by_hand():
@@ -91,14 +91,14 @@ def test_the_user_drawn_is_the_one_of_the_median_saving():
     problem = problem_of([2.0, 0.9, 4.0, 1.5])
     conventional = dai(problem)
     assert conventional.served.tolist() == [True, False, True, True]
-    bars = one_user(problem, conventional, exact(problem))
-    assert (bars.start_s, bars.deadline_s) == (0.0, 1.5)
-    np.testing.assert_allclose(bars.arrival_s, [0.25, 0.5], rtol=1e-9)
-    np.testing.assert_allclose(bars.slide_begin_s, [0.25, 0.75], rtol=1e-9)
-    np.testing.assert_allclose(bars.slide_end_s, [0.75, 1.25], rtol=1e-9)
-    np.testing.assert_allclose(bars.dai_begin_s, [0.5, 1.0], rtol=1e-9)
-    np.testing.assert_allclose(bars.dai_end_s, [1.0, 1.5], rtol=1e-9)
-    assert bars.rho == pytest.approx(2.0)
+    user = typical_user(problem, conventional, exact(problem))
+    assert (user.start_s, user.deadline_s) == (0.0, 1.5)
+    np.testing.assert_allclose(user.arrival_s, [0.25, 0.5], rtol=1e-9)
+    np.testing.assert_allclose(user.slide_begin_s, [0.25, 0.75], rtol=1e-9)
+    np.testing.assert_allclose(user.slide_end_s, [0.75, 1.25], rtol=1e-9)
+    np.testing.assert_allclose(user.dai_begin_s, [0.5, 1.0], rtol=1e-9)
+    np.testing.assert_allclose(user.dai_end_s, [1.0, 1.5], rtol=1e-9)
+    assert user.rho == pytest.approx(2.0)
 
 
 def test_where_dai_serves_nobody_the_first_user_of_slide_is_drawn():
@@ -111,6 +111,6 @@ def test_where_dai_serves_nobody_the_first_user_of_slide_is_drawn():
         frequency_hz=np.zeros(3),
         latency_s=np.full(3, np.nan),
     )
-    bars = one_user(problem, nobody, exact(problem))
-    assert bars.deadline_s == 1.2 and bars.slide_end_s[-1] == pytest.approx(1.2)
-    assert one_user(problem, nobody, nobody) is None
+    user = typical_user(problem, nobody, exact(problem))
+    assert user.deadline_s == 1.2 and user.slide_end_s[-1] == pytest.approx(1.2)
+    assert typical_user(problem, nobody, nobody) is None

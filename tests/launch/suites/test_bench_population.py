@@ -51,7 +51,7 @@ def record(tmp_path_factory):
         patch.setattr(suite, "MOMENTS", (("routed", "previous"), ("active", "previous")))
         patch.setattr(scaling, "SHARES", (SHARE,))
         # Processes of their own take seconds to start; one test below starts one.
-        patch.setattr(scaling, "alone", lambda function, *arguments: function(*arguments))
+        patch.setattr(scaling, "call_in_process", lambda function, *arguments: function(*arguments))
         patch.setattr(scaling, "use_compilation_cache", lambda directory: None)
         rounds = shared_rounds()
         patch.setattr(suite, "Rounds", rounds)
@@ -125,7 +125,7 @@ def test_a_process_of_its_own_has_a_memory_of_its_own(monkeypatch):
     here = scaling.peak_bytes()
     ballast = np.ones(150_000_000, np.uint8)
     assert scaling.peak_bytes() >= here
-    held_mb = scaling.alone(scaling.run_cohort, TINY, 2, 2)[2]
+    held_mb = scaling.call_in_process(scaling.run_cohort, TINY, 2, 2)[2]
     assert 50 < held_mb < 1e-6 * (scaling.peak_bytes() + len(ballast))
 
 
@@ -156,7 +156,7 @@ class Replay:
 def test_peers_take_turns_and_their_losses_are_compared(monkeypatch):
     rounds, mesh = shared_rounds(), make_mesh()
     ours = rounds(TINY, CLIENTS, mesh)
-    call = ours.of(CLIENTS)
+    call = ours.call(CLIENTS)
     for _ in range(4):
         call()
     tasks = []
@@ -196,7 +196,7 @@ def test_an_accelerator_needs_a_pytorch_that_uses_it(monkeypatch):
 def test_pytorch_in_one_loop_has_our_losses():
     pytest.importorskip("torch")
     ours = Rounds(TINY, CLIENTS, make_mesh())
-    call = ours.of(CLIENTS)
+    call = ours.call(CLIENTS)
     with Loop(beside.make_task(ours), Settings(False, "mkl"), "cpu") as peer:
         theirs = [peer.round() for _ in range(3)]
     for _ in range(3):
