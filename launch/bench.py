@@ -1,11 +1,11 @@
-"""Measures speed and memory: what is compared takes turns in one run; medians with their quartiles.
+"""Measures speed and memory. Compared calls take turns in one run; results are medians with quartiles.
 
     python -m launch.bench --suite=slide
     python -m launch.bench --suite=slide --workdir=DIR --repeats=3
     python -m launch.bench --suite=population --peers
 
   --suite=NAME     what is measured:
-                     slide       solvers and latency kernels, beside NumPy and HiGHS
+                     slide       solvers and latency kernels, compared with NumPy and HiGHS
                      population  a federated round by chunk, cohort, budget and device
   --workdir=DIR    directory of bench.json; by default runs/bench-NAME
   --repeats=N      repeats of each measurement, at least 3 (default 9)

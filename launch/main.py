@@ -1,4 +1,4 @@
-"""Runs the experiment that a config describes, or continues it from its last checkpoint.
+"""Runs the experiment of a config, or continues it from its last checkpoint.
 
     python -m launch.main --config=configs/hfedmoe.py
     python -m launch.main --config=configs/hfedmoe.py:smoke --workdir=DIR --config.seed=1

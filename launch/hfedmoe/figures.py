@@ -22,13 +22,13 @@ Record = Mapping[str, Any]
 
 
 def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> list[FigureEntry]:
-    """Draws every figure of a run into a directory and returns what a report needs of them.
+    """Draws all figures of a run and returns their entries for the report.
 
     Args:
       rows: the rows of metrics.csv.
-      record: arrays of the run by name: num_layers, num_experts, round_last, majority_accuracy;
-        device_class, budget, union, client_accuracy, client_num_examples, one a client;
-        cohort [M]; usage_before and usage_after [M, L, E]; times_chosen [C, L, E]; expert_load [L, E].
+      record: values and arrays of the run by name: num_layers, num_experts, round_last, majority_accuracy;
+        device_class, budget, union, client_accuracy and client_num_examples [C]; cohort [M];
+        usage_before and usage_after [M, L, E]; times_chosen [C, L, E]; expert_load [L, E].
       directory: where the PNG files go; created.
     """
     with figures.house_style():
@@ -101,6 +101,14 @@ TEXTS = {
 }
 """Title and caption of each figure."""
 
+OUTCOMES = (
+    ("clients_ok", "finished", GREEN),
+    ("clients_dropped_out", "dropped out", AMBER),
+    ("clients_over_budget", "over budget", ORANGE),
+    ("clients_nonfinite", "loss not finite", PINK),
+)
+"""Column, label and colour of each outcome of a client's round."""
+
 
 def by_round(rows: Rows, record: Record) -> Figure:
     """Draws accuracy and loss by round."""
@@ -138,7 +146,7 @@ def _learning(rows: Rows, record: Record, x: np.ndarray, xlabel: str) -> Figure:
 
 
 def expert_usage(record: Record) -> Figure:
-    """Draws the clients' expert usage before and after aggregation, on one colour scale."""
+    """Draws the clients' expert usage before and after aggregation, with one colour scale."""
     clients = np.asarray(record["cohort"])
     before, after = (np.asarray(record[name], float) for name in ("usage_before", "usage_after"))
     figure, ((left, right),) = figures.new_figure(
@@ -151,7 +159,7 @@ def expert_usage(record: Record) -> Figure:
     largest = np.nanmax([np.nanmax(before), np.nanmax(after, initial=0)])
     columns = before[0].size
     look = {"cmap": "viridis", "norm": PowerNorm(0.5, 0, largest), "aspect": "auto"}
-    # More columns than pixels: average them rather than leave some out.
+    # With more columns than pixels, average them instead of leaving some out.
     look["interpolation"] = "nearest" if columns <= 500 else "antialiased"
     for axes, title, usage in ((left, BEFORE, before), (right, AFTER, after)):
         image = axes.imshow(usage.reshape(len(clients), columns), **look)
@@ -177,7 +185,7 @@ def _layer_columns(axes: Axes, num_layers: int, num_experts: int) -> None:
 
 
 def expert_choice(record: Record) -> Figure:
-    """Draws, layer by layer, how many clients chose each expert."""
+    """Draws for each layer how many clients chose each expert."""
     times_chosen = np.asarray(record["times_chosen"])
     num_layers, num_experts = record["num_layers"], record["num_experts"]
     a_round = times_chosen.sum(0) / max(1, record["round_last"])
@@ -218,7 +226,7 @@ def expert_share(rows: Rows) -> Figure:
 
 
 def budget_union(record: Record) -> Figure:
-    """Draws every client's budget against the experts that its batches need."""
+    """Draws the budget of each client against the number of experts that its batches use."""
     budget, union = np.asarray(record["budget"], float), np.asarray(record["union"], float)
     figure, ((axes,),) = figures.new_figure(height_in=4.6)
     took_part = np.isfinite(union)
@@ -272,7 +280,7 @@ def client_accuracy(record: Record) -> Figure:
 
 
 def routing(rows: Rows, record: Record) -> Figure:
-    """Draws the load of the experts and the health of the routing by round."""
+    """Draws the load of the experts, routing consistency, dropped tokens and router entropy by round."""
     load = np.asarray(record["expert_load"], float)
     rounds = column(rows, "round")
     figure, ((left, middle, right),) = figures.new_figure(1, 3, height_in=3.6, width_ratios=[4, 3, 3])
@@ -298,43 +306,49 @@ def routing(rows: Rows, record: Record) -> Figure:
 
 def cost(rows: Rows) -> Figure:
     """Draws traffic, simulated time and failed clients by round."""
-    rounds = column(rows, "round")
     figure, grid = figures.new_figure(3, 1, height_in=7.2, sharex=True)
     traffic, seconds, clients = grid[:, 0]
-    up, down = column(rows, "bytes_up"), column(rows, "bytes_down")
-    unit, name = figures.byte_scale(np.concatenate([up, down]))
-    line(traffic, rounds, down / unit, "down (server to clients)", BLUE)
-    line(traffic, rounds, up / unit, "up (clients to server)", ORANGE)
-    figures.from_zero(traffic)
-    _beside(traffic, "Traffic of a round", f"sent ({name})")
-    length, waiting = column(rows, "round_time_s"), column(rows, "waiting_share")
-    unit, name = figures.time_scale(length)
-    line(seconds, rounds, length / unit, "whole round", BLUE)
-    line(seconds, rounds, length * waiting / unit, "of it waiting, mean client", PINK)
-    figures.from_zero(seconds)
-    _beside(seconds, "Simulated time of a round", f"time ({name})")
-    bottom = np.zeros(len(rounds))
-    width = 0.85 if len(rounds) <= 60 else 1.02  # gaps between very many bars only shimmer
-    outcomes = (
-        ("clients_ok", "finished", GREEN),
-        ("clients_dropped_out", "dropped out", AMBER),
-        ("clients_over_budget", "over budget", ORANGE),
-        ("clients_nonfinite", "loss not finite", PINK),
-    )
-    for field, label, color in outcomes:
-        count = np.nan_to_num(column(rows, field))
-        if count.any():
-            clients.bar(rounds, count, bottom=bottom, width=width, color=color, label=label)
-        bottom += count
-    clients.yaxis.set_major_locator(MaxNLocator(integer=True))
-    clients.grid(axis="x", visible=False)
-    figures.whole_numbers(clients, rounds)
-    _beside(clients, "Clients", "clients")
+    _traffic(traffic, rows)
+    _round_time(seconds, rows)
+    _outcomes(clients, rows)
+    figures.whole_numbers(clients, column(rows, "round"))
     clients.set_xlabel("round")
     return figure
 
 
-def _beside(axes: Axes, title: str, ylabel: str) -> None:
+def _traffic(axes: Axes, rows: Rows) -> None:
+    rounds, up, down = (column(rows, name) for name in ("round", "bytes_up", "bytes_down"))
+    unit, name = figures.byte_scale(np.concatenate([up, down]))
+    line(axes, rounds, down / unit, "down (server to clients)", BLUE)
+    line(axes, rounds, up / unit, "up (clients to server)", ORANGE)
+    figures.from_zero(axes)
+    _finish_with_legend_at_right(axes, "Traffic of a round", f"sent ({name})")
+
+
+def _round_time(axes: Axes, rows: Rows) -> None:
+    rounds, length, waiting = (column(rows, name) for name in ("round", "round_time_s", "waiting_share"))
+    unit, name = figures.time_scale(length)
+    line(axes, rounds, length / unit, "whole round", BLUE)
+    line(axes, rounds, length * waiting / unit, "of it waiting, mean client", PINK)
+    figures.from_zero(axes)
+    _finish_with_legend_at_right(axes, "Simulated time of a round", f"time ({name})")
+
+
+def _outcomes(axes: Axes, rows: Rows) -> None:
+    rounds = column(rows, "round")
+    bottom = np.zeros(len(rounds))
+    width = 0.85 if len(rounds) <= 60 else 1.02  # with very many bars, the gaps would cause moiré
+    for field, label, color in OUTCOMES:
+        count = np.nan_to_num(column(rows, field))
+        if count.any():
+            axes.bar(rounds, count, bottom=bottom, width=width, color=color, label=label)
+        bottom += count
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="x", visible=False)
+    _finish_with_legend_at_right(axes, "Clients", "clients")
+
+
+def _finish_with_legend_at_right(axes: Axes, title: str, ylabel: str) -> None:
     finish(axes, title, "", ylabel)
     if axes.get_legend():
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -345,7 +359,7 @@ def _percent(axes: Axes) -> None:
 
 
 def _device_classes(record: Record, among: np.ndarray) -> list[tuple[str, np.ndarray, str, str]]:
-    """Returns (name, clients as a mask, colour, marker) of each device class, the strongest first."""
+    """Returns (name, mask of its clients, colour, marker) of each device class, the largest budget first."""
     device_class, budget = np.asarray(record["device_class"]), np.asarray(record["budget"])
     names = sorted(set(device_class.tolist()), key=lambda name: (-budget[device_class == name].mean(), name))
     looks = [

@@ -102,7 +102,7 @@ def check_single_process(host: Host) -> None:
 
 
 def solve_and_print(config: ConfigDict, problem: Problem) -> list[Solution]:
-    """Returns what the solvers make of a problem, and prints it as a table."""
+    """Returns the solutions of all requested solvers, and prints them as a table."""
     print("solving; each solver is compiled first ...", flush=True)
     solutions = solve_all(config, problem)
     table = solver_table(solutions, problem)

@@ -192,18 +192,7 @@ def gap(served: dict[str, np.ndarray]) -> Figure:
     }
     order = sorted(lost, key=lambda method: lost[method].mean() if some.any() else 0.0, reverse=True)
     for place, method in enumerate(order if some.any() else []):
-        mean, (low, high) = lost[method].mean(), np.quantile(lost[method], [0.05, 0.95])
-        axes.barh(place, mean, color=SKY, height=0.6)
-        axes.plot([low, high], [place, place], color=GREY, linewidth=1.5, marker="|", markersize=9)
-        optimal = np.mean(lost[method] == 0)
-        axes.annotate(
-            f"mean {mean:.1%}, optimal in {optimal:.1%} of drops",
-            (max(mean, high), place),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+        _loss_bar(axes, place, lost[method])
     if axes.has_data():
         axes.set_yticks(range(len(order)), [_name(method).removeprefix("SLIDE, ") for method in order])
         axes.grid(axis="y", visible=False)
@@ -212,6 +201,21 @@ def gap(served: dict[str, np.ndarray]) -> Figure:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     finish(axes, "", "users lost against the optimum", "")
     return figure
+
+
+def _loss_bar(axes: Axes, place: int, lost: np.ndarray) -> None:
+    """Draws the mean of a share over drops as a bar, and the range from 5% to 95% of the drops as a line."""
+    mean, (low, high) = lost.mean(), np.quantile(lost, [0.05, 0.95])
+    axes.barh(place, mean, color=SKY, height=0.6)
+    axes.plot([low, high], [place, place], color=GREY, linewidth=1.5, marker="|", markersize=9)
+    axes.annotate(
+        f"mean {mean:.1%}, optimal in {np.mean(lost == 0):.1%} of drops",
+        (max(mean, high), place),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9,
+    )
 
 
 def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
@@ -255,7 +259,7 @@ def _distribution(axes: Axes, values: np.ndarray, label: str, color: str) -> Non
 
 
 def _chain(axes: Axes, height: float, begins: np.ndarray, ends: np.ndarray, color: str) -> None:
-    """Draws one bar a layer, in two shades so that neighbours can be told apart."""
+    """Draws one bar a layer, in two alternating shades."""
     shades = np.where(np.arange(len(begins)) % 2, 0.55, 1.0)
     bars = axes.barh(height, ends - begins, left=begins, height=0.62, color=color, linewidth=0)
     for bar, shade in zip(bars, shades, strict=True):

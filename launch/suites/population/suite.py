@@ -19,7 +19,7 @@ from hfedmoe_jax.models import own_choice
 from hfedmoe_jax.population import BY_CLIENT, CLIENTS, make_mesh
 from hfedmoe_jax.refresh import Batch, build_scoring
 from launch.hosts.compiled import total_flop
-from launch.suites.population.beside import peers_table
+from launch.suites.population.comparison import peers_table
 from launch.suites.population.rounds import SEED, SHARE, Rounds, Size
 from launch.suites.population.scaling import MEGABYTE, compile_table, memory_table, scaling_table
 from launch.suites.timing import Table, each_of, rate, ratio, time_together

@@ -62,7 +62,7 @@ class Settings(NamedTuple):
 def torch_layout(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the parameters of `SwitchClassifier` by name as the step takes them.
 
-    A layer's query, key and value projections become one matrix [D, 3 D]; layers are told apart by name.
+    A layer's query, key and value projections become one matrix [D, 3 D]; a layer's number ends its names.
 
     Args:
       params: the Flax parameters (without the collection's name), arrays.

@@ -9,7 +9,7 @@ import pytest
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.population import make_mesh
 from launch import bench
-from launch.suites.population import beside, scaling, suite
+from launch.suites.population import comparison, scaling, suite
 from launch.suites.population.rounds import Rounds, Size, texts
 from launch.suites.population.suite import Scale
 from launch.suites.population.torch_step import Loop, Settings
@@ -165,10 +165,10 @@ def test_peers_take_turns_and_their_losses_are_compared(monkeypatch):
         return lambda task: tasks.append(task) or Replay([losses + wrong for losses in ours.losses])
 
     peers = {"PyTorch": start(0.0), "PyTorch, compiled": start(1e-4), "Flower, compiled": start(5e-4)}
-    monkeypatch.setattr(beside, "ARRANGEMENTS", peers)
-    monkeypatch.setattr(beside, "absent", list)
-    monkeypatch.setattr(beside, "Rounds", rounds)
-    table = beside.peers_table(TINY, CLIENTS, mesh, 3)
+    monkeypatch.setattr(comparison, "ARRANGEMENTS", peers)
+    monkeypatch.setattr(comparison, "absent", list)
+    monkeypatch.setattr(comparison, "Rounds", rounds)
+    table = comparison.peers_table(TINY, CLIENTS, mesh, 3)
     assert [row[0] for row in table.rows] == ["ours", "ours, 25% of the experts, active", *peers]
     apart = [row[4] for row in table.rows]
     assert table.rows[0][3] == 1  # ours over itself
@@ -183,22 +183,22 @@ def test_peers_take_turns_and_their_losses_are_compared(monkeypatch):
 def test_a_peer_with_other_losses_stops_the_suite(wrong):
     ours = [np.array([1.0, 2.0]), np.array([0.5, 1.0])]
     with pytest.raises(AssertionError, match=f"differ by {wrong:.1e} nats within 2 rounds"):
-        beside.difference([ours[0], ours[1] + wrong], ours)
+        comparison.difference([ours[0], ours[1] + wrong], ours)
 
 
 def test_an_accelerator_needs_a_pytorch_that_uses_it(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(beside.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(comparison.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs PyTorch on the tpu"):
-        beside.arrangements()
+        comparison.arrangements()
 
 
 def test_pytorch_in_one_loop_has_our_losses():
     pytest.importorskip("torch")
     ours = Rounds(TINY, CLIENTS, make_mesh())
     call = ours.call(CLIENTS)
-    with Loop(beside.make_task(ours), Settings(False, "mkl"), "cpu") as peer:
+    with Loop(comparison.make_task(ours), Settings(False, "mkl"), "cpu") as peer:
         theirs = [peer.round() for _ in range(3)]
     for _ in range(3):
         call()
-    assert beside.difference(theirs, ours.losses) < 1e-4
+    assert comparison.difference(theirs, ours.losses) < 1e-4

@@ -1,4 +1,4 @@
-"""The suite `population` beside other packages, which train the same model on the same data and batches."""
+"""The suite `population`, comparison with other packages on the same model, data and batches."""
 
 import contextlib
 import functools
@@ -52,7 +52,7 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
             over = ratio(times[fastest], times[name]), ratio(times[name], times[OURS])
             rows.append([name, rate(times[name], task.client_steps), *over, apart])
     return Table(
-        f"Beside other packages, {clients} clients of the {size.name} model, fedavg; client-steps/s",
+        f"Other packages, {clients} clients of the {size.name} model, fedavg; client-steps/s",
         ["who", "client-steps/s", f"over {fastest}", "ours over it", "largest difference of a loss"],
         rows,
         peers_note(rows, ours, active, fastest),
