@@ -167,7 +167,6 @@ def get_config(preset: str = "default") -> ConfigDict:
     fl.chunk = 0  # clients computed at once on an accelerator; 0: by its memory
 
     importance = config.importance = ConfigDict()
-    importance.unit = "sample"  # what (3)-(5), (10), (11), (16) run over: sample | token
     importance.estimate = "routing"  # of the task information: routing | gradient
     importance.unit = "sample"  # x_i of (3)-(16): sample (the paper; mean over its tokens) | token
     importance.refresh = "step"  # step | previous | round

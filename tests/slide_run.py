@@ -1,4 +1,4 @@
-"""A tiny run of the SLIDE command line that the end-to-end tests share."""
+"""Tiny runs of the SLIDE experiment for the end-to-end tests."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ TINY = {
     "monte_carlo__rhos": (0.25, 0.5, 2.0),
 }
 MEASURED = ("solve_s", "wall_s")
-"""What two equal runs do not share: they are measured with a clock."""
+"""Measured by a clock, so different in two equal runs."""
 
 
 def arguments(workdir: pathlib.Path, **fields: Any) -> list[str]:
@@ -27,6 +27,6 @@ def arguments(workdir: pathlib.Path, **fields: Any) -> list[str]:
 
 
 def read(workdir: pathlib.Path, name: str) -> dict[str, Any]:
-    """Returns a JSON file of a run, without what a clock measured."""
+    """Returns a JSON file of a run without the fields that a clock measured."""
     content = json.loads((workdir / f"{name}.json").read_text(encoding="utf-8"))
     return {key: value for key, value in content.items() if key not in MEASURED}

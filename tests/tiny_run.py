@@ -1,5 +1,6 @@
-"""A tiny run of the command line, and what it left, that the end-to-end tests share."""
+"""Tiny runs of the command line for the end-to-end tests: how they start, and what they must leave."""
 
+import base64
 import contextlib
 import csv
 import io
@@ -7,12 +8,14 @@ import json
 import os
 import pathlib
 import random
+import re
 import struct
 import subprocess
 import sys
 from typing import Any, NamedTuple
 
 import jax
+import matplotlib.image
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 from tensorboardX.proto.event_pb2 import Event
@@ -27,11 +30,11 @@ TOPICS = {
 }
 COMMON = ["and", "in", "of", "the", "to", "with"]
 REAL_TIME = ("wall_s", "client_steps_per_s")
-"""What two equal runs do not share: they are measured with a clock."""
+"""Measured by a clock, so different in two equal runs."""
 
 
 def texts(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Returns distinct documents whose label is plain from their words, a third of them each."""
+    """Returns distinct documents, a third of each topic, whose words determine the label."""
     rng = random.Random(seed)
     rows = []
     for index in range(count):
@@ -66,22 +69,22 @@ def arguments(workdir: pathlib.Path, train_path: pathlib.Path, **fields: Any) ->
 
 
 class Screen(NamedTuple):
-    """What a finished command said."""
+    """Exit code and output of a finished command."""
 
     code: int
     out: str
     err: str
 
 
-def run_here(command: list[str]) -> Screen:
+def run_main(command: list[str]) -> Screen:
     """Runs a command line in this process."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main(command)
     return Screen(code, out.getvalue(), err.getvalue())
 
 
-def start(command: list[str], devices: int | None = None) -> subprocess.Popen:
-    """Starts a command line in a process of its own, on so many devices; None: its own choice."""
+def start_process(command: list[str], devices: int | None = None) -> subprocess.Popen:
+    """Starts a command line in a new process with this many devices; None: as the command chooses."""
     # The variable shortens compilation, as tests/conftest.py does here. XLA_FLAGS belong to this process.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -97,11 +100,37 @@ def start(command: list[str], devices: int | None = None) -> subprocess.Popen:
     )
 
 
-def run_apart(command: list[str], devices: int | None = None) -> Screen:
-    """Runs a command line in a process of its own, on so many devices; None: its own choice."""
-    child = start(command, devices)
+def run_process(command: list[str], devices: int | None = None) -> Screen:
+    """Runs a command line in a new process with this many devices; None: as the command chooses."""
+    child = start_process(command, devices)
     out, err = child.communicate(timeout=300)
     return Screen(child.returncode, out, err)
+
+
+def refusal(command: list[str], folder: pathlib.Path) -> str:
+    """Returns the one line of a command that ends with exit code 2 and leaves nothing in `folder`."""
+    before = sorted(folder.iterdir())
+    screen = run_main(command)
+    assert (screen.code, screen.out) == (2, "")
+    assert sorted(folder.iterdir()) == before
+    (line,) = screen.err.splitlines()
+    assert re.fullmatch(r"error: [\w.\[\]]+=.+: .+; .+", line)
+    return line
+
+
+def complete_report(workdir: pathlib.Path, figures: set[str]) -> str:
+    """Returns report.html, after checking that it shows exactly these figures and loads no other file."""
+    html = (workdir / "report.html").read_text(encoding="utf-8")
+    paths = list((workdir / "figures").iterdir())
+    assert {path.name for path in paths} == {f"{name}.png" for name in figures}
+    for path in paths:
+        image = matplotlib.image.imread(path)
+        assert min(image.shape[:2]) > 200 and image[..., :3].std() > 0.01
+        assert base64.b64encode(path.read_bytes()).decode() in html
+    addresses = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]+)|url\(([^)]+)""", html)
+    assert len(addresses) == len(figures)
+    assert all(address.startswith("data:image/png;base64,") for address, _ in addresses)
+    return html
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, str]]:
@@ -111,13 +140,13 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, str]]:
 
 
 def summary(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns summary.json without what a clock measured."""
+    """Returns summary.json without the fields that a clock measured."""
     content = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     return {name: value for name, value in content.items() if name not in REAL_TIME}
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-    """Returns the rounds of which there is a checkpoint."""
+    """Returns the rounds that have a checkpoint."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
 
 

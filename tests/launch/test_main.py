@@ -8,6 +8,9 @@ import pytest
 
 from hfedmoe_jax.errors import InputError
 from launch import main as front_door
+from launch.experiments import run_experiment
+from launch.run.command import apply_overrides, load_config
+from slide_jax.errors import InputError as SlideInputError
 
 CONFIG_FILE = """
 from ml_collections import ConfigDict
@@ -31,9 +34,9 @@ def get_config(preset="default"):
 def runs(tmp_path, monkeypatch):
     """An empty directory with a config file in it, an experiment that only notes its calls, and they."""
     calls = []
-    module = types.ModuleType("launch.hfedmoe")
-    module.run = lambda config, workdir, host: calls.append((config, workdir))
-    monkeypatch.setitem(sys.modules, "launch.hfedmoe", module)
+    module = types.ModuleType("launch.hfedmoe.experiment")
+    module.run_experiment = lambda config, workdir, host: calls.append((config, workdir))
+    monkeypatch.setitem(sys.modules, "launch.hfedmoe.experiment", module)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.py").write_text(CONFIG_FILE)
     (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
@@ -133,24 +136,51 @@ def test_mistakes_end_with_one_line_and_nothing_written(runs, tmp_path, capsys, 
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
 
 
-def test_input_error_of_any_package_is_the_users(runs, capsys, monkeypatch):
-    class Other(ValueError):
-        pass
-
-    Other.__name__ = "InputError"
-    for error in (
-        InputError("data.alpha", -1, "must be above 0", "use e.g. 0.3"),
-        Other("users=0: none; more"),
-    ):
-        monkeypatch.setattr(sys.modules["launch.hfedmoe"], "run", _raises(error))
+def test_the_input_error_of_either_package_exits_with_2(runs, capsys, monkeypatch):
+    for error_type in (InputError, SlideInputError):
+        error = error_type("data.alpha", -1, "must be above 0", "use e.g. 0.3")
+        monkeypatch.setattr(sys.modules["launch.hfedmoe.experiment"], "run_experiment", _raises(error))
         assert front_door.main(["--config=config.py"]) == 2
         assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_bugs_keep_their_traceback(runs, monkeypatch):
-    monkeypatch.setattr(sys.modules["launch.hfedmoe"], "run", _raises(ValueError("shapes do not match")))
-    with pytest.raises(ValueError, match="shapes do not match"):
-        front_door.main(["--config=config.py"])
+    class Other(ValueError):
+        pass
+
+    Other.__name__ = "InputError"  # the name alone does not make an error the user's
+    experiment = sys.modules["launch.hfedmoe.experiment"]
+    for error_type in (ValueError, Other):
+        monkeypatch.setattr(experiment, "run_experiment", _raises(error_type("shapes do not match")))
+        with pytest.raises(ValueError, match="shapes do not match"):
+            front_door.main(["--config=config.py"])
+
+
+ANSWERED = """
+import jax
+from launch.main import main
+from launch.run.program import is_input_error
+from hfedmoe_jax.errors import InputError
+from slide_jax.errors import InputError as SlideInputError
+assert all(is_input_error(error("seed", 0, "too small", "give 1")) for error in (InputError, SlideInputError))
+jax.config.update("jax_num_cpu_devices", 3)  # an error once JAX has started
+print(jax.device_count())
+"""
+
+
+def test_errors_are_told_apart_before_jax_starts():
+    environment = _environment() | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", ANSWERED]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (child.stdout, child.stderr) == ("3\n", "")
+
+
+def test_a_program_can_run_several_configs(runs, tmp_path):
+    for rounds in (5, 6):
+        config = load_config("config.py:small")
+        apply_overrides(config, [f"--config.fl.rounds={rounds}"])
+        run_experiment(config, tmp_path / str(rounds))
+    assert [config.fl.rounds for config, _ in runs] == [5, 6]
 
 
 def _raises(error):
@@ -177,11 +207,11 @@ def test_the_program_exits_with_2_and_no_traceback(runs, tmp_path):
 
 STUB = """
 import sys, types
-experiment = types.ModuleType("launch.hfedmoe")
-sys.modules["launch.hfedmoe"] = experiment
+experiment = types.ModuleType("launch.hfedmoe.experiment")
+sys.modules["launch.hfedmoe.experiment"] = experiment
 def run(config, workdir, host):
 {body}
-experiment.run = run
+experiment.run_experiment = run
 from launch.main import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -208,7 +238,7 @@ def test_interrupt_exits_with_130_and_says_how_to_go_on(runs):
     child.send_signal(signal.SIGINT)
     _, error = child.communicate(timeout=30)
     assert child.returncode == 130
-    assert error == "interrupted: the same command goes on in w, from a checkpoint if there is one\n"
+    assert error == "interrupted: the same command continues the run, from a checkpoint if there is one\n"
 
 
 WHOLE_RUN = """
@@ -216,10 +246,10 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=3"
 import jax, jax.numpy as jnp
 assert jax.device_count() == 3, "JAX had started before the experiment could choose its devices"
-from launch.checkpoints import Checkpoints
-from launch.progress import Progress
-from launch.workdir import open_workdir
-from launch.writers import MetricWriter
+from launch.run.checkpoints import Checkpoints
+from launch.run.progress import Progress
+from launch.run.workdir import open_workdir
+from launch.run.writers import MetricWriter
 open_workdir(workdir, config.to_dict())
 state = {"weight": jnp.zeros(3)}
 with Checkpoints(workdir / "checkpoints", 2) as checkpoints:

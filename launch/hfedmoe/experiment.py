@@ -1,0 +1,252 @@
+"""The HFedMoE run: trains round by round in a work directory, resumes, evaluates and writes all results."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from hfedmoe_jax import COLUMNS, Experiment, Outcome, RunState, make_mesh
+from hfedmoe_jax.checks import check_config
+from hfedmoe_jax.client import STATUS_NAMES
+from hfedmoe_jax.errors import InputError
+from launch.hfedmoe.figures import write_figures
+from launch.hosts.devices import configure_devices, use_compilation_cache
+from launch.hosts.distributed import (
+    SINGLE_PROCESS,
+    Host,
+    gather_processes,
+    is_first_process,
+    start_processes,
+    wait_for_processes,
+)
+from launch.run.checkpoints import Checkpoints
+from launch.run.progress import Progress, format_seconds, format_value, print_summary
+from launch.run.report import write_report
+from launch.run.workdir import open_workdir, versions, write_json
+from launch.run.writers import MetricWriter, read_metrics
+
+
+def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
+    """Runs or continues the experiment of `config` in `workdir`, and writes everything there.
+
+    With several processes, all of them compute; only the first writes files and prints.
+
+    Raises:
+      InputError: the config, the data or the directory cannot be used; nothing was written.
+    """
+    check_config(config)
+    experts = config.mesh.experts
+    configure_devices(config.fl.clients_per_round * experts, experts)
+    with (
+        start_processes(host.coordinator, host.processes, host.process, workdir / "checkpoints"),
+        contextlib.nullcontext() if is_first_process() else no_stdout(),
+    ):
+        run_process(config, workdir, host)
+
+
+@contextlib.contextmanager
+def no_stdout() -> Iterator[None]:
+    """Discards what is printed in its context."""
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+        yield
+
+
+def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
+    """Does the part of this process: trains with the others; the first process writes the results."""
+    check_same_config(config)
+    experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
+    if is_first_process():
+        open_workdir(workdir, config.to_dict())
+        (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
+        use_compilation_cache(host.compiled or workdir / "compiled")
+    wait_for_processes()  # the others must not use the directory before it exists
+    describe(experiment, workdir)
+    state = train(experiment, workdir)
+    outcome = experiment.finish(state)
+    if is_first_process():
+        write_results(experiment, state, outcome, workdir)
+
+
+def write_results(experiment: Experiment, state: RunState, outcome: Outcome, workdir: pathlib.Path) -> None:
+    """Writes the figures, the report and summary.json, and prints the summary."""
+    config = experiment.config
+    rows = read_metrics(workdir / "metrics.csv")
+    summary = summarize(experiment, state, outcome)
+    figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures")
+    write_report(
+        workdir / "report.html",
+        title=f"{config.fl.algorithm} on {config.data.source}",
+        introduction=introduction(experiment),
+        summary=summary,
+        sections=figures,
+        command=f"python -m launch.main {shlex.join(sys.argv[1:])}",
+    )
+    write_json(workdir / "summary.json", summary)
+    print_summary("Summary", summary_rows(summary, workdir))
+
+
+def check_same_config(config: ConfigDict) -> None:
+    """Raises an `InputError` if the processes have different configs, which would deadlock them."""
+    digest = np.frombuffer(hashlib.sha256(config.to_json(sort_keys=True).encode()).digest(), np.uint8)
+    different = np.flatnonzero((gather_processes(digest) != digest).any(axis=1))
+    if len(different):
+        problem = f"process {different[0]} has another config"
+        raise InputError("config", config.experiment, problem, "give every process the same --config flags")
+
+
+def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
+    """Returns the state after the last round, resuming from the newest checkpoint if there is one."""
+    config = experiment.config
+    state = experiment.init()
+    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+        restored = checkpoints.restore(state)
+        if restored:
+            state = restored[1]
+        first = int(state.round)
+        if first == config.fl.rounds:
+            print("this run is finished: its results are written again; another --workdir starts a new one")
+        elif restored:
+            print(f"continuing after round {first} of {config.fl.rounds}")
+        writer = contextlib.nullcontext()
+        if is_first_process():
+            writer = MetricWriter(workdir, COLUMNS[1:], resume_after=first if restored else None)
+        with writer, Progress(config.fl.rounds, "rounds", initial=first) as progress:
+            for number in range(first + 1, config.fl.rounds + 1):
+                state, row, failures = experiment.step(state)
+                if is_first_process():
+                    writer.write(number, row)
+                    for failure in failures:
+                        print(f"warning: {failure}", file=sys.stderr)
+                if number % config.checkpoint.every == 0 or number == config.fl.rounds:
+                    checkpoints.save(number, state)
+                progress.update(number, accuracy=row.get("validation_accuracy"), loss=row["train_loss"])
+    return state
+
+
+def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Prints the data and the expert budgets before the first round."""
+    data, config = experiment.data, experiment.config
+    sizes = (
+        len(data.client_train),
+        experiment.num_passages,
+        len(data.validation.labels),
+        len(data.test.labels),
+    )
+    print(f"{config.fl.algorithm} on {config.data.source}, in {workdir}")
+    print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test texts; "
+          f"{len(data.label_names)} labels, vocabulary {data.vocab_size:,}")  # fmt: skip
+    budgets = budget_by_class(experiment)
+    print(f"experts that a client can train, of {experiment.cost.num_experts}: "
+          + ", ".join(f"{name} {budget}" for name, budget in budgets.items()))  # fmt: skip
+    print_hints(experiment)
+    print("compiling the first round ...", flush=True)
+
+
+def print_hints(experiment: Experiment) -> None:
+    """Prints where the config asks for something that has no effect here."""
+    selects = experiment.algorithm.composition.score != "none"
+    if selects and min(experiment.budgets) == experiment.cost.num_experts:
+        print("note: every client can train all experts, so nothing is selected: give the devices less "
+              "memory, or set budget.fraction, e.g. 0.25")  # fmt: skip
+    chunk = experiment.config.fl.chunk
+    if chunk > experiment.chunk:
+        print(f"note: fl.chunk={chunk} is for accelerators: a CPU computes clients one at a time, "
+              "which is faster there")  # fmt: skip
+
+
+def budget_by_class(experiment: Experiment) -> dict[str, int]:
+    """Returns each device class's expert budget, for the classes that have clients."""
+    return {
+        profile.name: int(budget)
+        for profile, budget in sorted(zip(experiment.profiles, experiment.budgets, strict=True))
+    }
+
+
+def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[str, Any]:
+    """Returns the content of summary.json."""
+    config, ledger = experiment.config, state.ledger
+    return {
+        "algorithm": config.fl.algorithm,
+        "parts": experiment.algorithm.composition._asdict(),
+        "data": config.data.source,
+        "seed": config.seed,
+        "rounds": int(state.round),
+        "test_accuracy_final": outcome.final.accuracy,
+        "test_loss_final": outcome.final.loss,
+        "test_accuracy_best": outcome.best.accuracy,
+        "test_loss_best": outcome.best.loss,
+        "best_round": int(state.best_round),
+        "validation_accuracy_best": float(state.best_accuracy),
+        "majority_accuracy": experiment.majority_accuracy(),
+        "client_accuracy": dict(zip(("mean", "std", "worst10"), outcome.client_spread, strict=True)),
+        "expert_budget": budget_by_class(experiment),
+        "experts": experiment.cost.num_experts,
+        "client_rounds": dict(zip(STATUS_NAMES, ledger.status_counts.tolist(), strict=True)),
+        "bytes_up": float(ledger.bytes_up),
+        "bytes_down": float(ledger.bytes_down),
+        "simulated_time_s": float(ledger.simulated_time_s),
+        # None after a single round: its time is mostly compilation.
+        "client_steps_per_s": float(ledger.timed_steps / ledger.train_s) if ledger.timed_steps else None,
+        "wall_s": float(ledger.wall_s),
+        "versions": versions(),
+    }
+
+
+def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[str, Any]:
+    """Returns the arrays that the figures need besides metrics.csv; see `figures.write_figures`."""
+    records = state.server.records
+    rounds = np.asarray(records.rounds_measured)
+    union = np.where(rounds > 0, np.asarray(records.union_total) / np.maximum(rounds, 1), np.nan)
+    return {
+        "num_layers": experiment.model.num_layers,
+        "num_experts": experiment.model.num_experts,
+        "device_class": [profile.name for profile in experiment.profiles],
+        "budget": experiment.budgets,
+        "union": union,
+        "cohort": experiment.cohort(int(state.round)),
+        "usage_before": outcome.usage_before,
+        "usage_after": outcome.usage_after,
+        "times_chosen": np.asarray(records.times_trained),
+        "client_accuracy": outcome.client_accuracy,
+        "client_num_examples": experiment.sizes,
+        "expert_load": outcome.expert_load,
+        "round_last": int(state.round),
+        "majority_accuracy": experiment.majority_accuracy(),
+    }
+
+
+def introduction(experiment: Experiment) -> str:
+    """Returns the report's opening sentence."""
+    config = experiment.config
+    return (
+        f"{config.fl.rounds} rounds of {config.fl.algorithm} with {config.fl.clients_per_round} of "
+        f"{experiment.num_clients} clients a round. The model has {experiment.model.num_layers} layers of "
+        f"{experiment.model.num_experts} experts. Validation accuracy chose the best round; the test split "
+        "was read once, at the end."
+    )
+
+
+def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[str, Any]]:
+    """Returns the summary as (name, text) lines for the screen."""
+    spread, speed = summary["client_accuracy"], summary["client_steps_per_s"]
+    budgets = ", ".join(f"{name} {budget}" for name, budget in summary["expert_budget"].items())
+    return [
+        ("test accuracy", f"{summary['test_accuracy_final']:.4f} after the last round"),
+        ("", f"{summary['test_accuracy_best']:.4f} of round {summary['best_round']}, the best on validation"),
+        ("majority vote", f"{summary['majority_accuracy']:.4f}"),
+        ("clients' own data", "{mean:.4f} mean, {std:.4f} std, {worst10:.4f} worst 10%".format(**spread)),
+        ("expert budget", f"{budgets} of {summary['experts']}"),
+        ("client rounds", ", ".join(f"{k} {v}" for k, v in summary["client_rounds"].items() if v)),
+        ("sent", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down"),
+        ("simulated time", format_seconds(summary["simulated_time_s"])),
+        ("speed", f"{format_value(speed)} client steps/s, {format_seconds(summary['wall_s'])} in all"),
+        ("report", workdir / "report.html"),
+        ("everything", workdir),
+    ]

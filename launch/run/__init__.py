@@ -1,0 +1,1 @@
+"""Parts that every run shares: work directory, checkpoints, metrics, progress, figures and report."""

@@ -1,0 +1,68 @@
+"""What every program of `launch` does around its work: help, quiet libraries, errors and exit codes."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+from absl import logging as absl_logging
+
+from hfedmoe_jax.errors import InputError
+
+EXIT_ERROR = 1
+EXIT_INPUT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_program(arguments: list[str], usage: str, work: Callable[[], None], when_interrupted: str) -> int:
+    """Runs a program and returns its exit code; a mistake in the input is one line on stderr.
+
+    Args:
+      arguments: the command line without the program's name; `--help` prints the usage and does no work.
+      usage: the text of `--help`.
+      work: what the program does.
+      when_interrupted: what the user reads after Ctrl-C.
+
+    Raises:
+      ValueError: an error of the program and not of its input, so that its traceback is shown.
+    """
+    if {"--help", "-help", "-h"} & set(arguments):
+        print(usage.strip())
+        return 0
+    quiet_libraries()
+    try:
+        work()
+    except (KeyboardInterrupt, ValueError) as error:
+        code = exit_code(error)
+        if code == EXIT_ERROR:
+            raise
+        print(f"error: {error}" if code == EXIT_INPUT_ERROR else when_interrupted, file=sys.stderr)
+        return code
+    return 0
+
+
+def exit_code(error: BaseException | None) -> int:
+    """Returns the exit code of a process that ends with this error.
+
+    >>> exit_code(KeyboardInterrupt()), exit_code(InputError("seed", "x", "is not a whole number", "give 0"))
+    (130, 2)
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    return EXIT_INPUT_ERROR if is_input_error(error) else EXIT_ERROR
+
+
+def is_input_error(error: BaseException | None) -> bool:
+    """Says whether an error is the `InputError` of either package."""
+    if not isinstance(error, ValueError):
+        return False
+    # Imported here: importing slide_jax takes a second, which an HFedMoE run need not wait for.
+    from slide_jax.errors import InputError as SlideInputError
+
+    return isinstance(error, InputError | SlideInputError)
+
+
+def quiet_libraries() -> None:
+    """Keeps the logs of third-party libraries, errors excepted, off the user's screen."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    for name in ("jax", "orbax", "tensorboardX", "datasets", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""The suite `slide`: solvers and latency kernels compared with NumPy and HiGHS."""

@@ -1,0 +1,225 @@
+"""A whole run of the command line: every promised file, the same bits again, a damaged checkpoint."""
+
+import json
+import math
+import pathlib
+import re
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import tiny_run
+from tokenizers import Tokenizer
+
+from hfedmoe_jax import COLUMNS, Experiment, Outcome, make_mesh
+from hfedmoe_jax.accounting import Ledger
+from hfedmoe_jax.evaluation import Quality
+from launch.hfedmoe.experiment import summarize
+from launch.main import read_command
+from launch.run.writers import read_metrics
+
+EVALUATION = {name for name in COLUMNS if name.startswith(("validation_", "client_accuracy_"))}
+FIGURES = {
+    "budget_union",
+    "client_accuracy",
+    "cost",
+    "expert_choice",
+    "expert_share",
+    "expert_usage",
+    "learning",
+    "learning_time",
+    "routing",
+}
+
+
+class Finished(NamedTuple):
+    """A run of `tiny_run.arguments(workdir, train_path, **FIELDS)`, which nobody changes."""
+
+    workdir: pathlib.Path
+    train_path: pathlib.Path
+    screen: tiny_run.Screen
+
+
+FIELDS = {"fl__rounds": 6, "fl__local_steps": 4, "fl__chunk": 2, "partition__name": "iid", "eval__every": 2}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Finished:
+    folder = tmp_path_factory.mktemp("finished")
+    train_path = tiny_run.write_jsonl(folder / "train.jsonl", tiny_run.texts(90))
+    screen = tiny_run.run_main(tiny_run.arguments(folder / "run", train_path, **FIELDS))
+    return Finished(folder / "run", train_path, screen)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the finished run, and the command that made it."""
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    return tmp_path / "run", tiny_run.arguments(tmp_path / "run", finished.train_path, **FIELDS)
+
+
+def test_a_run_ends_well_and_says_where_everything_is(finished):
+    code, out, err = finished.screen
+    assert (code, err) == (0, "")
+    assert f"hfedmoe on file, in {finished.workdir}" in out
+    assert "4 clients; 66 training, 12 validation, 12 test texts; 3 labels" in out
+    assert "laptop 3, phone 3, tablet 3" in out
+    assert "note: fl.chunk=2 is for accelerators" in out
+    assert re.search(r"rounds 6/6  accuracy [\d.]+  loss [\d.e-]+  .*elapsed", out)
+    assert "Summary" in out and str(finished.workdir / "report.html") in out
+    assert {path.name for path in finished.workdir.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "figures",
+        "metrics.csv",
+        "compiled",
+        "report.html",
+        "summary.json",
+        "tensorboard",
+        "tokenizer.json",
+    }
+
+
+def test_the_config_is_kept_whole(finished):
+    kept = json.loads((finished.workdir / "config.json").read_text())
+    command = tiny_run.arguments(finished.workdir, finished.train_path, **FIELDS)
+    config, *_ = read_command(command)
+    assert kept == json.loads(config.to_json())
+    assert (kept["fl"]["rounds"], kept["model"]["width"]) == (6, 8)
+
+
+def test_metrics_have_a_row_a_round(finished):
+    rows = read_metrics(finished.workdir / "metrics.csv")
+    assert [tuple(row) for row in rows] == [COLUMNS] * 6
+    assert [row["round"] for row in rows] == list(range(1, 7))
+    for row in rows:
+        empty = {name for name, value in row.items() if value is None}
+        assert empty == (set() if row["round"] % 2 == 0 else EVALUATION)
+        assert all(math.isfinite(value) for value in row.values() if value is not None)
+        assert row["clients_ok"] == 3
+
+
+def test_tensorboard_has_the_same_numbers(finished):
+    rows = read_metrics(finished.workdir / "metrics.csv")
+    expected = {
+        (row["round"], name): value
+        for row in rows
+        for name, value in row.items()
+        if name != "round" and value is not None
+    }
+    events = {
+        (step, name): value for step, name, value in tiny_run.read_events(finished.workdir / "tensorboard")
+    }
+    assert events.keys() == expected.keys()
+    assert all(events[key] == pytest.approx(expected[key], rel=1e-6) for key in expected)
+
+
+def test_the_newest_checkpoints_are_kept_and_the_last_holds_the_end(finished):
+    assert tiny_run.steps(finished.workdir) == [4, 5, 6]
+    state = tiny_run.last_state(finished.workdir)
+    assert state[".round"] == 6
+    assert state[".ledger.bytes_up"] == tiny_run.summary(finished.workdir)["bytes_up"]
+
+
+def test_the_summary(finished):
+    summary = json.loads((finished.workdir / "summary.json").read_text())
+    rows = read_metrics(finished.workdir / "metrics.csv")
+    assert (summary["algorithm"], summary["seed"], summary["rounds"]) == ("hfedmoe", 0, 6)
+    assert summary["expert_budget"] == {"laptop": 3, "phone": 3, "tablet": 3}
+    for name in ("bytes_up", "bytes_down"):
+        assert summary[name] == sum(row[name] for row in rows) > 0
+    for name in ("simulated_time_s", "wall_s"):
+        assert summary[name] == rows[-1][name] > 0
+    assert summary["client_steps_per_s"] > 0
+    assert summary["client_rounds"] == {"ok": 18, "dropped_out": 0, "over_budget": 0, "nonfinite": 0}
+    assert summary["client_accuracy"]["mean"] == rows[-1]["client_accuracy_mean"]
+    scores = {row["round"]: row["validation_accuracy"] or -1 for row in rows}
+    assert summary["best_round"] == max(scores, key=scores.get)
+    assert summary["validation_accuracy_best"] == max(scores.values())
+    for which in ("final", "best"):
+        assert 0 <= summary[f"test_accuracy_{which}"] <= 1 and summary[f"test_loss_{which}"] > 0
+    assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "device"} <= set(summary["versions"])
+
+
+def test_the_summary_takes_every_figure_from_its_place(finished):
+    command = tiny_run.arguments(finished.workdir, finished.train_path, **FIELDS)
+    experiment = Experiment(read_command(command)[0], make_mesh())
+    numbers = np.arange(10, 17).astype(np.float64)
+    ledger = Ledger(*numbers)._replace(status_counts=np.array([1, 2, 3, 4]))
+    state = experiment.init()._replace(round=5, best_round=3, best_accuracy=0.7, ledger=ledger)
+    final, best = Quality(0.1, 0.2, None, 0.0), Quality(0.3, 0.4, None, 0.0)
+    outcome = Outcome(final, best, None, (0.5, 0.6, 0.7), None, None, None)
+    summary = summarize(experiment, state, outcome)
+    assert [summary[f"test_{name}_final"] for name in ("accuracy", "loss")] == [0.1, 0.2]
+    assert [summary[f"test_{name}_best"] for name in ("accuracy", "loss")] == [0.3, 0.4]
+    assert (summary["rounds"], summary["best_round"], summary["validation_accuracy_best"]) == (5, 3, 0.7)
+    assert summary["client_accuracy"] == {"mean": 0.5, "std": 0.6, "worst10": 0.7}
+    totals = (summary[name] for name in ("simulated_time_s", "bytes_up", "bytes_down", "wall_s"))
+    assert tuple(totals) == (10, 11, 12, 16)
+    assert list(summary["client_rounds"].values()) == [1, 2, 3, 4]
+    assert summary["client_steps_per_s"] == 15 / 14
+
+
+def test_a_run_learns(finished):
+    """Three topics of distinct words: far above the majority vote of a third, from no knowledge at all."""
+    summary = tiny_run.summary(finished.workdir)
+    assert summary["majority_accuracy"] == pytest.approx(1 / 3)
+    assert summary["test_accuracy_final"] > 0.75
+    assert summary["client_accuracy"]["mean"] > 0.75
+    rows = read_metrics(finished.workdir / "metrics.csv")
+    assert rows[-1]["train_loss"] < 0.6 < rows[0]["train_loss"]
+
+
+def test_figures_open_and_the_report_needs_no_other_file(finished):
+    html = tiny_run.complete_report(finished.workdir, FIGURES)
+    for text in ("hfedmoe on file", "expert budget", "python -m launch.main", "orbax-checkpoint"):
+        assert text in html
+
+
+def test_the_tokenizer_is_kept(finished):
+    tokenizer = Tokenizer.from_file(str(finished.workdir / "tokenizer.json"))
+    assert len(tokenizer.encode("the judge").ids) == 2
+
+
+def test_the_same_command_elsewhere_gives_the_same_bits(finished, tmp_path):
+    command = tiny_run.arguments(tmp_path / "again", finished.train_path, **FIELDS)
+    assert tiny_run.run_main(command).code == 0
+    tiny_run.assert_same_results(tmp_path / "again", finished.workdir)
+
+
+def test_a_finished_run_is_not_trained_again(finished, copy):
+    workdir, command = copy
+    screen = tiny_run.run_main(command)
+    assert (screen.code, screen.err) == (0, "")
+    assert "this run is finished" in screen.out
+    assert "rounds 6/6" in finished.screen.out and "rounds 6/6" not in screen.out
+    for name in ("metrics.csv", "summary.json", "config.json", "tokenizer.json"):
+        assert (workdir / name).read_bytes() == (finished.workdir / name).read_bytes(), name
+    tiny_run.assert_same_results(workdir, finished.workdir)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished, copy):
+    workdir, command = copy
+    # Which file holds what is Orbax's affair, so each loses its second half.
+    for path in (workdir / "checkpoints" / "6").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    screen = tiny_run.run_main(command)
+    assert screen.code == 0
+    (warning,) = screen.err.splitlines()
+    assert "checkpoint 6 is damaged" in warning and "continuing from checkpoint 5" in warning
+    assert "continuing after round 5 of 6" in screen.out
+    tiny_run.assert_same_results(workdir, finished.workdir)
+
+
+def test_a_conflicting_config_names_the_field_and_changes_nothing(finished, copy):
+    workdir, command = copy
+    screen = tiny_run.run_main([*command, "--config.client.learning_rate=0.5"])
+    assert screen.code == 2
+    (line,) = screen.err.splitlines()
+    assert line.startswith(
+        f"error: client.learning_rate=0.5: the run in {workdir} was started with 0.02; give that value"
+    )
+    assert screen.out == ""
+    tiny_run.assert_same_results(workdir, finished.workdir)

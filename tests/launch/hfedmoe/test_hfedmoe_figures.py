@@ -1,0 +1,133 @@
+import warnings
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch.hfedmoe.figures import write_figures
+from launch.run import figures
+
+OUTCOMES = ("clients_ok", "clients_dropped_out", "clients_over_budget", "clients_nonfinite")
+
+
+def make_run(rounds=6, clients=6, cohort=3, layers=2, experts=4):
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "round": number,
+            "train_loss": 1 / number,
+            "validation_accuracy": 1 - 0.5 / number if number % 2 else None,
+            "validation_loss": 1.2 / number if number % 2 else None,
+            "client_accuracy_mean": 0.5,
+            "client_accuracy_std": 0.1,
+            "client_accuracy_worst10": 0.3,
+            "simulated_time_s": 40.0 * number,
+            "round_time_s": 40.0,
+            "waiting_share": 0.4,
+            "bytes_up": 1_000_000,
+            "bytes_down": 3_000_000,
+            "union_share": 0.9,
+            "trained_share": 0.5,
+            "routing_consistency": 0.7,
+            "router_entropy": 1.1,
+            "dropped_tokens_share": 0.0,
+            "clients_ok": cohort,
+            "clients_dropped_out": 1,
+            "clients_over_budget": 0,
+            "clients_nonfinite": 0,
+            "wall_s": 1.0,
+        }
+        for number in range(1, rounds + 1)
+    ]
+    record = {
+        "num_layers": layers,
+        "num_experts": experts,
+        "device_class": [("phone", "tablet")[client % 2] for client in range(clients)],
+        "budget": 1 + np.arange(clients) % 2 * layers,
+        "union": random.uniform(1, layers * experts, clients),
+        "cohort": np.arange(cohort),
+        "usage_before": random.random((cohort, layers, experts)),
+        "usage_after": random.random((cohort, layers, experts)),
+        "times_chosen": random.integers(0, rounds + 1, (clients, layers, experts)),
+        "client_accuracy": random.random(clients),
+        "client_num_examples": random.integers(1, 500, clients),
+        "expert_load": np.full((layers, experts), 1 / experts),
+        "round_last": rounds,
+        "majority_accuracy": 0.2,
+    }
+    return rows, record
+
+
+def without_measurements(run):
+    rows, record = run
+    rows = [
+        {
+            name: (value if name == "round" else (None, float("nan"))[row["round"] % 2])
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+    floats = ("union", "usage_before", "usage_after", "client_accuracy", "expert_load")
+    return rows, record | {name: np.full_like(record[name], np.nan) for name in floats} | {
+        "majority_accuracy": np.nan
+    }
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        make_run(),
+        make_run(rounds=1, clients=1, cohort=1, layers=1),
+        make_run(rounds=1, clients=2, cohort=0),
+        make_run(rounds=70, clients=200, cohort=60, layers=3, experts=64),
+        without_measurements(make_run()),
+        without_measurements(make_run(rounds=1, clients=1, cohort=1)),
+    ],
+    ids=["usual", "one of each", "empty cohort", "large", "nothing measured", "one and nothing measured"],
+)
+def test_every_figure_is_drawn_without_a_warning(tmp_path, run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entries = write_figures(*run, tmp_path / "figures")
+    assert len({entry.path for entry in entries}) == len(entries) == 9
+    assert all(entry.title and entry.caption for entry in entries)
+    for entry in entries:
+        with Image.open(entry.path) as image:
+            assert image.format == "PNG" and image.width == figures.WIDTH_IN * figures.DOTS_PER_INCH
+            assert len(image.convert("L").getcolors(256)) > 2  # not blank
+
+
+def test_figures_depend_on_the_data(tmp_path):
+    rows, record = make_run()
+    other = [row | {"train_loss": 2.0, "bytes_up": 2_000_000} for row in rows]
+    first, second = (
+        write_figures(data, record, tmp_path / name) for data, name in ((rows, "a"), (other, "b"))
+    )
+    changed = {
+        a.path.name for a, b in zip(first, second, strict=True) if a.path.read_bytes() != b.path.read_bytes()
+    }
+    assert changed == {"learning.png", "learning_time.png", "cost.png"}
+
+
+def test_matplotlib_is_left_as_it_was(tmp_path):
+    before = dict(matplotlib.rcParams)
+    write_figures(*make_run(rounds=2), tmp_path)
+    assert dict(matplotlib.rcParams) == before
+    assert "matplotlib.pyplot" not in vars(figures).values()
+
+
+def test_line_leaves_gaps_out_and_joins_the_rest():
+    _, ((axes,),) = figures.new_figure()
+    figures.line(axes, np.arange(4.0), np.array([1.0, np.nan, 3.0, np.nan]), "some", figures.BLUE)
+    figures.line(axes, np.arange(4.0), np.full(4, np.nan), "none", figures.BLUE)
+    (curve,) = axes.get_lines()
+    np.testing.assert_array_equal(curve.get_xydata(), [[0, 1], [2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [([30.0], (1.0, "s")), ([119.0], (1.0, "s")), ([120.0, np.nan], (60.0, "min")), ([], (1.0, "s"))],
+)
+def test_time_scale(seconds, expected):
+    assert figures.time_scale(np.array(seconds)) == expected

@@ -1,0 +1,135 @@
+import json
+import math
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.errors import InputError
+from launch.run.workdir import default_workdir, open_workdir, versions, write_json
+
+CONFIG = {"seed": 0, "data": {"source": "bbc", "lengths": (1, 2)}, "rate": 0.1}
+
+
+def test_new_directory_gets_the_config(tmp_path):
+    directory = open_workdir(tmp_path / "a" / "b", CONFIG)
+    assert json.loads((directory / "config.json").read_text()) == {
+        **CONFIG,
+        "data": {"source": "bbc", "lengths": [1, 2]},
+    }
+    assert [path.name for path in directory.iterdir()] == ["config.json"]
+
+
+def test_same_config_opens_again_and_changes_nothing(tmp_path):
+    directory = open_workdir(tmp_path, CONFIG)
+    before = (directory / "config.json").stat().st_mtime_ns
+    (directory / "metrics.csv").write_text("round\n")
+    assert open_workdir(tmp_path, CONFIG) == directory
+    assert (directory / "config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({**CONFIG, "seed": 1}, "seed=1: the run in DIR was started with 0; give"),
+        (
+            {**CONFIG, "seed": 1, "rate": 0.2},
+            "rate=0.2: the run in DIR was started with 0.1 (1 more field differs)",
+        ),
+        (
+            {**CONFIG, "data": {"source": "file", "lengths": (1, 2)}},
+            "data.source='file': the run in DIR was started with 'bbc'",
+        ),
+        ({**CONFIG, "extra": 3}, "extra=3: the run in DIR was started with no such field"),
+        (
+            {"seed": 0, "rate": 0.1},
+            "data.lengths=None: the run in DIR was started with [1, 2] (1 more field differs)",
+        ),
+    ],
+)
+def test_conflicting_config_names_the_field_and_both_values(tmp_path, config, text):
+    open_workdir(tmp_path, CONFIG)
+    with pytest.raises(InputError, match="--workdir") as error:
+        open_workdir(tmp_path, config)
+    assert str(error.value).startswith(text.replace("DIR", str(tmp_path)))
+    open_workdir(tmp_path, CONFIG)
+
+
+def test_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match=r"workdir=.*holds other files"):
+        open_workdir(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_run_killed_while_writing_its_config_starts_again(tmp_path):
+    (tmp_path / ".config.json.tmp").write_text('{"se')
+    open_workdir(tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("path", ["file", "file/below", "/proc/none"])
+def test_path_that_cannot_be_a_directory(tmp_path, path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"workdir=.*no directory that can be written.*another --workdir"):
+        open_workdir(tmp_path / path, CONFIG)
+
+
+def test_unreadable_config_is_an_input_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        open_workdir(tmp_path, CONFIG)
+
+
+def test_write_json_takes_arrays_and_turns_nan_into_null(tmp_path):
+    value = {
+        "nan": math.nan,
+        "arrays": (np.array([1.5, np.inf]), jnp.arange(2)),
+        "scalars": [np.float32(0.5), np.int64(3), np.bool_(True), jnp.float32(2)],
+        "path": tmp_path,
+        3: None,
+    }
+    write_json(tmp_path / "s.json", value)
+    assert json.loads((tmp_path / "s.json").read_text()) == {
+        "nan": None,
+        "arrays": [[1.5, None], [0, 1]],
+        "scalars": [0.5, 3, True, 2.0],
+        "path": str(tmp_path),
+        "3": None,
+    }
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "s.json", {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "s.json", {"new": object()})
+    assert json.loads((tmp_path / "s.json").read_text()) == {"old": 1}
+
+
+def test_default_workdir_depends_on_every_field_and_only_on_the_config():
+    def config(**change):
+        return ConfigDict(
+            {"experiment": "hfedmoe", "seed": 1, "data": {"source": "hub:a/b"}, "fl": {"algorithm": "random"}}
+            | change
+        )
+
+    path = default_workdir(config(), "hfedmoe")
+    assert path.parent == pathlib.Path("runs")
+    assert path.name.startswith("hfedmoe-hub_a_b-random-seed1-")
+    assert path == default_workdir(config(), "hfedmoe")
+    assert path != default_workdir(config(rate=0.1), "hfedmoe")
+    assert default_workdir(config(), "hfedmoe", "smoke").name.startswith("hfedmoe-smoke-random-seed1-")
+
+
+def test_default_workdir_of_an_experiment_without_data_or_federation():
+    assert default_workdir(ConfigDict({"users": 5}), "slide").name.startswith("slide-")
+
+
+def test_versions_are_text():
+    found = versions()
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "platform", "device"} <= set(
+        found
+    )
+    assert all(isinstance(value, str) and value for value in found.values())

@@ -1,0 +1,152 @@
+"""The peers of the population bench compute what our model and FedAvg compute; mistakes are named."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.dispatch import expert_capacity
+from hfedmoe_jax.models.routing import load_balancing_loss, open_controls
+from hfedmoe_jax.models.switch import SwitchClassifier
+from launch.suites.population import peers
+from launch.suites.population.torch_step import Settings, Task, flatten, make_train, torch_layout, views
+
+CLIENTS, STEPS, BATCH, TOKENS = 4, 2, 4, 8
+LAYERS, EXPERTS, HEADS = 2, 4, 2
+CAPACITY_FACTOR = 0.8  # some tokens find no slot
+LEARNING_RATE = 0.1
+MODEL = SwitchClassifier(
+    num_classes=3, vocab_size=20, seq_len=TOKENS, num_layers=LAYERS, width=8, num_heads=HEADS,
+    hidden=12, num_experts=EXPERTS, top_k=1, dispatch="capacity",
+)  # fmt: skip
+CONTROLS = open_controls(LAYERS, EXPERTS)
+
+EAGER = Settings(False, "mkl")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+# The one way with an operator of its own; compiling takes half a minute.
+SETTINGS = [
+    EAGER,
+    Settings(False, "onednn"),
+    pytest.param(Settings(True, "onednn"), marks=needs_compiler),
+]
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, MODEL.vocab_size, (CLIENTS, STEPS, BATCH, TOKENS)).astype(np.int32)
+    length = rng.integers(0, TOKENS + 1, (CLIENTS, STEPS, BATCH, 1))
+    length[0, 0, 0] = 0  # a text of padding alone
+    params = MODEL.init(jax.random.key(0), tokens[0, 0], CONTROLS, CAPACITY_FACTOR)["params"]
+    # Every parameter away from zero, one and from what it is at the start, so that each one matters.
+    leaves, tree = jax.tree.flatten(params)
+    leaves = [np.asarray(leaf + 0.3 * rng.standard_normal(leaf.shape), np.float32) for leaf in leaves]
+    return Task(
+        params=jax.tree.unflatten(tree, leaves),
+        tokens=np.where(np.arange(TOKENS) < length, tokens, 0),
+        labels=rng.integers(0, MODEL.num_classes, (CLIENTS, STEPS, BATCH)).astype(np.int32),
+        num_examples=np.array([8.0, 3.0, 21.0, 1.0]),
+        num_heads=HEADS,
+        capacity=expert_capacity(BATCH * TOKENS, EXPERTS, 1, CAPACITY_FACTOR),
+        learning_rate=LEARNING_RATE,
+    )
+
+
+def objective(params, tokens, labels):
+    logits, routing = MODEL.apply({"params": params}, tokens, CONTROLS, CAPACITY_FACTOR)
+    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+    balance = load_balancing_loss(routing.gates, routing.chosen, (tokens != 0).reshape(-1))
+    return cross_entropy + 0.01 * balance, (cross_entropy, routing)
+
+
+gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
+
+
+def train_in_jax(params, tokens, labels):
+    losses = []
+    for batch in zip(tokens, labels, strict=True):
+        (_, (cross_entropy, _)), slope = gradient(params, *batch)
+        params = jax.tree.map(lambda value, each: value - LEARNING_RATE * each, params, slope)
+        losses.append(float(cross_entropy))
+    return params, np.mean(losses)
+
+
+def federated_averaging(task, rounds):
+    """Losses [rounds, clients] of FedAvg with our model, written as in the paper."""
+    params, losses = task.params, []
+    weight = task.num_examples / task.num_examples.sum()
+    for _ in range(rounds):
+        trained = [train_in_jax(params, *data) for data in zip(task.tokens, task.labels, strict=True)]
+        losses.append([loss for _, loss in trained])
+        scaled = [
+            jax.tree.map(lambda leaf, w=w: w * leaf, part)
+            for w, (part, _) in zip(weight, trained, strict=True)
+        ]
+        params = jax.tree.map(lambda *leaves: sum(leaves), *scaled)
+    return np.array(losses)
+
+
+def test_the_task_drops_tokens_and_pads(task):
+    _, (_, routing) = objective(task.params, task.tokens[0, 0], task.labels[0, 0])
+    assert (task.tokens == 0).any() and (routing.chosen & ~routing.kept).any()
+
+
+def test_the_layout_holds_every_parameter_once(task):
+    arrays = torch_layout(task.params)
+    vector = flatten(arrays)
+    ours = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(task.params)])
+    np.testing.assert_array_equal(np.sort(vector), np.sort(ours))
+    again = views(vector, {name: array.shape for name, array in arrays.items()})
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_local_training_is_that_of_our_model(task, settings):
+    torch = pytest.importorskip("torch")
+    train = make_train(task, settings)
+    start = flatten(torch_layout(task.params))
+    for client in range(CLIENTS):
+        vector = torch.from_numpy(start.copy())
+        loss = train(vector, client)
+        params, expected = train_in_jax(task.params, task.tokens[client], task.labels[client])
+        assert loss == pytest.approx(expected, abs=1e-5)
+        np.testing.assert_allclose(vector.numpy(), flatten(torch_layout(params)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "packages, start",
+    [
+        (["torch"], peers.pytorch),
+        (["torch", "pfl"], peers.pfl_research),
+        (["torch", "flwr", "ray"], peers.flower),
+    ],
+    ids=["PyTorch", "pfl-research", "Flower"],
+)
+def test_a_peer_has_the_losses_of_federated_averaging(task, packages, start):
+    for package in packages:
+        pytest.importorskip(package)
+    with start(task, EAGER) as peer:
+        losses = np.array([peer.round() for _ in range(3)])
+    np.testing.assert_allclose(losses, federated_averaging(task, 3), atol=1e-3)
+
+
+def test_a_missing_package_is_named_with_its_remedy():
+    with pytest.raises(InputError, match=r"no_such_package.*pip install 'hfedmoe-jax\[peers\]'"):
+        peers.require("no_such_package")
+
+
+def test_a_missing_compiler_is_not_passed_over(task, monkeypatch):
+    monkeypatch.setattr(peers, "require", lambda *packages: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="needs a C"):
+        peers.ARRANGEMENTS["PyTorch, compiled"](task)
+
+
+def test_a_process_that_dies_tells_why():
+    with pytest.raises(RuntimeError, match="unsupported operand"):
+        peers.Arrangement(divmod, [(0,)])
