@@ -162,9 +162,7 @@ class Experiment:
             config.importance.unit,
         )  # fmt: skip
         self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
-        self._next: tuple[CohortPlan, Prefetch] | None = (
-            None  # the next round, assembled while this one runs
-        )
+        self._next: tuple[CohortPlan, Prefetch] | None = None  # the next round, assembled while this one runs
 
     def _budgets(self) -> np.ndarray:
         """Returns each client's budget; all experts for an algorithm that ignores budgets."""

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from hfedmoe_jax import COLUMNS, Experiment, Outcome, RunState, make_mesh
+from hfedmoe_jax import Experiment, Outcome, RunState, make_mesh
+from hfedmoe_jax.algorithms import parts_of
 from hfedmoe_jax.checks import check_config
-from hfedmoe_jax.client import STATUS_NAMES
+from hfedmoe_jax.data import num_rows
+from hfedmoe_jax.reports import STATUS_NAMES
 from hfedmoe_jax.errors import InputError
 from launch.hfedmoe.figures import write_figures
 from launch.hosts.devices import configure_devices, use_compilation_cache
@@ -103,7 +105,7 @@ def check_same_config(config: ConfigDict) -> None:
 
 def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
     """Returns the state after the last round, resuming from the newest checkpoint if there is one."""
-    config = experiment.config
+    config, metric = experiment.config, experiment.task.metric
     state = experiment.init()
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
         restored = checkpoints.restore(state)
@@ -116,7 +118,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
             print(f"continuing after round {first} of {config.fl.rounds}")
         writer = contextlib.nullcontext()
         if is_first_process():
-            writer = MetricWriter(workdir, COLUMNS[1:], resume_after=first if restored else None)
+            writer = MetricWriter(workdir, experiment.columns[1:], resume_after=first if restored else None)
         with writer, Progress(config.fl.rounds, "rounds", initial=first) as progress:
             for number in range(first + 1, config.fl.rounds + 1):
                 state, row, failures = experiment.step(state)
@@ -126,7 +128,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
                         print(f"warning: {failure}", file=sys.stderr)
                 if number % config.checkpoint.every == 0 or number == config.fl.rounds:
                     checkpoints.save(number, state)
-                progress.update(number, accuracy=row.get("validation_accuracy"), loss=row["train_loss"])
+                progress.update(number, **{metric: row.get(f"validation_{metric}")}, loss=row["train_loss"])
     return state
 
 
@@ -136,8 +138,8 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     sizes = (
         len(data.client_train),
         experiment.num_passages,
-        len(data.validation.labels),
-        len(data.test.labels),
+        num_rows(data.validation),
+        num_rows(data.test),
     )
     print(f"{config.fl.algorithm} on {config.data.source}, in {workdir}")
     print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test texts; "
@@ -151,8 +153,7 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 def print_hints(experiment: Experiment) -> None:
     """Prints where the config asks for something that has no effect here."""
-    selects = experiment.algorithm.composition.score != "none"
-    if selects and min(experiment.budgets) == experiment.cost.num_experts:
+    if experiment.algorithm.selects and min(experiment.budgets) == experiment.cost.num_experts:
         print("note: every client can train all experts, so nothing is selected: give the devices less "
               "memory, or set budget.fraction, e.g. 0.25")  # fmt: skip
     chunk = experiment.config.fl.chunk
@@ -171,21 +172,25 @@ def budget_by_class(experiment: Experiment) -> dict[str, int]:
 
 def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[str, Any]:
     """Returns the content of summary.json."""
-    config, ledger = experiment.config, state.ledger
+    config, ledger, metric = experiment.config, state.ledger, experiment.task.metric
+    results = {
+        f"test_{name}_{model}": value
+        for model, quality in (("final", outcome.final), ("best", outcome.best))
+        for name, value in quality.scores.items()
+    }
     return {
         "algorithm": config.fl.algorithm,
-        "parts": experiment.algorithm.composition._asdict(),
+        "parts": parts_of(config)._asdict(),
+        "task": config.task.name,
+        "metric": metric,
         "data": config.data.source,
         "seed": config.seed,
         "rounds": int(state.round),
-        "test_accuracy_final": outcome.final.accuracy,
-        "test_loss_final": outcome.final.loss,
-        "test_accuracy_best": outcome.best.accuracy,
-        "test_loss_best": outcome.best.loss,
+        **results,
         "best_round": int(state.best_round),
-        "validation_accuracy_best": float(state.best_accuracy),
-        "majority_accuracy": experiment.majority_accuracy(),
-        "client_accuracy": dict(zip(("mean", "std", "worst10"), outcome.client_spread, strict=True)),
+        f"validation_{metric}_best": float(state.best_score),
+        f"baseline_{metric}": experiment.baseline,
+        f"client_{metric}": dict(zip(("mean", "std", "worst10"), outcome.client_spread, strict=True)),
         "expert_budget": budget_by_class(experiment),
         "experts": experiment.cost.num_experts,
         "client_rounds": dict(zip(STATUS_NAMES, ledger.status_counts.tolist(), strict=True)),
@@ -195,6 +200,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
         # None after a single round: its time is mostly compilation.
         "client_steps_per_s": float(ledger.timed_steps / ledger.train_s) if ledger.timed_steps else None,
         "wall_s": float(ledger.wall_s),
+        **experiment.algorithm.summary(int(state.round)),
         "versions": versions(),
     }
 
@@ -214,11 +220,12 @@ def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[st
         "usage_before": outcome.usage_before,
         "usage_after": outcome.usage_after,
         "times_chosen": np.asarray(records.times_trained),
-        "client_accuracy": outcome.client_accuracy,
+        "metric": experiment.task.metric,
+        "client_scores": outcome.client_scores,
         "client_num_examples": experiment.sizes,
         "expert_load": outcome.expert_load,
         "round_last": int(state.round),
-        "majority_accuracy": experiment.majority_accuracy(),
+        "baseline": experiment.baseline,
     }
 
 
@@ -228,25 +235,33 @@ def introduction(experiment: Experiment) -> str:
     return (
         f"{config.fl.rounds} rounds of {config.fl.algorithm} with {config.fl.clients_per_round} of "
         f"{experiment.num_clients} clients a round. The model has {experiment.model.num_layers} layers of "
-        f"{experiment.model.num_experts} experts. Validation accuracy chose the best round; the test split "
+        f"{experiment.model.num_experts} experts. The validation split chose the best round; the test split "
         "was read once, at the end."
     )
 
 
 def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[str, Any]]:
     """Returns the summary as (name, text) lines for the screen."""
-    spread, speed = summary["client_accuracy"], summary["client_steps_per_s"]
+    metric, speed = summary["metric"], summary["client_steps_per_s"]
+    spread = summary[f"client_{metric}"]
     budgets = ", ".join(f"{name} {budget}" for name, budget in summary["expert_budget"].items())
+    best = summary["best_round"]
     return [
-        ("test accuracy", f"{summary['test_accuracy_final']:.4f} after the last round"),
-        ("", f"{summary['test_accuracy_best']:.4f} of round {summary['best_round']}, the best on validation"),
-        ("majority vote", f"{summary['majority_accuracy']:.4f}"),
+        (f"test {metric}", f"{summary[f'test_{metric}_final']:.4f} after the last round"),
+        ("", f"{summary[f'test_{metric}_best']:.4f} of round {best}, the best on validation"),
+        ("constant answer", f"{summary[f'baseline_{metric}']:.4f}, the best there is"),
         ("clients' own data", "{mean:.4f} mean, {std:.4f} std, {worst10:.4f} worst 10%".format(**spread)),
         ("expert budget", f"{budgets} of {summary['experts']}"),
         ("client rounds", ", ".join(f"{k} {v}" for k, v in summary["client_rounds"].items() if v)),
         ("sent", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down"),
+        *([("privacy spent", privacy_text(summary["privacy"]))] if "privacy" in summary else []),
         ("simulated time", format_seconds(summary["simulated_time_s"])),
         ("speed", f"{format_value(speed)} client steps/s, {format_seconds(summary['wall_s'])} in all"),
         ("report", workdir / "report.html"),
         ("everything", workdir),
     ]
+
+
+def privacy_text(privacy: dict[str, Any]) -> str:
+    """Returns the privacy spent, for the screen."""
+    return "epsilon {epsilon:.3g} at delta {delta:g}, of a client".format(**privacy)

@@ -26,8 +26,9 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
 
     Args:
       rows: the rows of metrics.csv.
-      record: values and arrays of the run by name: num_layers, num_experts, round_last, majority_accuracy;
-        device_class, budget, union, client_accuracy and client_num_examples [C]; cohort [M];
+      record: values and arrays of the run by name: num_layers, num_experts, round_last; metric, the name of the
+        task's, and baseline, that of the best constant answer;
+        device_class, budget, union, client_scores and client_num_examples [C]; cohort [M];
         usage_before and usage_after [M, L, E]; times_chosen [C, L, E]; expert_load [L, E].
       directory: where the PNG files go; created.
     """
@@ -128,17 +129,16 @@ def by_time(rows: Rows, record: Record) -> Figure:
 
 def _learning(rows: Rows, record: Record, x: np.ndarray, xlabel: str) -> Figure:
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.0)
-    mean, spread = column(rows, "client_accuracy_mean"), column(rows, "client_accuracy_std")
+    metric = record["metric"]
+    mean, spread = column(rows, f"client_{metric}_mean"), column(rows, f"client_{metric}_std")
     figures.band(left, x, np.maximum(mean - spread, 0), np.minimum(mean + spread, 1), SKY)
     line(left, x, mean, "clients, mean", SKY)
-    line(left, x, column(rows, "client_accuracy_worst10"), "clients, worst 10%", PINK)
-    line(left, x, column(rows, "validation_accuracy"), "validation", BLUE)
-    if np.isfinite(record["majority_accuracy"]):
-        left.axhline(
-            record["majority_accuracy"], color=GREY, linestyle="--", label="majority vote", linewidth=1.3
-        )
+    line(left, x, column(rows, f"client_{metric}_worst10"), "clients, worst 10%", PINK)
+    line(left, x, column(rows, f"validation_{metric}"), "validation", BLUE)
+    if np.isfinite(record["baseline"]):
+        left.axhline(record["baseline"], color=GREY, linestyle="--", label="constant answer", linewidth=1.3)
     _percent(left)
-    finish(left, "Accuracy", xlabel, "accuracy", legend_columns=2)
+    finish(left, metric.capitalize(), xlabel, metric, legend_columns=2)
     line(right, x, column(rows, "train_loss"), "training", ORANGE)
     line(right, x, column(rows, "validation_loss"), "validation", BLUE)
     finish(right, "Loss", xlabel, "cross-entropy (nats)", legend_columns=2)
@@ -254,7 +254,7 @@ def budget_union(record: Record) -> Figure:
 
 def client_accuracy(record: Record) -> Figure:
     """Draws the spread of accuracy over the clients."""
-    accuracy = np.asarray(record["client_accuracy"], float)
+    accuracy = np.asarray(record["client_scores"], float)
     examples = np.asarray(record["client_num_examples"], float)
     known = np.isfinite(accuracy)
     rank = np.full(len(accuracy), np.nan)
@@ -274,7 +274,7 @@ def client_accuracy(record: Record) -> Figure:
             right.set_xscale("log")
         figures.whole_numbers(left, rank[known])
     _percent(left)
-    finish(left, "Sorted", "clients, from worst to best", "accuracy on the client's own data")
+    finish(left, "Sorted", "clients, from worst to best", f"{record['metric']} on the client's own data")
     finish(right, "By amount of data", "training examples of the client", "")
     return figure
 

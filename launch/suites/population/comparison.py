@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models.params import merge_params
+from hfedmoe_jax.models import merge_params
 from launch.suites.population.peers import ARRANGEMENTS, require
 from launch.suites.population.rounds import LEARNING_RATE, SHARE, Rounds, Size
 from launch.suites.population.torch_step import Loop, Settings, Task
@@ -93,12 +93,12 @@ def peers_note(rows: Sequence[list], ours: Rounds, active: Rounds, fastest: str)
 
 def make_task(ours: Rounds) -> Task:
     """Returns the parameters, data and settings of a round of `ours`, for the peers."""
-    size = ours.size
+    size, params = ours.size, jax.device_get(ours.params)
     data = ours.client_data(np.arange(len(ours.budget)))
     return Task(
-        params=merge_params(jax.device_get(ours.params)),
-        tokens=data.tokens,
-        labels=data.labels,
+        params=merge_params(params.router, params.shared) | {"experts": params.experts},
+        tokens=data.batch["tokens"],
+        labels=data.batch["labels"],
         num_examples=100 * data.size,  # all equal; the packages want integers
         num_heads=size.num_heads,
         capacity=size.capacity,

@@ -15,14 +15,17 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from configs import hfedmoe
-from hfedmoe_jax.algorithms import Portion, build_algorithm
-from hfedmoe_jax.client import ClientData
+from hfedmoe_jax.algorithms import Portion, Setting, algorithms
+from hfedmoe_jax.client import Broadcast, ClientData
+from hfedmoe_jax.cost import model_cost
 from hfedmoe_jax.devices import fraction_budget
-from hfedmoe_jax.engines import Clients
-from hfedmoe_jax.models import build_model, model_cost
-from hfedmoe_jax.models.dispatch import expert_capacity
-from hfedmoe_jax.optimizers import build_optimizer, per_expert
-from hfedmoe_jax.population import CLIENTS, chunk_size, put_members
+from hfedmoe_jax.mesh import CLIENTS
+from hfedmoe_jax.models import ModelSizes, build_model
+from hfedmoe_jax.optimizers import build_optimizer
+from hfedmoe_jax.population import put_members
+from hfedmoe_jax.schedule import NOBODY, chunk_size
+from hfedmoe_jax.slots import expert_capacity
+from hfedmoe_jax.tasks import classification
 from launch.hosts.compiled import Product, matrix_products
 
 NUM_CLASSES = 5
@@ -127,17 +130,24 @@ class Rounds:
         **fields: Any,
     ):
         self.size, self.mesh, self.config = size, mesh, make_config(size, **fields)
-        self.model = build_model(self.config.model, NUM_CLASSES, size.vocab_size, size.seq_len)
-        self.params = jax.jit(self.model.init)(jax.random.key(SEED))
+        batch = {
+            "tokens": jax.ShapeDtypeStruct((size.batch_size, size.seq_len), np.int32),
+            "labels": jax.ShapeDtypeStruct((size.batch_size,), np.int32),
+        }
+        sizes = ModelSizes(NUM_CLASSES, size.vocab_size, size.seq_len)
+        self.model = build_model(self.config.model, sizes, batch)
+        self.params, frozen = jax.jit(self.model.init)(jax.random.key(SEED))
         experts = [fraction_budget(share, size.all_experts) for share in budgets]
         self.budget = np.resize(np.array(experts, np.int32), num_clients)
-        optimizer = per_expert(build_optimizer(self.config.client, "sgd", "client"))
-        state = jax.eval_shape(optimizer.init, self.params)
-        cost = model_cost(self.config.model, self.params, state, size.batch_size, size.seq_len)
+        optimizer = build_optimizer(self.config.client, "sgd", "client")
+        cost = model_cost(self.model, classification, self.config.model, optimizer, batch)
         self.chunk = chunk or chunk_size(0, cost, mesh)
         most_tokens = min(size.vocab_size, 1 + size.steps * size.batch_size * size.seq_len)
-        clients = Clients(self.budget, most_tokens)
-        self.algorithm = build_algorithm(self.config, self.model, clients, mesh, self.chunk)
+        setting = Setting(
+            self.config, self.model, classification, frozen, self.budget, most_tokens, mesh, self.chunk
+        )
+        self.frozen = frozen
+        self.algorithm = algorithms[self.config.fl.algorithm](self.config)(setting)
         # A copy, because each round donates its state, and peers start from the same parameters.
         self.state = self.algorithm.init(jax.tree.map(jnp.copy, self.params))
         self.report, self.losses = None, []
@@ -147,12 +157,16 @@ class Rounds:
         tokens, labels = texts(self.size, clients)
         same = np.ones(len(clients), np.float32)
         numbers = clients.astype(np.int32)
-        return ClientData(numbers, tokens, labels, same, self.budget[clients], same > 0)
+        batch = {"tokens": tokens, "labels": labels}
+        return ClientData(numbers, batch, same, self.budget[clients], same > 0)
 
     def portions(self, cohort: int) -> Iterator[Portion]:
         """Yields the data of a round of the first `cohort` clients, block by block."""
         for block in self.algorithm.plan(np.arange(cohort)):
-            yield self.algorithm.portion(block, self.client_data(np.maximum(block.members, 0).reshape(-1)))
+            members = block.members.reshape(-1)
+            data = self.client_data(np.maximum(members, 0))
+            data = data._replace(available=members != NOBODY)
+            yield Portion(block, members, put_members(self.mesh, data))
 
     def train(self, portions: Iterable[Portion]) -> None:
         """Trains one round and waits for its end."""
@@ -170,7 +184,8 @@ class Rounds:
         """Returns the compiled program of a portion's tier, with the seconds of tracing and of compiling."""
         programs = self.algorithm.programs
         count = put_members(self.mesh, portion.block.count)
-        arguments = (programs["open"](), (self.state.params, jax.random.key(SEED)), portion.data, count)
+        broadcast = Broadcast(self.state.params, self.frozen, (), jax.random.key(SEED))
+        arguments = (programs["open"](), broadcast, portion.data, count)
         begun = time.perf_counter()
         lowered = programs[f"tier {portion.block.tier}"].lower(*arguments)
         traced = time.perf_counter()

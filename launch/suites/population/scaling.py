@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from hfedmoe_jax.population import make_mesh
+from hfedmoe_jax.mesh import make_mesh
 from launch.hosts.devices import configure_devices, use_compilation_cache
 from launch.suites.population.rounds import Rounds, Size
 from launch.suites.timing import Table, Timing, rate, ratio, time_together

@@ -262,7 +262,9 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
     def step(known, batch):
         gates, own, first = batch
         counts = jnp.zeros(scoring.shape, jnp.int32)
-        scored = Batch(Seen(gates, own, counts, counts), mask, key, first)
+        layers = counts[:, 0]
+        routing = Routing(gates, own, counts, counts, layers, layers.astype(jnp.float32))
+        scored = SeenBatch(routing, mask, key, first)
         if scoring.routed:
             known = scoring.of_batch(known, scored)
         active = scoring.select(known, budget)
