@@ -82,6 +82,7 @@ def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
         selects=rule.score is not None,
         scoring=scoring,
         upload_bytes=lambda sent: np.zeros(len(sent), np.int64),
+        broadcast_bytes=0,
         summary=lambda rounds: {},
         programs={f"tier {tier}": program},
     )  # fmt: skip
