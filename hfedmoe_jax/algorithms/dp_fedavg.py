@@ -9,9 +9,9 @@ epsilon, at `dp.delta`, is by Google's `dp-accounting`: Renyi accounting for sam
 (arXiv 1808.00087), and neighbours that replace one client, with all of its data, by another. Two clipped
 changes differ by up to 2 S, so the accountant's multiplier is half of `dp.noise_multiplier`.
 
-What epsilon covers: the models of all rounds, as long as the seed is secret (cohorts and noise follow from it)
-and clients drop out for reasons that do not depend on their data. Noise is drawn in float32; attacks on the
-last bits of such noise are not defended against.
+What epsilon covers: the models of all rounds, as long as the seed is secret (cohorts and noise follow from
+it) and clients drop out for reasons that do not depend on their data. Noise is drawn in float32; attacks on
+the last bits of such noise are not defended against.
 
 What it does not cover: everything else that the simulation reads of clients' data. That is the tokenizer, the
 metrics and figures, and the best round, which the validation split chooses. Publish the last model.
