@@ -31,12 +31,13 @@ PACKAGE_NAME = re.compile(r"`((?:hfedmoe|slide)_jax\.[a-z_0-9.]+)`")
 
 
 def blocks(language: str) -> list:
-    """Returns the fenced blocks of a language on all pages, named by page and number."""
-    return [
-        pytest.param(text, id=f"{name}-{number}")
+    """Returns the fenced blocks of a language on all pages, equal ones once, named by page and number."""
+    places = {
+        text: f"{name}-{number}"
         for name, page in TEXTS.items()
         for number, text in enumerate(re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL), 1)
-    ]
+    }
+    return [pytest.param(text, id=place) for text, place in places.items()]
 
 
 @pytest.fixture
@@ -46,6 +47,12 @@ def solvers_restored():
     yield
     slide_jax.SOLVERS.clear()
     slide_jax.SOLVERS.update(before)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Returns a directory of compiled programs that the examples share."""
+    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.mark.parametrize("text", blocks("python"))
@@ -59,9 +66,9 @@ def test_python_is_a_quoted_example_or_runs(text, monkeypatch):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_run(path, tmp_path, capsys, solvers_restored):
+def test_examples_run(path, tmp_path, compiled, capsys, solvers_restored):
     if "def get_config" in path.read_text(encoding="utf-8"):
-        assert main(tiny_command(path, tmp_path)) == 0
+        assert main([*tiny_command(path, tmp_path), f"--compiled={compiled}"]) == 0
         assert (tmp_path / "run" / "report.html").exists()
     else:
         runpy.run_path(str(path), run_name="__main__")
@@ -75,7 +82,7 @@ def tiny_command(path: pathlib.Path, directory: pathlib.Path) -> list[str]:
     if config.experiment == "slide":
         return command + slide_run.arguments(directory / "run")[1:]
     texts = tiny_run.write_jsonl(directory / "texts.jsonl", tiny_run.texts(60))
-    return command + tiny_run.arguments(directory / "run", texts, fl__rounds=1)[1:]
+    return command + tiny_run.arguments(directory / "run", texts, model__num_layers=1, fl__rounds=1)[1:]
 
 
 def test_the_new_solver_is_in_the_table_and_in_the_sweeps(tmp_path, solvers_restored):
