@@ -20,7 +20,7 @@ lint: $(STAMP)-lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP)-docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) site
