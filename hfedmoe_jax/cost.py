@@ -24,7 +24,8 @@ class ModelCost(NamedTuple):
       num_experts: L * E.
       shared_parameter_bytes: everything trainable but the experts (routers included); it travels.
       frozen_bytes: what nobody trains; it does not travel.
-      shared_training_bytes: parameters, gradients, optimizer state and activations of the trainable shared part.
+      shared_training_bytes: parameters, gradients, optimizer state and activations of the trainable shared
+        part.
       expert_parameter_bytes: one expert.
       expert_training_bytes: one expert's gradients, optimizer state and activations, without
         its parameters.
@@ -48,7 +49,8 @@ def model_cost(
     """Returns the cost of training a model on batches of one shape.
 
     Parameters, gradients and optimizer state are counted from their shapes. Activations are what the backward
-    pass of the traced program reads of the forward pass, experts that run apart. FLOP are those of matrix products.
+    pass of the traced program reads of the forward pass, experts that run apart. FLOP are those of matrix
+    products.
 
     Args:
       config: the section `model`; `remat` and `width` are read.

@@ -315,8 +315,8 @@ def pull_kept(
 def kept_residuals(expert: Expert, weights: Any, x_sd: Array) -> tuple[int, ...]:
     """Returns which leaves of an expert's pullback are worth keeping: those computed from its tokens.
 
-    Weights and tokens are at hand in the backward pass, and casts of weights are cheap. An expert may narrow the
-    list by `jax.checkpoint` with a policy.
+    Weights and tokens are at hand in the backward pass, and casts of weights are cheap. An expert may narrow
+    the list by `jax.checkpoint` with a policy.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (weights, x_sd))
     jaxpr = jax.make_jaxpr(lambda w, x: jax.tree.leaves(jax.vjp(expert, w, x)[1]))(*shapes).jaxpr

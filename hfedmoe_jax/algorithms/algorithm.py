@@ -5,8 +5,8 @@
         ...refuse what does not fit, before any data are read...
         return build                  # (setting: Setting) -> FederatedAlgorithm
 
-Most algorithms are a `Method`, a few functions that the round of `method` puts together; `Method(...)` is such a
-`build`.
+Most algorithms are a `Method`, a few functions that the round of `method` puts together; `Method(...)` is
+such a `build`.
 
 Axes: C clients in all, M clients of a round's cohort, L MoE layers, E experts.
 """
@@ -123,8 +123,8 @@ class FederatedAlgorithm(NamedTuple):
 
     Attributes:
       init: params -> ServerState.
-      round: (state, portions, key) -> (ServerState, RoundMetrics); the state is donated, `key` is the key of this
-        round, portions are taken as they are needed.
+      round: (state, portions, key) -> (ServerState, RoundMetrics); the state is donated, `key` is the key of
+        this round, portions are taken as they are needed.
       plan: (clients, hosts or None) -> blocks of a cohort, see `plan_blocks`.
       personal: every client keeps a model of its own, and nothing is sent.
       selects: clients train the experts that fit their budget.

@@ -59,8 +59,8 @@ SERVER_LEARNING_RATES = {"sgd": 1.0, "sgdm": 1.0, "adam": 0.01, "yogi": 0.01}
 def parts_of(config: ConfigDict) -> Composition:
     """Returns the parts of `fl.algorithm`, or of `fl.base` if that is more than a composition.
 
-    `fl.score`, `fl.expert_rule`, `fl.gating_rule` and `server.optimizer` replace a part unless empty: ablations
-    and new parts need no new algorithm.
+    `fl.score`, `fl.expert_rule`, `fl.gating_rule` and `server.optimizer` replace a part unless empty:
+    ablations and new parts need no new algorithm.
 
     Raises:
       InputError: `fl.base` is no composition.

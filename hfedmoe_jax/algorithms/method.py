@@ -1,7 +1,7 @@
 """A federated algorithm put together from a few pure functions: train, weigh, transform, sum, step.
 
-A round streams the cohort through the compiled program of each tier; each client's update is weighed and added
-to exact running sums on its device, and the server steps once at the end.
+A round streams the cohort through the compiled program of each tier; each client's update is weighed and
+added to exact running sums on its device, and the server steps once at the end.
 
 Axes: C clients in all, D devices along "clients", B clients of a block on a device, L MoE layers, E experts.
 """
@@ -77,8 +77,8 @@ class Change(NamedTuple):
     Attributes:
       change: after less before, zero where it trained nothing.
       sent: bool [L, E], the experts whose change counts.
-      moved: Params of bool arrays that broadcast against `change`: what the client could move at all (experts that
-        it trained, rows of its own tokens).
+      moved: Params of bool arrays that broadcast against `change`: what the client could move at all
+        (experts that it trained, rows of its own tokens).
       upload: what it reports.
       extra, state: the algorithm's broadcast arrays, and what it keeps of this client.
       key: of the client and round.
@@ -261,8 +261,8 @@ class RoundPrograms:
         self._scale = Scale(power_below(1 / model.num_layers), largest_term(config.fl.clients_per_round))
         self._state = jax.eval_shape(method.state, shapes)
         if jax.tree.leaves(self._state) and mesh.shape[EXPERTS] > 1:
-            raise InputError("mesh.experts", mesh.shape[EXPERTS], f"{config.fl.algorithm} keeps arrays of each "
-                             "client, whole on its device", "use 1")  # fmt: skip
+            problem = f"{config.fl.algorithm} keeps arrays of each client, whole on its device"
+            raise InputError("mesh.experts", mesh.shape[EXPERTS], problem, "use 1")
         self._extra = jax.eval_shape(method.extra, shapes)
         specs = params_specs(shapes)
         sums_specs = with_devices(self._sums_specs(specs))

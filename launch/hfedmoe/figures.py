@@ -26,8 +26,8 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
 
     Args:
       rows: the rows of metrics.csv.
-      record: values and arrays of the run by name: num_layers, num_experts, round_last; metric, the name of the
-        task's, and baseline, that of the best constant answer;
+      record: values and arrays of the run by name: num_layers, num_experts, round_last; metric, the name of
+        the task's, and baseline, that of the best constant answer;
         device_class, budget, union, client_scores and client_num_examples [C]; cohort [M];
         usage_before and usage_after [M, L, E]; times_chosen [C, L, E]; expert_load [L, E].
       directory: where the PNG files go; created.
