@@ -355,12 +355,30 @@ def open_layers(num_layers: int, num_experts: int, bias: Array | None = None) ->
 
 
 def open_budget(weights: Any, num_experts: int, place: Place = ALONE) -> Budget:
-    """Returns the budget of a forward pass that runs all experts.
+    """Returns the budget of a pass that runs all experts, and has no use for their gradients.
+
+    Gradients of everything else pass through all experts.
 
     Args:
       weights: of the experts, a tree of [L, H, ...].
       num_experts: E.
+
+    Raises:
+      TypeError: the pass is differentiated by the weights; their gradients come through the tape alone.
     """
+    weights = _constant(weights)
     num_layers, held = jax.tree.leaves(weights)[0].shape[:2]
-    rules = gradient_rules(num_layers * held, False, place)
+    rules = gradient_rules(num_layers * held, False, place)._replace(write=lambda tape, *_: tape)
     return Budget(Experts(flat(weights), (), rules), open_layers(num_layers, num_experts))
+
+
+@jax.custom_vjp
+def _constant(weights: Any) -> Any:
+    return weights
+
+
+def _refuse(weights: Any) -> Any:
+    raise TypeError("experts have no gradient of their own here: use a budget with a tape, see this module")
+
+
+_constant.defvjp(_refuse, lambda _, cotangent: (cotangent,))
