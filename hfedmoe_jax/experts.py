@@ -30,7 +30,7 @@ R experts that run, S slots of an expert, D model.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -320,12 +320,16 @@ def kept_residuals(expert: Expert, weights: Any, x_sd: Array) -> tuple[int, ...]
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (weights, x_sd))
     jaxpr = jax.make_jaxpr(lambda w, x: jax.tree.leaves(jax.vjp(expert, w, x)[1]))(*shapes).jaxpr
-    tokens = jaxpr.invars[-1]
-    computed = {tokens}
+    return computed_from(jaxpr, jaxpr.invars[-1:])
+
+
+def computed_from(jaxpr: Any, inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Returns which outputs of a traced program are computed from some of its inputs, those left out."""
+    computed = set(inputs)
     for equation in jaxpr.eqns:
         if any(not isinstance(v, Literal) and v in computed for v in equation.invars):
             computed.update(equation.outvars)
-    computed.discard(tokens)
+    computed.difference_update(inputs)
     return tuple(i for i, v in enumerate(jaxpr.outvars) if not isinstance(v, Literal) and v in computed)
 
 
