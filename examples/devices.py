@@ -10,7 +10,7 @@ def get_config(preset: str = "default"):
     config = hfedmoe.get_config(preset)
     config.devices = {
         #                      share, memory_bytes, flop_per_s, uplink_bps, downlink_bps
-        "nano": hfedmoe.device(0.75, 44e6, 5e9, 10e6, 20e6),
+        "nano": hfedmoe.device(0.75, 47e6, 5e9, 10e6, 20e6),
         "orin": hfedmoe.device(0.25, 64e6, 40e9, 50e6, 100e6),
     }
     return config
