@@ -24,8 +24,8 @@ from launch.slide_report import (
     title,
 )
 from launch.slide_sweeps import (
-    COLUMNS,
     Study,
+    columns,
     latency_saved,
     mean,
     monte_carlo,
@@ -44,9 +44,6 @@ from slide_jax.scenario import read_scenario, write_allocation, write_scenario
 from slide_jax.settings import ALL, check_config, sample_drop
 from slide_jax.solvers import SOLVERS, solve
 from slide_jax.verification import verify
-
-MOST_USERS = {"milp": 2000}
-"""Solvers whose time grows faster than the users, and the users up to which `all` includes them."""
 
 SCENARIO_USERS = 10_000
 """The most users of a cell that is written as a scenario file, for editing."""
@@ -91,7 +88,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, host: Host = HERE) -> None:
     else:
         print("\nsweeps over drops; their two programs are compiled first ...", flush=True)
         study = monte_carlo(config)
-    with MetricWriter(workdir, COLUMNS, resume_after=None, index="point") as writer:
+    with MetricWriter(workdir, columns(), resume_after=None, index="point") as writer:
         for number, row in enumerate(study.rows, 1):
             writer.write(number, row)
     summary = summarize(config, problem, allocations, chosen, study)
@@ -127,22 +124,21 @@ def solve_all(config: ConfigDict, problem: Problem) -> list[Solution]:
     The optimum and DAI are always among them: what any solver does is told in relation to these.
     """
     asked = list(SOLVERS) if config.solver == ALL else list(dict.fromkeys(["exact", "dai", config.solver]))
-    options = {
-        "exact": {"left_over": config.left_over},
-        "relaxed": {"left_over": config.left_over},
-        "dai": {"left_over": config.left_over},
-        "milp": {"time_limit_s": config.milp.time_limit_s},
-        "random_order": {"seed": config.seed},
+    available = {
+        "left_over": config.left_over,
+        "time_limit_s": config.milp.time_limit_s,
+        "seed": config.seed,
     }
     solutions = []
     for solver in asked:
-        most = MOST_USERS.get(solver, np.inf)
+        most = SOLVERS[solver].max_users
         if config.solver == ALL and problem.num_users > most:
             solutions.append(Solution(solver, None, f"skipped: more than {most:,} users"))
             continue
-        allocation = solve(problem, solver, **options.get(solver, {}))
+        options = {name: available[name] for name in SOLVERS[solver].options}
+        allocation = solve(problem, solver, **options)
         if allocation.solve_s <= PATIENCE_S:
-            allocation = solve(problem, solver, **options.get(solver, {}))
+            allocation = solve(problem, solver, **options)
         refuse_infeasible(problem, allocation)
         solutions.append(Solution(solver, allocation))
     return solutions
@@ -150,7 +146,7 @@ def solve_all(config: ConfigDict, problem: Problem) -> list[Solution]:
 
 def refuse_infeasible(problem: Problem, allocation: Allocation) -> None:
     """Stops the run at an answer that breaks a constraint: a bug, never to be reported as a result."""
-    judged = download_then_infer(problem) if allocation.solver == "dai" else problem
+    judged = download_then_infer(problem) if SOLVERS[allocation.solver].download_first else problem
     violations = verify(judged, allocation)
     if violations:
         more = f" and {len(violations) - 1} more" if len(violations) > 1 else ""
@@ -174,7 +170,11 @@ def summarize(
         "bandwidth_hz": float(problem.bandwidth_hz),
         "reasons": {REASONS[code]: int(count) for code, count in enumerate(counts) if code and count},
         "served": {name: found.throughput for name, found in allocations.items()},
-        "gap": {name: best - found.throughput for name, found in allocations.items() if name != "dai"},
+        "gap": {
+            name: best - found.throughput
+            for name, found in allocations.items()
+            if not SOLVERS[name].download_first
+        },
         "upper_bound": {name: found.upper_bound for name, found in allocations.items()},
         "mean_latency_s": {name: mean(found.latency_s) for name, found in allocations.items()},
         "bandwidth_used_hz": {name: found.bandwidth_used_hz for name, found in allocations.items()},

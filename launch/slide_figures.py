@@ -16,21 +16,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFor
 from launch import figures
 from launch.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, FigureEntry, column, finish
 from launch.slide_sweeps import Bars, Row, Study
-from slide_jax.experiment import METHODS, Latencies
+from slide_jax.experiment import Latencies
+from slide_jax.solvers import SOLVERS, sweep_solvers
 
 Rows = Sequence[Row]
 
-NAMES = {
-    "exact": "SLIDE, exact",
-    "relaxed": "SLIDE, relaxed and rounded",
-    "milp": "SLIDE, 0/1 programme",
-    "dai": "download, then infer (exact)",
-    "best_channel_first": "SLIDE, best channel first",
-    "random_order": "SLIDE, random order",
-    "earliest_deadline_first": "SLIDE, earliest deadline first",
-    "proportional_share": "SLIDE, proportional share",
-    "equal_share": "SLIDE, equal share",
-}
 LOOKS = {
     "exact": {"color": BLUE, "marker": "o", "linewidth": 2.4},
     "dai": {"color": ORANGE, "marker": "s", "linewidth": 2.4},
@@ -40,10 +30,11 @@ LOOKS = {
     "proportional_share": {"color": AMBER, "marker": "P"},
     "equal_share": {"color": SKY, "marker": "X"},
 }
-"""Curves of the sweeps; `relaxed` would hide under `exact`."""
+HIDDEN = "relaxed"
+"""The one solver without a curve in the sweeps: it would lie under that of `exact`."""
 
 OWN_LOOK = {"color": "black", "marker": "*", "linestyle": "--"}
-"""Of methods that a user added."""
+"""Of solvers that a user added."""
 
 PUBLISHED_SAVING = 0.325
 PUBLISHED_GAIN = (0.4, 0.6)
@@ -188,7 +179,7 @@ def gap(served: dict[str, np.ndarray]) -> Figure:
     lost = {
         method: 1 - counts[some] / best[some]
         for method, counts in served.items()
-        if method not in ("exact", "dai")
+        if method != "exact" and not SOLVERS[method].download_first
     }
     order = sorted(lost, key=lambda method: lost[method].mean() if some.any() else 0.0, reverse=True)
     for place, method in enumerate(order if some.any() else []):
@@ -216,7 +207,7 @@ def gap(served: dict[str, np.ndarray]) -> Figure:
 
 def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.5, width_ratios=[3, 2])
-    _served(left, rows, x, [*LOOKS, *(method for method in METHODS if method not in NAMES)])
+    _served(left, rows, x, [*LOOKS, *(name for name in sweep_solvers() if name not in (*LOOKS, HIDDEN))])
     _gained(right, rows, x)
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figures.from_zero(right)
@@ -226,8 +217,8 @@ def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
 
 
 def _name(method: str) -> str:
-    """Returns what a curve is called; a method of the user's own goes by its name."""
-    return NAMES.get(method, f"SLIDE, {method.replace('_', ' ')}")
+    """Returns what a curve is called; a solver without a label goes by its name."""
+    return SOLVERS[method].label or f"SLIDE, {method.replace('_', ' ')}"
 
 
 def _served(axes: Axes, rows: Rows, x: np.ndarray, methods: Sequence[str]) -> None:

@@ -7,7 +7,6 @@ Axes: K users, I models, L layers.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE
-from slide_jax.exact import exact, run, settle
+from slide_jax.allocation import allocate
+from slide_jax.exact import exact
 from slide_jax.hull import Hull
 from slide_jax.problem import Allocation, Catalogue, Problem
 from slide_jax.provisioning import Need, bandwidth_of, provision, signal_of
@@ -56,44 +56,18 @@ def dai(problem: Problem, left_over: str = "none") -> Allocation:
     return dataclasses.replace(allocation, upper_bound=float("nan"), solver="dai")
 
 
-def equal_share(problem: Problem) -> Allocation:
-    """Returns the most users of least need who can be served when they share the spectrum equally."""
-    return _named("equal_share", decide_equal_share, problem)
-
-
-def proportional_share(problem: Problem) -> Allocation:
-    """Returns the most users of least need who can be served when they share in proportion to their loads.
-
-    The load is the bandwidth that downloads the user's model in just its time, were there nothing to compute.
-    """
-    return _named("proportional_share", decide_proportional_share, problem)
-
-
-def best_channel_first(problem: Problem) -> Allocation:
-    """Returns the allocation that gives users what they need, best channel first, as long as it fits."""
-    return _named("best_channel_first", decide_best_channel_first, problem)
-
-
-def earliest_deadline_first(problem: Problem) -> Allocation:
-    """Returns the allocation that gives users what they need, earliest deadline first, as long as it fits."""
-    return _named("earliest_deadline_first", decide_earliest_deadline_first, problem)
-
-
-def random_order(problem: Problem, seed: int = 0) -> Allocation:
-    """Returns the allocation that gives users what they need in a random order, as long as it fits."""
-    allocation = run(decide_random_order, problem, jax.random.key(seed))
-    return dataclasses.replace(allocation, solver="random_order")
-
-
 def decide_equal_share(hull: Hull, problem: Problem) -> Allocation:
-    """`equal_share` as a pure function of float64 arrays."""
-    need = _needs(hull, problem)
+    """Serves the most users of least bandwidth who can be served when they share the spectrum equally."""
+    need = provision(hull, problem)
     return _serve_by_share(hull, problem, need, jnp.ones_like(need.bandwidth_hz))
 
 
 def decide_proportional_share(hull: Hull, problem: Problem) -> Allocation:
-    """`proportional_share` as a pure function of float64 arrays."""
-    users, need = problem.users, _needs(hull, problem)
+    """Serves the most users of least bandwidth who can be served with shares in proportion to their loads.
+
+    The load is the bandwidth that would download the user's model in all of its time, were there no compute.
+    """
+    users, need = problem.users, provision(hull, problem)
     slack_s = users.deadline_s - users.start_s
     bits = jnp.asarray(hull.total_bits)[need.model]
     rate = jnp.where(bits > 0, bits / jnp.where(slack_s > 0, slack_s, 1.0), 0.0)
@@ -101,17 +75,17 @@ def decide_proportional_share(hull: Hull, problem: Problem) -> Allocation:
 
 
 def decide_best_channel_first(hull: Hull, problem: Problem) -> Allocation:
-    """`best_channel_first` as a pure function of float64 arrays."""
+    """Gives users what they need, best channel first; whoever does not fit is left out."""
     return serve_in_order(hull, problem, jnp.argsort(-signal_of(problem.users, problem.rate_model)))
 
 
 def decide_earliest_deadline_first(hull: Hull, problem: Problem) -> Allocation:
-    """`earliest_deadline_first` as a pure function of float64 arrays."""
+    """Gives users what they need, earliest deadline first; whoever does not fit is left out."""
     return serve_in_order(hull, problem, jnp.argsort(problem.users.deadline_s))
 
 
 def decide_random_order(hull: Hull, problem: Problem, key: jax.Array) -> Allocation:
-    """`random_order` as a pure function of float64 arrays and a key."""
+    """Gives users what they need, in a random order; whoever does not fit is left out."""
     return serve_in_order(hull, problem, jax.random.permutation(key, problem.num_users))
 
 
@@ -119,12 +93,12 @@ def serve_in_order(hull: Hull, problem: Problem, order: Int[Array, " K"]) -> All
     """Returns the allocation that gives users what they need in this order, as long as it fits.
 
     Args:
-      hull, problem: as in `exact.decide`.
+      hull, problem: float64 arrays.
       order: permutation of the users, the first first.
     """
-    need = _needs(hull, problem)
+    need = provision(hull, problem)
     served = admit_in_order(need.bandwidth_hz, order, problem.bandwidth_hz)
-    return settle(hull, problem, need, served, need.bandwidth_hz)
+    return allocate(hull, problem, need, served, need.bandwidth_hz)
 
 
 def admit_in_order(
@@ -150,14 +124,6 @@ def admit_in_order(
     return jnp.zeros(bandwidth_hz.shape, bool).at[order].set(admitted)
 
 
-def _named(name: str, decide: Any, problem: Problem) -> Allocation:
-    return dataclasses.replace(run(decide, problem), solver=name)
-
-
-def _needs(hull: Hull, problem: Problem) -> Need:
-    return provision(hull, problem.catalogue, problem.users, problem.rate_model)
-
-
 def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[Array, " K"]) -> Allocation:
     """Splits the spectrum in proportion to the loads of the n users of least need, n the most that suffices.
 
@@ -175,4 +141,4 @@ def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[Array,
     served = jnp.zeros(suffices.shape, bool).at[order].set(suffices)
     shared = jnp.sum(jnp.where(served, load, 0.0))
     share = problem.bandwidth_hz * load / jnp.where(shared > 0, shared, 1.0)
-    return settle(hull, problem, need, served, jnp.maximum(share, need.bandwidth_hz))
+    return allocate(hull, problem, need, served, jnp.maximum(share, need.bandwidth_hz))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.device import best_clock, inference_energy
 from slide_jax.hull import Hull, latency_on_hull, least_rate_on_hull
-from slide_jax.problem import REASONS, Catalogue, Users
+from slide_jax.problem import REASONS, Catalogue, Problem, Users
 from slide_jax.rates import linear_bandwidth, linear_rate, shannon_bandwidth, shannon_rate
 
 BLOCK = 16384
@@ -96,9 +96,11 @@ def is_admissible(
     return (users.task == task) & (accuracy >= users.min_accuracy) if named is None else named
 
 
-def provision(hull: Hull, catalogue: Catalogue, users: Users, rate_model: str) -> Need:
+def provision(hull: Hull, problem: Problem) -> Need:
     """Returns every user's need; of models that need the same rate the more accurate, then the first."""
-    return by_blocks(lambda block: _provision_block(hull, catalogue, block, rate_model), users)
+    return by_blocks(
+        lambda block: _provision_block(hull, problem.catalogue, block, problem.rate_model), problem.users
+    )
 
 
 def outcome(

@@ -34,7 +34,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from slide_jax.errors import InputError
-from slide_jax.exact import exact, in_float64
+from slide_jax.exact import exact
+from slide_jax.float64 import to_float64
 from slide_jax.hull import convex_hull
 from slide_jax.problem import Problem
 from slide_jax.provisioning import provision
@@ -83,7 +84,7 @@ def quantise(problem: Problem, parameters: Int[Array, "I L"], uniform_bits: int)
     sizes = parameters.astype(np.float64)
     with jax.enable_x64(True):
         hull = convex_hull(uniform.catalogue.layer_bits, uniform.catalogue.layer_flop)
-        climbed = _climb(hull, in_float64(uniform), sizes, np.float64(uniform_bits))
+        climbed = _climb(hull, to_float64(uniform), sizes, np.float64(uniform_bits))
         smallest, bits, worth = map(np.asarray, climbed)
     candidates = [
         equal,
@@ -120,7 +121,7 @@ def _climb(hull, problem, parameters, uniform_bits):
     Each model's shares take normalised steps that shorten with the root of their number, as the number
     served has kinks; the best of all steps counts. The worth [users per bit of size] is at least 0.
     """
-    model = provision(hull, problem.catalogue, problem.users, problem.rate_model).model
+    model = provision(hull, problem).model
 
     def served(layer_bits):
         catalogue = dataclasses.replace(problem.catalogue, layer_bits=layer_bits)

@@ -29,8 +29,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE, admit
+from slide_jax.allocation import allocate
 from slide_jax.errors import unknown_name
-from slide_jax.exact import run, settle
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
 from slide_jax.leftover import LEFT_OVER, share_out
 from slide_jax.problem import Allocation, Problem
@@ -87,32 +88,32 @@ def relaxed_from(
     if left_over not in LEFT_OVER:
         raise unknown_name("left_over", left_over, LEFT_OVER)
     price = np.float64(0.0 if start is None else start.price_per_hz)
-    allocation, relaxation = run(decide_from, problem, price, left_over=left_over)
+    allocation, relaxation = compute_in_float64(decide_relaxed_from, problem, price, left_over=left_over)
     bound = float(allocation.upper_bound)
     return dataclasses.replace(allocation, upper_bound=bound, solver="relaxed"), relaxation
 
 
-def decide(hull: Hull, problem: Problem, left_over: str = "none") -> Allocation:
-    """The rounded optimum as a pure function of float64 arrays: under `jit`, and `vmap` over drops.
+def decide_relaxed(hull: Hull, problem: Problem, left_over: str = "none") -> Allocation:
+    """`relaxed` as a pure function of float64 arrays: under `jit`, and `vmap` over drops.
 
     Args:
       hull: of the catalogue, by `convex_hull`.
       problem: float64 numbers.
       left_over: one of `LEFT_OVER`.
     """
-    return decide_from(hull, problem, 0.0, left_over)[0]
+    return decide_relaxed_from(hull, problem, 0.0, left_over)[0]
 
 
-def decide_from(
+def decide_relaxed_from(
     hull: Hull, problem: Problem, start_price_per_hz: Float[Array, ""], left_over: str = "none"
 ) -> tuple[Allocation, Relaxation]:
-    """As `decide`, from a price [users/Hz] (0: none known), and with the relaxation."""
-    need = provision(hull, problem.catalogue, problem.users, problem.rate_model)
+    """As `decide_relaxed`, from a price [users/Hz] (0: none known), and with the relaxation."""
+    need = provision(hull, problem)
     relaxation = relax(need.bandwidth_hz, problem.bandwidth_hz, start_price_per_hz)
     served = rounded(relaxation.fraction, need.bandwidth_hz, problem.bandwidth_hz)
     bandwidth = share_out(hull, problem, need, served, left_over)
     bound = certificate(served, need.bandwidth_hz, problem.bandwidth_hz)
-    allocation = settle(hull, problem, need, served, bandwidth)
+    allocation = allocate(hull, problem, need, served, bandwidth)
     return dataclasses.replace(allocation, upper_bound=bound), relaxation
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from slide_jax.errors import unknown_name
-from slide_jax.exact import in_float64, run
+from slide_jax.float64 import compute_in_float64, to_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import latency, least_rate
 from slide_jax.problem import RATE_MODELS, Allocation, Problem
@@ -116,7 +116,7 @@ def sensitivities(problem: Problem, allocation: Allocation) -> Sensitivities:
     """
     with jax.enable_x64(True):
         chosen = (np.asarray(allocation.model, np.int32), np.asarray(allocation.frequency_hz, np.float64))
-        return jax.tree.map(np.asarray, _sensitivities(in_float64(problem), *chosen))
+        return jax.tree.map(np.asarray, _sensitivities(to_float64(problem), *chosen))
 
 
 def margins(problem: Problem) -> Margins:
@@ -128,7 +128,7 @@ def margins(problem: Problem) -> Margins:
     Returns:
       NumPy arrays, float64.
     """
-    return run(_margins, problem)
+    return compute_in_float64(_margins, problem)
 
 
 def shadow_price(problem: Problem) -> float:
@@ -187,7 +187,7 @@ def _sensitivities(problem, model, frequency_hz):
 
 
 def _margins(hull: Hull, problem: Problem) -> Margins:
-    model = provision(hull, problem.catalogue, problem.users, problem.rate_model).model
+    model = provision(hull, problem).model
 
     def served(spectrum_hz, deadline_s, energy_j, layer_bits, layer_flop):
         catalogue = dataclasses.replace(problem.catalogue, layer_bits=layer_bits, layer_flop=layer_flop)

@@ -61,8 +61,7 @@ def test_the_notebook_example_runs(capsys):
 def test_the_new_solver_is_twenty_lines_and_in_table_and_sweeps(tmp_path, monkeypatch):
     text = block("# configs/undemanding.py")
     assert len([line for line in text.splitlines() if line.strip()]) <= 20
-    for table in (slide_jax.SOLVERS, slide_jax.METHODS):
-        monkeypatch.setitem(table, "undemanding_first", None)  # taken away again after the test
+    monkeypatch.setitem(slide_jax.SOLVERS, "undemanding_first", None)  # taken away again after the test
     path = tmp_path / "undemanding.py"
     path.write_text(text)
     config, *_ = read_command([f"--config={path}:smoke"])
@@ -71,7 +70,7 @@ def test_the_new_solver_is_twenty_lines_and_in_table_and_sweeps(tmp_path, monkey
     assert slide_jax.verify(problem, allocation) == []
     assert 0 < allocation.throughput <= slide_jax.solve(problem).throughput
     sweep = slide_jax.run_sweep(
-        [read_setting(config)], problem.catalogue, drops=2, seed=0, methods=["undemanding_first"]
+        [read_setting(config)], problem.catalogue, drops=2, seed=0, solvers=["undemanding_first"]
     )
     assert sweep.served["undemanding_first"].shape == (1, 2)
 

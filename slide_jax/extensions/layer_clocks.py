@@ -32,8 +32,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.admission import TOLERANCE, admit
+from slide_jax.allocation import allocate
 from slide_jax.device import inference_energy
-from slide_jax.exact import run, settle
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import duration, least_rate, prefix_bits, suffix_flop
 from slide_jax.problem import Allocation, Problem, Users
@@ -63,7 +64,7 @@ def layer_clocks(problem: Problem) -> LayerClocks:
 
     Never fewer than `exact`. `verify`, which knows one clock, does not apply.
     """
-    result = run(decide_layer_clocks, problem)
+    result = compute_in_float64(decide_layer_clocks, problem)
     bound = float(result.allocation.throughput)
     allocation = dataclasses.replace(result.allocation, upper_bound=bound, solver="layer_clocks")
     return result._replace(allocation=allocation)
@@ -97,7 +98,7 @@ def decide_layer_clocks(hull: Hull, problem: Problem) -> LayerClocks:
 
     rate, model = lax.map(of_user, users, batch_size=USERS_AT_ONCE)
     bandwidth = bandwidth_of(rate, users, rate_model)
-    need = provision(hull, catalogue, users, rate_model)
+    need = provision(hull, problem)
     # A rate that the channel carries only with clocks of their own is no reason to refuse any more.
     need = need._replace(
         model=jnp.where(bandwidth < jnp.inf, model, -1),
@@ -105,7 +106,7 @@ def decide_layer_clocks(hull: Hull, problem: Problem) -> LayerClocks:
         reason=jnp.where(bandwidth < jnp.inf, SERVED, need.reason),
     )
     served = admit(bandwidth, problem.bandwidth_hz)
-    allocation = settle(hull, problem, need, served, bandwidth)
+    allocation = allocate(hull, problem, need, served, bandwidth)
 
     chosen = jnp.where(served, need.model, 0)
     layer_bits, layer_flop = (

@@ -22,7 +22,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.admission import TOLERANCE
-from slide_jax.exact import decide, run
+from slide_jax.exact import decide_exact
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import duration, least_rate, prefix_bits
 from slide_jax.problem import Allocation, Catalogue, Problem, Users
@@ -35,7 +36,7 @@ def streaming_memory(problem: Problem) -> Allocation:
     Never fewer than `exact`, which asks for room for the whole model; `verify` judges it with `memory_bits`
     infinite, `peak_memory` says what the buffer holds.
     """
-    allocation = run(decide_streaming_memory, problem)
+    allocation = compute_in_float64(decide_streaming_memory, problem)
     bound = float(allocation.throughput)
     return dataclasses.replace(allocation, upper_bound=bound, solver="streaming_memory")
 
@@ -47,7 +48,7 @@ def decide_streaming_memory(hull: Hull, problem: Problem) -> Allocation:
     unlimited = dataclasses.replace(
         users, memory_bits=jnp.full_like(users.memory_bits, jnp.inf), allowed=admissible & fits
     )
-    allocation = decide(hull, dataclasses.replace(problem, users=unlimited))
+    allocation = decide_exact(hull, dataclasses.replace(problem, users=unlimited))
     kept_out = (allocation.reason == NOT_ADMISSIBLE) & jnp.any(admissible, axis=1)
     return dataclasses.replace(allocation, reason=jnp.where(kept_out, NO_MEMORY, allocation.reason))
 

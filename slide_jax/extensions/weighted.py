@@ -17,11 +17,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.admission import TOLERANCE, first_of
+from slide_jax.allocation import allocate_least
 from slide_jax.baselines import admit_in_order
 from slide_jax.errors import InputError
-from slide_jax.exact import run
-from slide_jax.milp import decide_needs, pack, settle_users
+from slide_jax.float64 import compute_in_float64
+from slide_jax.milp import pack
 from slide_jax.problem import Allocation, Problem
+from slide_jax.provisioning import provision
 
 
 class WeightedAllocation(NamedTuple):
@@ -46,7 +48,7 @@ def weighted(problem: Problem, weights: Float[Array, " K"], time_limit_s: float 
       InputError: weights of the wrong shape, negative or not finite; a time limit that is not above 0.
     """
     weights = _checked(problem, weights)
-    need, spectrum = run(decide_needs, problem), float(problem.bandwidth_hz)
+    need, spectrum = compute_in_float64(provision, problem), float(problem.bandwidth_hz)
     fits = np.flatnonzero(need.bandwidth_hz <= spectrum * (1 + TOLERANCE))
     packing = pack(weights[fits], need.bandwidth_hz[fits], fits, spectrum, time_limit_s)
     served = np.zeros(problem.num_users, bool)
@@ -66,7 +68,7 @@ def weighted_greedy(problem: Problem, weights: Float[Array, " K"]) -> WeightedAl
     Args, Raises: as in `weighted`.
     """
     weights = _checked(problem, weights)
-    need = run(decide_needs, problem)
+    need = compute_in_float64(provision, problem)
     served, bound = _greedy(weights, need.bandwidth_hz, float(problem.bandwidth_hz))
     return _result(problem, weights, need, served, bound)
 
@@ -129,7 +131,7 @@ def _greedy(weights, bandwidth_hz, spectrum_hz):
 def _result(problem, weights, need, served, bound) -> WeightedAllocation:
     value = float(weights[served].sum())
     # Sums of the same weights in another order may differ in the last place.
-    return WeightedAllocation(settle_users(problem, need, served), value, max(bound, value))
+    return WeightedAllocation(allocate_least(problem, need, served), value, max(bound, value))
 
 
 def _checked(problem: Problem, weights) -> np.ndarray:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from slide_strategies import CORNERS, RATE_MODELS, random_problem, with_layers
 
 from slide_jax import provisioning
-from slide_jax.exact import decide, exact, run
+from slide_jax.exact import decide_exact, exact
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import convex_hull
 from slide_jax.leftover import LEFT_OVER
 from slide_jax.problem import Labels, Users
@@ -308,7 +309,7 @@ def test_another_problem_of_the_same_shape_compiles_nothing():
 
     def traced(hull, problem, **options):
         traces.append(options)
-        return decide(hull, problem, **options)
+        return decide_exact(hull, problem, **options)
 
     labels = itertools.count()
     for seed in range(10):
@@ -316,10 +317,10 @@ def test_another_problem_of_the_same_shape_compiles_nothing():
             name = f"a{next(labels)}"
             other = Labels((name,) * 3, (name, name), (name,) * 5)
             problem = dataclasses.replace(problem_of(seed), labels=other)
-            run(traced, problem, left_over=left_over)
+            compute_in_float64(traced, problem, left_over=left_over)
             with jax.enable_x64(True):
-                run(traced, problem, left_over=left_over)
-                run(traced, in_single(problem), left_over=left_over)
+                compute_in_float64(traced, problem, left_over=left_over)
+                compute_in_float64(traced, in_single(problem), left_over=left_over)
     assert [options["left_over"] for options in traces] == list(LEFT_OVER)
 
 
@@ -338,7 +339,7 @@ def test_drops_at_once_are_drops_one_at_a_time(rate_model, left_over):
 
     def one(users, bandwidth_hz):
         problem = dataclasses.replace(drops[0], users=users, bandwidth_hz=bandwidth_hz)
-        return decide(hull, problem, left_over)
+        return decide_exact(hull, problem, left_over)
 
     with jax.enable_x64(True):
         together = jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(users, spectra))
@@ -360,7 +361,7 @@ def test_users_in_overlapping_blocks(users, corner, left_over, monkeypatch):
     whole = exact(problem, left_over)
     monkeypatch.setattr(provisioning, "BLOCK", 4)
     # Another function, so that what was compiled with other blocks is not taken.
-    in_blocks = run(lambda hull, problem: decide(hull, problem, left_over), problem)
+    in_blocks = compute_in_float64(lambda hull, problem: decide_exact(hull, problem, left_over), problem)
     assert 0 < whole.throughput < users
     for name in INTEGERS:
         np.testing.assert_array_equal(getattr(in_blocks, name), getattr(whole, name))

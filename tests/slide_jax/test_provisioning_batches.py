@@ -1,7 +1,6 @@
 """Needs of many users and drops: in blocks, under `vmap`, from one program, and their gradients."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,11 @@ def double_precision():
         yield
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def provision(hull, catalogue, users, rate_model):
-    return provisioning.provision(hull, catalogue, users, rate_model)
+provision = jax.jit(provisioning.provision)
 
 
 def need_of(problem):
-    need = provision(hull_of(problem), problem.catalogue, problem.users, problem.rate_model)
+    need = provision(hull_of(problem), problem)
     return jax.tree.map(np.asarray, need)
 
 
@@ -44,7 +41,7 @@ def test_overlapping_blocks_change_nothing(users, corner, monkeypatch):
     hull, rate_model = hull_of(problem), problem.rate_model
 
     def everything(users):
-        need = provisioning.provision(hull, problem.catalogue, users, rate_model)
+        need = provisioning.provision(hull, dataclasses.replace(problem, users=users))
         chosen = (need.model, need.frequency_hz)
         least = provisioning.bandwidth_by(users.deadline_s * 0.9, hull, users, *chosen, rate_model)
         return need, least, provisioning.outcome(hull, users, *chosen, 1e6 + least, rate_model)
@@ -86,10 +83,10 @@ def test_drops_are_mapped():
     problems = list(problems_of("clock limits", "linear", 6))
     users = jax.tree.map(lambda *columns: np.stack(columns), *(problem.users for problem in problems))
     # The drops share a catalogue.
-    hull, catalogue = hull_of(problems[0]), problems[0].catalogue
-    mapped = jax.vmap(lambda users: provision(hull, catalogue, users, "linear"))(users)
+    hull, shared = hull_of(problems[0]), problems[0]
+    mapped = jax.vmap(lambda users: provision(hull, dataclasses.replace(shared, users=users)))(users)
     for drop, problem in enumerate(problems):
-        one = provision(hull, catalogue, problem.users, "linear")
+        one = provision(hull, dataclasses.replace(shared, users=problem.users))
         for ours, expected in zip(mapped, one, strict=True):
             np.testing.assert_array_equal(ours[drop], expected)
 
@@ -115,9 +112,8 @@ def test_gradients_agree_with_finite_differences(rate_model):
 
     def needs(scales):
         scaled = {name: columns[name] * scales[name] for name in names}
-        bandwidth = provision(
-            hull, problem.catalogue, dataclasses.replace(users, **scaled), rate_model
-        ).bandwidth_hz
+        changed = dataclasses.replace(problem, users=dataclasses.replace(users, **scaled))
+        bandwidth = provision(hull, changed).bandwidth_hz
         return jnp.where(jnp.isfinite(bandwidth), bandwidth, 0.0)
 
     ones = {name: np.ones(USERS) for name in names}
