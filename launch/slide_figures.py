@@ -207,13 +207,19 @@ def gap(served: dict[str, np.ndarray]) -> Figure:
 
 def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.5, width_ratios=[3, 2])
-    _served(left, rows, x, [*LOOKS, *(name for name in sweep_solvers() if name not in (*LOOKS, HIDDEN))])
+    _served(left, rows, x, _curves())
     _gained(right, rows, x)
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figures.from_zero(right)
     finish(left, "Users served", xlabel, "users", legend_columns=2)
     finish(right, "SLIDE serves more users than DAI", xlabel, "")
     return figure
+
+
+def _curves() -> list[str]:
+    """Returns the solvers that sweeps draw: those of `LOOKS` in its order, then those that a user added."""
+    order = {name: place for place, name in enumerate(LOOKS)}
+    return sorted(set(sweep_solvers()) - {HIDDEN}, key=lambda name: (order.get(name, len(order)), name))
 
 
 def _name(method: str) -> str:

@@ -1,7 +1,8 @@
 """Builds the `Allocation` once it is decided which users are served, and with which bandwidths."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float
 
 from slide_jax.admission import TOLERANCE
 from slide_jax.float64 import compute_in_float64
@@ -11,7 +12,11 @@ from slide_jax.provisioning import CROWDED_OUT, NO_SPECTRUM, SERVED, Need, outco
 
 
 def allocate(
-    hull: Hull, problem: Problem, need: Need, served: Bool[Array, " K"], bandwidth_hz: Float[Array, " K"]
+    hull: Hull,
+    problem: Problem,
+    need: Need,
+    served: Bool[ArrayLike, " K"],
+    bandwidth_hz: Float[ArrayLike, " K"],
 ) -> Allocation:
     """Returns the allocation that serves these users, and the reasons why the others are not served.
 
@@ -38,6 +43,6 @@ def allocate(
     )
 
 
-def allocate_least(problem: Problem, need: Need, served: Bool[Array, " K"]) -> Allocation:
+def allocate_least(problem: Problem, need: Need, served: Bool[ArrayLike, " K"]) -> Allocation:
     """Returns the allocation that serves these users with their least bandwidths, as NumPy arrays."""
     return compute_in_float64(allocate, problem, need, served, need.bandwidth_hz)

@@ -1,7 +1,8 @@
-"""What SLIDE is compared with: download-then-infer, fixed shares, and orders of first come, first served.
+"""Baselines: download-then-infer, shares of the spectrum by a fixed rule, and users served in a fixed order.
 
 Each user gets the model that needs the least bandwidth, at its best clock (`provisioning`); the baselines
-differ in who gets how much. As in `exact`, `decide_*` are pure functions under `jit` and `vmap` over drops.
+differ in who is served and with how much bandwidth. The functions `decide_*` are pure, for `jit` and for
+`vmap` over drops; `slide_jax.solvers` makes solvers of them.
 
 Axes: K users, I models, L layers.
 """
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE
@@ -23,7 +25,7 @@ from slide_jax.provisioning import Need, bandwidth_of, provision, signal_of
 
 
 def collapse(catalogue: Catalogue) -> Catalogue:
-    """Returns the catalogue with every model one layer: all bits, then all work."""
+    """Returns the catalogue with each model as a single layer that holds all its bits and work."""
     return dataclasses.replace(
         catalogue,
         layer_bits=catalogue.layer_bits.sum(axis=-1, keepdims=True),
@@ -43,8 +45,8 @@ def download_then_infer(problem: Problem) -> Problem:
 def dai(problem: Problem, left_over: str = "none") -> Allocation:
     """Returns the optimum under DAI.
 
-    It is to be verified against `download_then_infer(problem)`: latencies are those of DAI. Under SLIDE the
-    same users finish sooner, and it bounds nothing.
+    Its latencies are those of DAI, so it is to be verified against `download_then_infer(problem)`. It proves
+    no bound on the users that SLIDE can serve.
 
     Args:
       left_over: as in `exact`.
@@ -89,7 +91,7 @@ def decide_random_order(hull: Hull, problem: Problem, key: jax.Array) -> Allocat
     return serve_in_order(hull, problem, jax.random.permutation(key, problem.num_users))
 
 
-def serve_in_order(hull: Hull, problem: Problem, order: Int[Array, " K"]) -> Allocation:
+def serve_in_order(hull: Hull, problem: Problem, order: Int[ArrayLike, " K"]) -> Allocation:
     """Returns the allocation that gives users what they need in this order, as long as it fits.
 
     Args:
@@ -102,14 +104,14 @@ def serve_in_order(hull: Hull, problem: Problem, order: Int[Array, " K"]) -> All
 
 
 def admit_in_order(
-    bandwidth_hz: Float[Array, " K"], order: Int[Array, " K"], spectrum_hz: Float[Array, ""]
+    bandwidth_hz: Float[ArrayLike, " K"], order: Int[ArrayLike, " K"], spectrum_hz: Float[ArrayLike, ""]
 ) -> Bool[Array, " K"]:
     """Returns who is admitted when each user in turn gets what it needs if that still fits.
 
     Args:
       bandwidth_hz: what each user needs, at least 0; infinite: cannot be served.
       order: permutation of the users, the first first.
-      spectrum_hz: what there is.
+      spectrum_hz: the available spectrum.
 
     >>> admit_in_order(jnp.array([3.0, 2.0, 1.0]), jnp.array([0, 1, 2]), 4.0).tolist()
     [True, False, True]
@@ -124,7 +126,7 @@ def admit_in_order(
     return jnp.zeros(bandwidth_hz.shape, bool).at[order].set(admitted)
 
 
-def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[Array, " K"]) -> Allocation:
+def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[ArrayLike, " K"]) -> Allocation:
     """Splits the spectrum in proportion to the loads of the n users of least need, n the most that suffices.
 
     User k is served iff the loads of all n sum to at most B load_k / need_k; the sum rises with n, the

@@ -1,12 +1,14 @@
-"""The exact optimum in polynomial time: O(I L + K I h) for K users and I models of L layers, h deciding.
+"""The exact optimum in polynomial time, O(I L + K I h) for K users and I models of L layers.
 
-1. Clock: latency falls and energy rises with it, so the fastest that the energy allows (`device`).
-2. Bandwidth: the least, in closed form (`latency`, `hull`).
-3. Provisioning: the admissible model of least bandwidth (`provisioning`).
-4. Admission: the users of least bandwidth, as many as fit (`admission`).
+1. Clock: latency falls and energy rises with the clock, so each user runs the fastest clock that its energy
+   budget allows (`device`).
+2. Bandwidth: the least bandwidth that meets the deadline has a closed form (`latency`), in which only h of
+   the L layers matter, 2 to 10 for common models (`hull`).
+3. Provisioning: each user gets the admissible model of least bandwidth (`provisioning`).
+4. Admission: the users of least bandwidth are served, as many as fit (`admission`).
 
-Source: arXiv 2512.20946; the proofs in short stand at each step. Everything is float64, whatever the
-caller's setting: thresholds and sums over a million users decide.
+Source: arXiv 2512.20946. The modules named give short proofs. All arrays are float64, whatever precision the
+caller has set (`float64`).
 """
 
 import dataclasses

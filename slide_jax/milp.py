@@ -16,6 +16,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE
@@ -110,9 +111,9 @@ def _pair_needs(hull: Hull, problem: Problem) -> PairNeeds:
 
 
 def pack(
-    value: Float[Array, " N"],
-    bandwidth_hz: Float[Array, " N"],
-    user: Int[Array, " N"],
+    value: Float[ArrayLike, " N"],
+    bandwidth_hz: Float[ArrayLike, " N"],
+    user: Int[ArrayLike, " N"],
     spectrum_hz: float,
     time_limit_s: float = 60.0,
 ) -> Packing:

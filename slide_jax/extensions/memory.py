@@ -19,6 +19,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.admission import TOLERANCE
@@ -54,10 +55,10 @@ def decide_streaming_memory(hull: Hull, problem: Problem) -> Allocation:
 
 
 def peak_memory(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    rate_bps: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    rate_bps: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
 ) -> Float[Array, "..."]:
     """Returns the most bits that are received and not yet freed, at any time.
 

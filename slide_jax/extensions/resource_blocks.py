@@ -8,7 +8,8 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from slide_jax.admission import TOLERANCE, admit
 from slide_jax.allocation import allocate
@@ -36,7 +37,7 @@ def resource_blocks(problem: Problem, block_hz: float) -> Allocation:
     return dataclasses.replace(allocation, upper_bound=bound, solver="resource_blocks")
 
 
-def decide_resource_blocks(hull: Hull, problem: Problem, block_hz: Float[Array, ""]) -> Allocation:
+def decide_resource_blocks(hull: Hull, problem: Problem, block_hz: Float[ArrayLike, ""]) -> Allocation:
     """`resource_blocks` as a pure function of float64 arrays: under `jit`, and `vmap` over drops."""
     need = provision(hull, problem)
     # An exact fit is a fit, of a user into its blocks and of the blocks into the spectrum.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.admission import TOLERANCE, first_of
@@ -34,7 +35,9 @@ class WeightedAllocation(NamedTuple):
     bound: float
 
 
-def weighted(problem: Problem, weights: Float[Array, " K"], time_limit_s: float = 60.0) -> WeightedAllocation:
+def weighted(
+    problem: Problem, weights: Float[ArrayLike, " K"], time_limit_s: float = 60.0
+) -> WeightedAllocation:
     """Returns the allocation that serves the largest sum of weights.
 
     `value` reaches `bound` to 1e-6 of the largest weight, HiGHS' tolerance, unless time runs out first.
@@ -59,7 +62,7 @@ def weighted(problem: Problem, weights: Float[Array, " K"], time_limit_s: float 
     return _result(problem, weights, need, served, min(packing.bound, fractional))
 
 
-def weighted_greedy(problem: Problem, weights: Float[Array, " K"]) -> WeightedAllocation:
+def weighted_greedy(problem: Problem, weights: Float[ArrayLike, " K"]) -> WeightedAllocation:
     """Returns the better of two answers: the most weight per bandwidth first, or the heaviest user alone.
 
     It serves at least half of the largest sum of weights: those who fit first and the first who does not are
@@ -74,7 +77,7 @@ def weighted_greedy(problem: Problem, weights: Float[Array, " K"]) -> WeightedAl
 
 
 def fractional_bound(
-    weights: Float[Array, " K"], bandwidth_hz: Float[Array, " K"], spectrum_hz: Float[Array, ""]
+    weights: Float[ArrayLike, " K"], bandwidth_hz: Float[ArrayLike, " K"], spectrum_hz: Float[ArrayLike, ""]
 ) -> Float[Array, ""]:
     """Returns the most weight that can be served if users may be served in part: the bound of the relaxation.
 
@@ -99,7 +102,7 @@ def fractional_bound(
 
 
 def greedy_choice(
-    weights: Float[Array, " K"], bandwidth_hz: Float[Array, " K"], spectrum_hz: Float[Array, ""]
+    weights: Float[ArrayLike, " K"], bandwidth_hz: Float[ArrayLike, " K"], spectrum_hz: Float[ArrayLike, ""]
 ) -> Bool[Array, " K"]:
     """Returns whom `weighted_greedy` serves, given what each user needs."""
     fits = bandwidth_hz <= spectrum_hz * (1 + TOLERANCE)

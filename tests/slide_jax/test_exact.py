@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -324,6 +325,15 @@ def test_another_problem_of_the_same_shape_compiles_nothing():
     assert [options["left_over"] for options in traces] == list(LEFT_OVER)
 
 
+def assert_same_columns(allocation, column):
+    """Compares integers exactly and numbers to 1e-9."""
+    names = (*INTEGERS, "bandwidth_hz", "frequency_hz", "latency_s", "energy_j")
+    expected = {name: getattr(allocation, name) for name in names}
+    found = {name: column(name) for name in names}
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("rate_model", "left_over"), [("linear", "none"), ("linear", "proportional"), ("shannon", "min_max")]
 )
@@ -346,10 +356,7 @@ def test_drops_at_once_are_drops_one_at_a_time(rate_model, left_over):
     assert len(set(together.served.sum(axis=1).tolist())) > 1
     for drop, problem in enumerate(drops):
         alone = exact(problem, left_over)
-        for name in INTEGERS:
-            np.testing.assert_array_equal(getattr(together, name)[drop], getattr(alone, name))
-        for name in ("bandwidth_hz", "frequency_hz", "latency_s", "energy_j"):
-            np.testing.assert_allclose(getattr(together, name)[drop], getattr(alone, name), rtol=1e-9)
+        assert_same_columns(alone, lambda name, drop=drop: getattr(together, name)[drop])
 
 
 @pytest.mark.parametrize(
@@ -363,7 +370,4 @@ def test_users_in_overlapping_blocks(users, corner, left_over, monkeypatch):
     # Another function, so that what was compiled with other blocks is not taken.
     in_blocks = compute_in_float64(lambda hull, problem: decide_exact(hull, problem, left_over), problem)
     assert 0 < whole.throughput < users
-    for name in INTEGERS:
-        np.testing.assert_array_equal(getattr(in_blocks, name), getattr(whole, name))
-    for name in ("bandwidth_hz", "frequency_hz", "latency_s", "energy_j"):
-        np.testing.assert_allclose(getattr(in_blocks, name), getattr(whole, name), rtol=1e-9)
+    assert_same_columns(whole, lambda name: getattr(in_blocks, name))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,9 +50,8 @@ def test_overlapping_blocks_change_nothing(users, corner, monkeypatch):
     whole = jax.jit(lambda users: everything(users))(problem.users)
     monkeypatch.setattr(provisioning, "BLOCK", 4)
     in_blocks = jax.jit(lambda users: everything(users))(problem.users)
-    for ours, expected in zip(jax.tree.leaves(in_blocks), jax.tree.leaves(whole), strict=True):
-        assert ours.dtype == expected.dtype
-        np.testing.assert_allclose(ours, expected, rtol=1e-15)
+    chex.assert_trees_all_equal_shapes_and_dtypes(in_blocks, whole)
+    chex.assert_trees_all_close(in_blocks, whole, rtol=1e-15)
 
 
 @pytest.mark.parametrize("count", range(10))
@@ -87,8 +87,7 @@ def test_drops_are_mapped():
     mapped = jax.vmap(lambda users: provision(hull, dataclasses.replace(shared, users=users)))(users)
     for drop, problem in enumerate(problems):
         one = provision(hull, dataclasses.replace(shared, users=problem.users))
-        for ours, expected in zip(mapped, one, strict=True):
-            np.testing.assert_array_equal(ours[drop], expected)
+        chex.assert_trees_all_equal(jax.tree.map(lambda column, drop=drop: column[drop], mapped), one)
 
 
 @pytest.mark.parametrize("rate_model", RATE_MODELS)
