@@ -64,8 +64,7 @@ def train_cohort(
     """Returns the sums, the clients' states and their reports, after a round of a cohort.
 
     Args:
-      train: the program of each tier, (sums, broadcast, data, count) -> (sums, (reports, states of the
-        block)).
+      train: the program of each tier, (sums, broadcast, data, count) -> (sums, (reports, states of a block)).
       portions: the cohort's blocks; a client is in one of them at most.
       sums: open ones, consumed.
       settle: makes room in them, None where nothing is summed.

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import expert_rules, gating_rules
 from hfedmoe_jax.algorithms.algorithm import algorithms
-from hfedmoe_jax.algorithms.method import Method, Weights
+from hfedmoe_jax.algorithms.method import Method
+from hfedmoe_jax.algorithms.parts import Weights
 from hfedmoe_jax.client import LocalRule
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import optimizers
