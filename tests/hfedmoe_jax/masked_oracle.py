@@ -124,7 +124,7 @@ def score_of(name: str, config, seen: Look, units, contribution) -> np.ndarray:
 def local_round(
     start: Params, batches: dict, budget: int, score: str | None, mu: float = 0.0, **fields: Any
 ) -> Round:
-    """Trains one client on batches [S, B, ...]; the other arguments are those of `make_client` and `tiny_config`."""
+    """Trains one client on batches [S, B, ...]; the rest as for `make_client` and `tiny_config`."""
     config = tiny_config(**fields)
     model_fields = {name: value for name, value in fields.items() if name.startswith("model__")}
     client_fields = {name: value for name, value in fields.items() if name.startswith("client__")}
