@@ -9,6 +9,7 @@ Axes: S steps, L layers, N tokens, E experts.
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,3 +208,12 @@ def whole(update, start: Params) -> Params:
 def bits(tree: Any) -> list[bytes]:
     """Returns the bytes of every array of a tree."""
     return [np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def assert_near(one: Any, other: Any, share: float = 1e-5) -> None:
+    """Fails unless no two numbers differ by more than a share of the largest of their array (or of 0.01)."""
+    scale = jax.tree.map(lambda x: max(float(np.max(np.abs(x))), 0.01), other)
+    one, other = (
+        jax.tree.map(lambda x, s: np.asarray(x, np.float64) / s, tree, scale) for tree in (one, other)
+    )
+    chex.assert_trees_all_close(one, other, rtol=0, atol=share)
