@@ -11,13 +11,13 @@ import shlex
 import pytest
 import slide_run
 import tiny_run
-from launch.run.command import read_command
 from test_configs import fields
 
 import slide_jax
 from configs import hfedmoe, slide
 from hfedmoe_jax.algorithms import algorithms
 from launch.main import main
+from launch.run.command import read_command
 from slide_jax.profiles import PROFILES
 from slide_jax.settings import sample_drop
 from slide_jax.solvers import sweep_solvers

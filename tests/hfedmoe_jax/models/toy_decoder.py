@@ -68,8 +68,8 @@ class Decoder(nn.Module):
         axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_layers)
         layers = nn.scan(Layer, in_axes=(nn.broadcast, nn.broadcast, 0), **axes)
         layers = layers(c, c.capacity_factor if training else c.eval_capacity_factor, name="layers")
-        (x_btd, tape), told = layers((x_btd, budget.tape), mask_bt, budget.experts, budget.layers)
-        return ModelOutput(embed.attend(nn.RMSNorm()(x_btd)), tape, *told)
+        (x_btd, tape), outputs = layers((x_btd, budget.tape), mask_bt, budget.experts, budget.layers)
+        return ModelOutput(embed.attend(nn.RMSNorm()(x_btd)), tape, *outputs)
 
 
 @families.register("toy_decoder")
