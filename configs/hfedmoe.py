@@ -250,8 +250,8 @@ def get_config(preset: str = "default") -> ConfigDict:
     # stand to a large one: the first cannot train all experts, the last can.
     config.devices = ConfigDict(
         {
-            "phone": device(0.4, 43 * MEGABYTE, 2 * GIGAFLOP, 5 * MEGABIT, 20 * MEGABIT),
-            "tablet": device(0.4, 48 * MEGABYTE, 6 * GIGAFLOP, 20 * MEGABIT, 50 * MEGABIT),
+            "phone": device(0.4, 46.5 * MEGABYTE, 2 * GIGAFLOP, 5 * MEGABIT, 20 * MEGABIT),
+            "tablet": device(0.4, 50.5 * MEGABYTE, 6 * GIGAFLOP, 20 * MEGABIT, 50 * MEGABIT),
             "laptop": device(0.2, 64 * MEGABYTE, 20 * GIGAFLOP, 50 * MEGABIT, 100 * MEGABIT),
         }
     )

@@ -92,17 +92,17 @@ def federate(method: Method, setting: Setting) -> FederatedAlgorithm:
 
     def round_function(state: ServerState, portions: Iterable[Portion], key: jax.Array):
         broadcast = Broadcast(state.params, setting.frozen, state.extra, key)
-        sums, clients, told = train_cohort(
+        sums, clients, reports = train_cohort(
             programs.train, portions, programs.open(), programs.settle, broadcast, store, state.clients
         )
         params, optimizer, extra = programs.finish(sums, state.params, state.optimizer, state.extra, key)
-        uploaded = told.uploaded
-        records = remember(state.records, told, uploaded & told.upload.trained)
-        dominant = dominant_set(told.upload.usage, told.upload.trained, config.aggregation.tau)
-        consistency = np.asarray(routing_consistency(dominant, told.report.status == OK))
+        uploaded = reports.uploaded
+        records = remember(state.records, reports, uploaded & reports.upload.trained)
+        dominant = dominant_set(reports.upload.usage, reports.upload.trained, config.aggregation.tau)
+        consistency = np.asarray(routing_consistency(dominant, reports.report.status == OK))
         return (
             ServerState(params, optimizer, extra, clients, records),
-            RoundMetrics(told.report, uploaded, consistency),
+            RoundMetrics(reports.report, uploaded, consistency),
         )
 
     scoring = NO_SCORING if method.rule.score is None else method.rule.score.passes(config.fl.local_steps)

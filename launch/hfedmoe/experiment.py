@@ -16,8 +16,8 @@ from hfedmoe_jax import Experiment, Outcome, RunState, make_mesh
 from hfedmoe_jax.algorithms import parts_of
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.data import num_rows
-from hfedmoe_jax.reports import STATUS_NAMES
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.reports import STATUS_NAMES
 from launch.hfedmoe.figures import write_figures
 from launch.hosts.devices import configure_devices, use_compilation_cache
 from launch.hosts.distributed import (

@@ -26,10 +26,10 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
 
     Args:
       rows: the rows of metrics.csv.
-      record: values and arrays of the run by name: num_layers, num_experts, round_last; metric, the name of the
-        task's, and baseline, that of the best constant answer;
-        device_class, budget, union, client_scores and client_num_examples [C]; cohort [M];
-        usage_before and usage_after [M, L, E]; times_chosen [C, L, E]; expert_load [L, E].
+      record: values and arrays of the run by name: num_layers, num_experts, round_last; metric, the name
+        of the task's, and baseline, its value for the best constant answer; device_class, budget, union,
+        client_scores and client_num_examples [C]; cohort [M]; usage_before and usage_after [M, L, E];
+        times_chosen [C, L, E]; expert_load [L, E].
       directory: where the PNG files go; created.
     """
     with figures.house_style():
@@ -55,7 +55,7 @@ TEXTS = {
     "learning": (
         "Accuracy and loss by round",
         "The global model on the validation data, and the clients' own held-out data: their mean with one "
-        "standard deviation (shaded) and the mean of the worst 10%. Dashed: always the most frequent label.",
+        "standard deviation (shaded) and the mean of the worst 10%. Dashed: the best constant answer.",
     ),
     "learning_time": (
         "Accuracy and loss by simulated time",

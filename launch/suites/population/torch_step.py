@@ -1,6 +1,6 @@
 """The bench model in PyTorch, optimised for speed: local training on one flat vector of parameters.
 
-The same function as `hfedmoe_jax.models.switch.SwitchClassifier` with capacity dispatch, top-1.
+The same function as `hfedmoe_jax.models.switch.SwitchClassifier`, top-1.
 PyTorch is optional, so it is imported where it is used.
 
 Axes: C clients, B batch, T tokens, N = B * T, E experts, S slots of an expert, D model, F hidden.
@@ -29,7 +29,7 @@ class Task:
       labels: classes.
       num_examples: the clients' weights in the mean of their parameters, whole numbers.
       num_heads: of attention.
-      capacity: slots of an expert, see `hfedmoe_jax.models.dispatch.expert_capacity`.
+      capacity: slots of an expert, see `hfedmoe_jax.slots.expert_capacity`.
       learning_rate: of all parameters.
     """
 
@@ -69,10 +69,11 @@ def torch_layout(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     params = _map(np.asarray, params)
     blocks, width = params["blocks"], params["position"].shape[-1]
+    layers = {**blocks["attend"], "router": blocks["router"], "experts": params["experts"]}
     arrays = {"embed": params["embed"], "position": params["position"]}
-    for layer in range(blocks["moe"]["router"]["kernel"].shape[0]):
-        block = _map(lambda array, layer=layer: array[layer], blocks)
-        attention, experts = block["attention"], block["moe"]["experts"]
+    for layer in range(blocks["router"]["kernel"].shape[0]):
+        block = _map(lambda array, layer=layer: array[layer], layers)
+        attention, experts = block["attention"], block["experts"]
         projections = [attention[name] for name in ("query", "key", "value")]
         arrays |= {
             f"norm_attention_scale{layer}": block["norm_attention"]["scale"],
@@ -83,9 +84,9 @@ def torch_layout(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
             f"out_bias{layer}": attention["out"]["bias"],
             f"norm_moe_scale{layer}": block["norm_moe"]["scale"],
             f"norm_moe_bias{layer}": block["norm_moe"]["bias"],
-            f"router{layer}": block["moe"]["router"]["kernel"],
-            f"w_in{layer}": experts["w_in_edf"],
-            f"w_out{layer}": experts["w_out_efd"],
+            f"router{layer}": block["router"]["kernel"],
+            f"w_in{layer}": experts["w_in_df"],
+            f"w_out{layer}": experts["w_out_fd"],
         }
     arrays |= {
         "norm_head_scale": params["head"]["norm"]["scale"],

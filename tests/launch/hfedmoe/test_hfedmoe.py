@@ -12,13 +12,15 @@ import pytest
 import tiny_run
 from tokenizers import Tokenizer
 
-from hfedmoe_jax import COLUMNS, Experiment, Outcome, make_mesh
+from hfedmoe_jax import Experiment, Outcome, make_mesh, tasks
 from hfedmoe_jax.accounting import Ledger
 from hfedmoe_jax.evaluation import Quality
+from hfedmoe_jax.experiment import metric_columns
 from launch.hfedmoe.experiment import summarize
 from launch.main import read_command
 from launch.run.writers import read_metrics
 
+COLUMNS = metric_columns(list(tasks["classification"].scores), "accuracy")
 EVALUATION = {name for name in COLUMNS if name.startswith(("validation_", "client_accuracy_"))}
 FIGURES = {
     "budget_union",
@@ -126,6 +128,7 @@ def test_the_summary(finished):
     summary = json.loads((finished.workdir / "summary.json").read_text())
     rows = read_metrics(finished.workdir / "metrics.csv")
     assert (summary["algorithm"], summary["seed"], summary["rounds"]) == ("hfedmoe", 0, 6)
+    assert (summary["task"], summary["metric"]) == ("classification", "accuracy")
     assert summary["expert_budget"] == {"laptop": 3, "phone": 3, "tablet": 3}
     for name in ("bytes_up", "bytes_down"):
         assert summary[name] == sum(row[name] for row in rows) > 0
@@ -147,8 +150,8 @@ def test_the_summary_takes_every_figure_from_its_place(finished):
     experiment = Experiment(read_command(command)[0], make_mesh())
     numbers = np.arange(10, 17).astype(np.float64)
     ledger = Ledger(*numbers)._replace(status_counts=np.array([1, 2, 3, 4]))
-    state = experiment.init()._replace(round=5, best_round=3, best_accuracy=0.7, ledger=ledger)
-    final, best = Quality(0.1, 0.2, None, 0.0), Quality(0.3, 0.4, None, 0.0)
+    state = experiment.init()._replace(round=5, best_round=3, best_score=0.7, ledger=ledger)
+    final, best = (Quality(dict(accuracy=a, loss=b), None, 0.0) for a, b in ((0.1, 0.2), (0.3, 0.4)))
     outcome = Outcome(final, best, None, (0.5, 0.6, 0.7), None, None, None)
     summary = summarize(experiment, state, outcome)
     assert [summary[f"test_{name}_final"] for name in ("accuracy", "loss")] == [0.1, 0.2]
@@ -162,9 +165,9 @@ def test_the_summary_takes_every_figure_from_its_place(finished):
 
 
 def test_a_run_learns(finished):
-    """Three topics of distinct words: far above the majority vote of a third, from no knowledge at all."""
+    """Three topics of distinct words: far above the third that a constant answer has, from no knowledge."""
     summary = tiny_run.summary(finished.workdir)
-    assert summary["majority_accuracy"] == pytest.approx(1 / 3)
+    assert summary["baseline_accuracy"] == pytest.approx(1 / 3)
     assert summary["test_accuracy_final"] > 0.75
     assert summary["client_accuracy"]["mean"] > 0.75
     rows = read_metrics(finished.workdir / "metrics.csv")

@@ -50,11 +50,12 @@ def make_run(rounds=6, clients=6, cohort=3, layers=2, experts=4):
         "usage_before": random.random((cohort, layers, experts)),
         "usage_after": random.random((cohort, layers, experts)),
         "times_chosen": random.integers(0, rounds + 1, (clients, layers, experts)),
-        "client_accuracy": random.random(clients),
+        "metric": "accuracy",
+        "client_scores": random.random(clients),
         "client_num_examples": random.integers(1, 500, clients),
         "expert_load": np.full((layers, experts), 1 / experts),
         "round_last": rounds,
-        "majority_accuracy": 0.2,
+        "baseline": 0.2,
     }
     return rows, record
 
@@ -68,10 +69,8 @@ def without_measurements(run):
         }
         for row in rows
     ]
-    floats = ("union", "usage_before", "usage_after", "client_accuracy", "expert_load")
-    return rows, record | {name: np.full_like(record[name], np.nan) for name in floats} | {
-        "majority_accuracy": np.nan
-    }
+    floats = ("union", "usage_before", "usage_after", "client_scores", "expert_load")
+    return rows, record | {name: np.full_like(record[name], np.nan) for name in floats} | {"baseline": np.nan}
 
 
 @pytest.mark.parametrize(

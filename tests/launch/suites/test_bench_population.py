@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from hfedmoe_jax import make_mesh
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.population import make_mesh
 from launch import bench
 from launch.suites.population import comparison, scaling, suite
 from launch.suites.population.rounds import Rounds, Size, texts

@@ -5,13 +5,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models.dispatch import expert_capacity
-from hfedmoe_jax.models.routing import load_balancing_loss, open_controls
+from hfedmoe_jax.experts import Budget, Experts, flat, gradient_rules, open_layers
+from hfedmoe_jax.models import ModelSizes
 from hfedmoe_jax.models.switch import SwitchClassifier
+from hfedmoe_jax.slots import expert_capacity
+from hfedmoe_jax.tasks import classification
 from launch.suites.population import peers
 from launch.suites.population.torch_step import Settings, Task, flatten, make_train, torch_layout, views
 
@@ -19,11 +20,11 @@ CLIENTS, STEPS, BATCH, TOKENS = 4, 2, 4, 8
 LAYERS, EXPERTS, HEADS = 2, 4, 2
 CAPACITY_FACTOR = 0.8  # some tokens find no slot
 LEARNING_RATE = 0.1
+SIZES = ModelSizes(num_outputs=3, vocab_size=20, seq_len=TOKENS)
 MODEL = SwitchClassifier(
-    num_classes=3, vocab_size=20, seq_len=TOKENS, num_layers=LAYERS, width=8, num_heads=HEADS,
-    hidden=12, num_experts=EXPERTS, top_k=1, dispatch="capacity",
+    SIZES, num_layers=LAYERS, width=8, num_heads=HEADS, hidden=12, num_experts=EXPERTS, top_k=1,
+    capacity_factor=CAPACITY_FACTOR, eval_capacity_factor=CAPACITY_FACTOR,
 )  # fmt: skip
-CONTROLS = open_controls(LAYERS, EXPERTS)
 
 EAGER = Settings(False, "mkl")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
@@ -38,17 +39,17 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def task() -> Task:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, MODEL.vocab_size, (CLIENTS, STEPS, BATCH, TOKENS)).astype(np.int32)
+    tokens = rng.integers(1, SIZES.vocab_size, (CLIENTS, STEPS, BATCH, TOKENS)).astype(np.int32)
     length = rng.integers(0, TOKENS + 1, (CLIENTS, STEPS, BATCH, 1))
     length[0, 0, 0] = 0  # a text of padding alone
-    params = MODEL.init(jax.random.key(0), tokens[0, 0], CONTROLS, CAPACITY_FACTOR)["params"]
+    params = MODEL.init(jax.random.key(0), {"tokens": tokens[0, 0]})["params"]
     # Every parameter away from zero, one and from what it is at the start, so that each one matters.
     leaves, tree = jax.tree.flatten(params)
     leaves = [np.asarray(leaf + 0.3 * rng.standard_normal(leaf.shape), np.float32) for leaf in leaves]
     return Task(
         params=jax.tree.unflatten(tree, leaves),
         tokens=np.where(np.arange(TOKENS) < length, tokens, 0),
-        labels=rng.integers(0, MODEL.num_classes, (CLIENTS, STEPS, BATCH)).astype(np.int32),
+        labels=rng.integers(0, SIZES.num_outputs, (CLIENTS, STEPS, BATCH)).astype(np.int32),
         num_examples=np.array([8.0, 3.0, 21.0, 1.0]),
         num_heads=HEADS,
         capacity=expert_capacity(BATCH * TOKENS, EXPERTS, 1, CAPACITY_FACTOR),
@@ -56,20 +57,32 @@ def task() -> Task:
     )
 
 
-def objective(params, tokens, labels):
-    logits, routing = MODEL.apply({"params": params}, tokens, CONTROLS, CAPACITY_FACTOR)
-    cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-    balance = load_balancing_loss(routing.gates, routing.chosen, (tokens != 0).reshape(-1))
-    return cross_entropy + 0.01 * balance, (cross_entropy, routing)
+@jax.jit
+def gradient(params, tokens, labels):
+    """Returns the cross-entropy of a batch, the routing, and the gradient of everything."""
+    experts, batch = flat(params["experts"]), {"tokens": tokens, "labels": labels}
+    rules = gradient_rules(LAYERS * EXPERTS)
 
+    def objective(rest, tape):
+        budget = Budget(Experts(experts, (), rules), open_layers(LAYERS, EXPERTS), tape)
+        out = MODEL.apply({"params": rest}, batch, budget)
+        cross_entropy, _ = classification.loss(out.output, batch)
+        total = cross_entropy + 0.01 * jnp.mean(out.routing.balance)
+        return (total, out.tape, out.permit), (cross_entropy, out.routing)
 
-gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    rest = {name: tree for name, tree in params.items() if name != "experts"}
+    zeros = jax.tree.map(jnp.zeros_like, experts)
+    _, pull, (cross_entropy, routing) = jax.vjp(objective, rest, zeros, has_aux=True)
+    rows = jnp.arange(LAYERS * EXPERTS, dtype=jnp.float32).reshape(LAYERS, EXPERTS)
+    slope, rows = pull((jnp.float32(1), zeros, rows))
+    of_experts = jax.tree.map(lambda row, array: row.reshape(array.shape), rows, params["experts"])
+    return cross_entropy, routing, slope | {"experts": of_experts}
 
 
 def train_in_jax(params, tokens, labels):
     losses = []
     for batch in zip(tokens, labels, strict=True):
-        (_, (cross_entropy, _)), slope = gradient(params, *batch)
+        cross_entropy, _, slope = gradient(params, *batch)
         params = jax.tree.map(lambda value, each: value - LEARNING_RATE * each, params, slope)
         losses.append(float(cross_entropy))
     return params, np.mean(losses)
@@ -91,8 +104,8 @@ def federated_averaging(task, rounds):
 
 
 def test_the_task_drops_tokens_and_pads(task):
-    _, (_, routing) = objective(task.params, task.tokens[0, 0], task.labels[0, 0])
-    assert (task.tokens == 0).any() and (routing.chosen & ~routing.kept).any()
+    _, routing, _ = gradient(task.params, task.tokens[0, 0], task.labels[0, 0])
+    assert (task.tokens == 0).any() and (routing.kept < routing.sent).any()
 
 
 def test_the_layout_holds_every_parameter_once(task):
