@@ -1,4 +1,4 @@
-"""What is kept of every client is the same on one device and on two."""
+"""What is kept of every client is the same on one device and on two, up to rounding."""
 
 import os
 import pathlib
@@ -8,11 +8,11 @@ import sys
 ROOT = pathlib.Path(__file__).parents[3]
 SCRIPT = """
 import jax
-from loop import algorithm_of, assert_same, config_of, rounds, start
+from loop import algorithm_of, assert_close, config_of, rounds, start
 from tiny import run_round
 from hfedmoe_jax.mesh import make_mesh
 
-config = config_of(fl__algorithm="topk", fl__base="hfedmoe")
+config = config_of(fl__algorithm="scaffold", client__learning_rate=0.1)
 states = []
 for devices in (jax.devices()[:1], jax.devices()):
     mesh = make_mesh(devices)
@@ -21,8 +21,8 @@ for devices in (jax.devices()[:1], jax.devices()):
     for data, key in rounds(config):
         state, _ = run_round(algorithm, state, data, key, mesh)
     states.append(jax.device_get(state))
-assert_same(*states)
-print(len(jax.devices()), "devices, the same state")
+assert_close(*states, rtol=1e-4, atol=2e-5)
+print(len(state.clients.shared["embed"].sharding.device_set), "devices, the same state")
 """
 
 
