@@ -1,29 +1,30 @@
-"""A new algorithm: FedExP (arXiv 2301.09604), longer server steps the more the clients' updates disagree.
+"""A new algorithm: clients' updates are clipped to a norm before they are averaged.
 
 python -m launch.main --config=examples/algorithm.py
 """
 
 import jax.numpy as jnp
-from optax import tree
+import optax
 
 from configs import hfedmoe
 from hfedmoe_jax import algorithms, compose
 from hfedmoe_jax.algorithms import Transformed
 
+CLIP_NORM = 1.0
 
-@algorithms.register("fedexp")
-def fedexp(config):
-    def transform(update):  # of each client: its change as it is, and a number that is summed
-        return Transformed(update.change, summed=tree.norm(update.change, squared=True))
 
-    def step(totals, extra):  # of the server: from the mean change to the one it makes
-        ratio = totals.summed / totals.count / (tree.norm(totals.change, squared=True) + 1e-3)
-        return tree.scale(jnp.maximum(1.0, ratio / 2), totals.change), extra
+@algorithms.register("clipped")
+def clipped(config):
+    """`fl.base` with updates of an L2 norm of at most `CLIP_NORM`, over all parameters."""
 
-    return compose(config)._replace(transform=transform, step=step)  # compose: what fl.base names
+    def transform(update):
+        factor = jnp.minimum(1.0, CLIP_NORM / optax.tree.norm(update.change))
+        return Transformed(optax.tree.scale(factor, update.change))
+
+    return compose(config)._replace(transform=transform)
 
 
 def get_config(preset: str = "default"):
     config = hfedmoe.get_config(preset)
-    config.fl.algorithm = "fedexp"
+    config.fl.update(algorithm="clipped", base="hfedmoe")
     return config

@@ -19,7 +19,7 @@ import importlib
 import pathlib
 import shlex
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -107,7 +107,7 @@ def run_suite(name: str, workdir: pathlib.Path, repeats: int, options: dict[str,
     if SUITES[name].devices:
         configure_devices(SUITES[name].devices)
     suite = importlib.import_module(SUITES[name].module)
-    record = {"suite": name, "command": command, "date": datetime.date.today().isoformat()}
+    record: dict[str, Any] = {"suite": name, "command": command, "date": datetime.date.today().isoformat()}
     record |= {"repeats": repeats, "versions": versions(), "tables": []}
     print(f"{name}, {record['date']}: medians of {repeats} repeats; ", end="")
     print(", ".join(map(" ".join, record["versions"].items())))

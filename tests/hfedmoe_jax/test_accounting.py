@@ -49,9 +49,12 @@ def seconds(profile, experts_sent, sends=True):
     return down + compute + up
 
 
-def account(status, uploaded, profiles, scoring=NO_SCORING, personal=False):
+def account(status, uploaded, profiles, scoring=NO_SCORING, personal=False, broadcast_bytes=0):
     algorithm = SimpleNamespace(
-        scoring=scoring, personal=personal, upload_bytes=lambda sent: 1000 + 250 * np.asarray(sent)
+        scoring=scoring,
+        personal=personal,
+        upload_bytes=lambda sent: 1000 + 250 * np.asarray(sent),
+        broadcast_bytes=broadcast_bytes,
     )
     return account_round(round_metrics(status, uploaded), profiles, COST, STEPS, algorithm)
 
@@ -70,6 +73,13 @@ def test_a_client_sends_the_shared_part_and_the_experts_it_trained():
     result = account([OK, OK], [1, 3], [SLOW, FAST])
     assert result.bytes_up == 2 * 1000 + (1 + 3) * 250
     assert result.bytes_down == 2 * MODEL_BYTES
+
+
+def test_arrays_that_an_algorithm_broadcasts_are_downloaded_beside_the_model():
+    result = account([OK, DROPPED_OUT], [1, 3], [SLOW, FAST], broadcast_bytes=600)
+    assert result.bytes_down == 2 * (MODEL_BYTES + 600)
+    assert result.bytes_up == 1000 + 250
+    assert result.round_time_s == pytest.approx(seconds(SLOW, 1) + 8 * 600 / SLOW.downlink_bps)
 
 
 @pytest.mark.parametrize("status", [DROPPED_OUT, OVER_BUDGET])
