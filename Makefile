@@ -1,11 +1,12 @@
-# The two commands of the README. PYTHON chooses the interpreter that makes the virtual environment.
+# PYTHON chooses the interpreter that makes the virtual environment, ARGS adds to the command of run and test.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test lint clean
+.PHONY: run test lint docs clean
 
 run: $(STAMP)
 	$(BIN)/python -m launch.main --config=configs/hfedmoe.py $(ARGS)
@@ -13,15 +14,24 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP)-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) '.[test]'
+	touch $@
+
+# Only who lints or builds the documentation installs the tools for it.
+$(STAMP)-%: $(STAMP)
+	$(INSTALL) '.[$*]'
 	touch $@

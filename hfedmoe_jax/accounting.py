@@ -73,7 +73,7 @@ def account_round(
       profiles: each member's device.
       cost: of the model.
       steps: local steps.
-      algorithm: what it sends, and what scoring costs it; a personal one sends nothing at all.
+      algorithm: what it sends and broadcasts, and what scoring costs it; a personal one sends nothing.
     """
     times, bytes_up, bytes_down = [], 0.0, 0.0
     sent = algorithm.upload_bytes(metrics.uploaded.sum(axis=(1, 2)))
@@ -87,6 +87,10 @@ def account_round(
             float(report.trained_assignments[index]),
             float(sent[index]),
             algorithm.scoring,
+        )
+        extra = algorithm.broadcast_bytes
+        one = one._replace(
+            bytes_down=one.bytes_down + extra, time_s=one.time_s + 8 * extra / profile.downlink_bps
         )
         status = report.status[index]
         if algorithm.personal:

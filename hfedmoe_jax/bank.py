@@ -140,7 +140,7 @@ class BankLayout:
         """Returns the rules of a training pass.
 
         Args:
-          adjust: (gradient, weights, context, expert) -> gradient, or None.
+          adjust: (gradient, weights, *context, expert) -> gradient, or None.
           most, keep: see `Rules`.
         """
 
@@ -149,7 +149,7 @@ class BankLayout:
 
         def write(tape: Rows, context, row, expert, weights, gradient, reached):
             if adjust is not None:
-                gradient = adjust(gradient, weights, context, expert)
+                gradient = adjust(gradient, weights, *context, expert)
             state = row_of(tape.state, row)
             types = jax.eval_shape(self.optimizer.init, weights)
             updates, stepped = self.optimizer.update(gradient, as_they_were(state, types), weights)

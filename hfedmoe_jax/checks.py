@@ -6,7 +6,8 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import Upload, expert_rules, gating_rules
 from hfedmoe_jax.aggregation.sums import MOST_MEMBERS
-from hfedmoe_jax.algorithms import algorithms, parts_of
+from hfedmoe_jax.algorithms import Method, algorithms, parts_of
+from hfedmoe_jax.algorithms.method import refuse_spread_experts
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import families
 from hfedmoe_jax.optimizers import optimizers
@@ -102,7 +103,9 @@ def check_config(config: ConfigDict) -> None:
         )
     families[config.model.family]
     tasks[config.task.name]
-    algorithms[config.fl.algorithm](config)
+    build = algorithms[config.fl.algorithm](config)
+    if isinstance(build, Method):
+        refuse_spread_experts(build, config.fl.algorithm, config.mesh.experts)
     parts = parts_of(config)
     estimates[config.importance.estimate]
     check_weights("fl.expert_rule", parts.expert_rule, expert_rules, config, by_row=False)

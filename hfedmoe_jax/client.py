@@ -287,7 +287,7 @@ def batch_usage(
 def make_adjust(rule: LocalRule) -> Callable[..., Any]:
     """Returns `adjust(gradient, weights, start, offset, expert=None) -> gradient` by a rule.
 
-    Args of the result: trees like the weights; with `expert`, an index, `start` and `offset` hold all experts.
+    All are trees like the weights; with `expert`, an index, `start` and `offset` hold all experts.
     """
 
     def adjust(gradient, weights, start, offset, expert=None):
@@ -325,7 +325,7 @@ def gradient_norms(
 def own_tokens(
     table: str | None, start: Params, batch: Any, size: int
 ) -> tuple[Int[Array, " table_rows"] | None, Any]:
-    """Returns the rows of the embedding table that a client needs, and its batches with tokens as indices of them.
+    """Returns which rows of the embedding table a client needs, and its batches with tokens as their indices.
 
     Args:
       table: its name, or None where all of it is needed.

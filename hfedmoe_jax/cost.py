@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import Literal
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.experts import open_budget, row_of
+from hfedmoe_jax.experts import Budget, computed_from, open_budget, row_of
 from hfedmoe_jax.models import MoeModel, Params, tree_bytes
 from hfedmoe_jax.tasks import Task
 
@@ -24,7 +23,8 @@ class ModelCost(NamedTuple):
       num_experts: L * E.
       shared_parameter_bytes: everything trainable but the experts (routers included); it travels.
       frozen_bytes: what nobody trains; it does not travel.
-      shared_training_bytes: parameters, gradients, optimizer state and activations of the trainable shared part.
+      shared_training_bytes: parameters, gradients, optimizer state and activations of the trainable shared
+        part.
       expert_parameter_bytes: one expert.
       expert_training_bytes: one expert's gradients, optimizer state and activations, without
         its parameters.
@@ -48,7 +48,8 @@ def model_cost(
     """Returns the cost of training a model on batches of one shape.
 
     Parameters, gradients and optimizer state are counted from their shapes. Activations are what the backward
-    pass of the traced program reads of the forward pass, experts that run apart. FLOP are those of matrix products.
+    pass of the traced program reads of the forward pass, experts that run apart. FLOP are those of matrix
+    products.
 
     Args:
       config: the section `model`; `remat` and `width` are read.
@@ -65,7 +66,9 @@ def model_cost(
     def loss(rest, frozen, experts, batch, keep: bool):
         budget = open_budget(experts, model.num_experts)
         rules = budget.experts.rules._replace(keep=keep)
-        budget = budget._replace(experts=budget.experts.replace(rules=rules))
+        # All of them, as a selection: loops over experts then have a length that only the data know.
+        every = jnp.ones((model.num_layers, model.num_experts), bool)
+        budget = Budget(budget.experts.replace(rules=rules), budget.layers._replace(forward=every))
         out = model.apply(rest, frozen, batch, budget, True)
         return task.loss(out.output, batch)[0] + jnp.mean(out.routing.balance)
 
@@ -91,15 +94,16 @@ def model_cost(
 
 
 def residual_bytes(pullback_of: Any, *arguments: Any) -> int:
-    """Returns the bytes of the residuals of a pullback that are not arguments themselves.
+    """Returns the bytes of a pullback's residuals that are computed from the last argument.
 
     Args:
       pullback_of: arguments -> a pullback of `jax.vjp`.
-      arguments: shapes.
+      arguments: shapes; the last one is the batch.
     """
     jaxpr = jax.make_jaxpr(lambda *args: jax.tree.leaves(pullback_of(*args)))(*arguments).jaxpr
-    computed = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - set(jaxpr.invars)
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in computed)
+    inputs = jaxpr.invars[-len(jax.tree.leaves(arguments[-1])) :]
+    residuals = {jaxpr.outvars[i] for i in computed_from(jaxpr, inputs)}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in residuals)
 
 
 def product_flop(function: Any, *arguments: Any) -> float:

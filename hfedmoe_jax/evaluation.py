@@ -112,8 +112,8 @@ class Judge:
     ) -> Float[np.ndarray, "members layers experts"]:
         """Returns u_c (16) of each client under one set of parameters, on the host.
 
-        Taken over the batches of a round by the same unit, so that it compares with what the clients reported from
-        training on them, before aggregation moved their routers.
+        Taken over the batches of a round by the same unit, so that it compares with what the clients
+        reported from training on them, before aggregation moved their routers.
 
         Args:
           blocks: of a cohort, with its data on the host.

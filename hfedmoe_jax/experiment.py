@@ -13,7 +13,7 @@ Axes: C clients in all, M clients of a round's cohort, L MoE layers, E experts.
 import time
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.accounting import Ledger, account_round, enter, open_ledger
 from hfedmoe_jax.aggregation.sums import power_below
-from hfedmoe_jax.algorithms import Portion, RoundMetrics, ServerState, Setting, algorithms
+from hfedmoe_jax.algorithms import Portion, ServerState, Setting, algorithms
 from hfedmoe_jax.checks import check_config, needs_budgets
 from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.cost import model_cost
@@ -43,10 +43,11 @@ from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import EvaluationBatches, Judge, Quality, client_spread, summarize
 from hfedmoe_jax.mesh import REPLICATED
+from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.models import ModelSizes, Params, build_model
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
-from hfedmoe_jax.reports import NONFINITE, OK, OVER_BUDGET, STATUS_NAMES
+from hfedmoe_jax.reports import NONFINITE
 from hfedmoe_jax.schedule import NOBODY, Block, chunk_size, empty_places
 from hfedmoe_jax.tasks import tasks
 
@@ -362,63 +363,3 @@ class CohortPlan(NamedTuple):
     round: int
     cohort: np.ndarray
     blocks: list[Block]
-
-
-def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float]:
-    """Returns a round's row of metrics: means over the clients whose update counted, and counts.
-
-    `union_share` includes the clients that failed for it.
-    """
-    report = metrics.report
-    ok = report.status == OK
-
-    def mean(values: Any, among: np.ndarray = ok) -> float | None:
-        value = np.mean(np.asarray(values, np.float64)[among]) if among.any() else np.nan
-        return None if np.isnan(value) else float(value)
-
-    counts = np.bincount(report.status, minlength=len(STATUS_NAMES))
-    return dict(
-        train_loss=mean(report.loss),
-        **{f"train_{name}": mean(values) for name, values in report.scores.items()},
-        union_share=mean(report.union_size / num_experts, ok | (report.status == OVER_BUDGET)),
-        trained_share=mean(report.trained_size / num_experts),
-        routing_consistency=mean(metrics.consistency),
-        router_entropy=mean(report.router_entropy),
-        dropped_tokens_share=mean(report.dropped),
-        padding_tokens_share=mean(report.padding),
-        empty_slots_share=mean(report.empty_slots),
-        **{f"clients_{name}": int(count) for name, count in zip(STATUS_NAMES, counts, strict=True)},
-    )
-
-
-def metric_columns(scores: list[str], metric: str) -> tuple[str, ...]:
-    """Returns the columns of metrics.csv, in order.
-
-    Args:
-      scores: of the task, without the loss.
-      metric: the one of them that chooses.
-    """
-    return (
-        "round",
-        "train_loss",
-        *(f"train_{name}" for name in scores),
-        *(f"validation_{name}" for name in scores),
-        "validation_loss",
-        "validation_router_entropy",
-        *(f"client_{metric}_{part}" for part in ("mean", "std", "worst10")),
-        "simulated_time_s",
-        "round_time_s",
-        "waiting_share",
-        "bytes_up",
-        "bytes_down",
-        "union_share",
-        "trained_share",
-        "routing_consistency",
-        "router_entropy",
-        "dropped_tokens_share",
-        "padding_tokens_share",
-        "empty_slots_share",
-        "empty_places_share",
-        *(f"clients_{name}" for name in STATUS_NAMES),
-        "wall_s",
-    )

@@ -30,7 +30,7 @@ R experts that run, S slots of an expert, D model.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -315,17 +315,21 @@ def pull_kept(
 def kept_residuals(expert: Expert, weights: Any, x_sd: Array) -> tuple[int, ...]:
     """Returns which leaves of an expert's pullback are worth keeping: those computed from its tokens.
 
-    Weights and tokens are at hand in the backward pass, and casts of weights are cheap. An expert may narrow the
-    list by `jax.checkpoint` with a policy.
+    Weights and tokens are at hand in the backward pass, and casts of weights are cheap. An expert may narrow
+    the list by `jax.checkpoint` with a policy.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (weights, x_sd))
     jaxpr = jax.make_jaxpr(lambda w, x: jax.tree.leaves(jax.vjp(expert, w, x)[1]))(*shapes).jaxpr
-    tokens = jaxpr.invars[-1]
-    computed = {tokens}
+    return computed_from(jaxpr, jaxpr.invars[-1:])
+
+
+def computed_from(jaxpr: Any, inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Returns which outputs of a traced program are computed from some of its inputs, those left out."""
+    computed = set(inputs)
     for equation in jaxpr.eqns:
         if any(not isinstance(v, Literal) and v in computed for v in equation.invars):
             computed.update(equation.outvars)
-    computed.discard(tokens)
+    computed.difference_update(inputs)
     return tuple(i for i, v in enumerate(jaxpr.outvars) if not isinstance(v, Literal) and v in computed)
 
 
@@ -355,12 +359,30 @@ def open_layers(num_layers: int, num_experts: int, bias: Array | None = None) ->
 
 
 def open_budget(weights: Any, num_experts: int, place: Place = ALONE) -> Budget:
-    """Returns the budget of a forward pass that runs all experts.
+    """Returns the budget of a pass that runs all experts, and has no use for their gradients.
+
+    Gradients of everything else pass through all experts.
 
     Args:
       weights: of the experts, a tree of [L, H, ...].
       num_experts: E.
+
+    Raises:
+      TypeError: the pass is differentiated by the weights; their gradients come through the tape alone.
     """
+    weights = _constant(weights)
     num_layers, held = jax.tree.leaves(weights)[0].shape[:2]
-    rules = gradient_rules(num_layers * held, False, place)
+    rules = gradient_rules(num_layers * held, False, place)._replace(write=lambda tape, *_: tape)
     return Budget(Experts(flat(weights), (), rules), open_layers(num_layers, num_experts))
+
+
+@jax.custom_vjp
+def _constant(weights: Any) -> Any:
+    return weights
+
+
+def _refuse(weights: Any) -> Any:
+    raise TypeError("experts have no gradient of their own here: use a budget with a tape, see this module")
+
+
+_constant.defvjp(_refuse, lambda _, cotangent: (cotangent,))

@@ -122,7 +122,7 @@ def fetch_finished(outputs: list[Any]) -> None:
 def map_members(
     visit: Callable[[Any, Any], tuple[tuple, Any]], mesh: Mesh, chunk: int, broadcast_specs: Any
 ) -> Callable[[Any, Iterable[tuple[Block, Any]]], Any]:
-    """Returns `over_blocks(broadcast, blocks) -> outputs` over the population, on the host; nothing is summed.
+    """Returns `over_blocks(broadcast, blocks) -> outputs` on the host; nothing is summed.
 
     Args:
       visit: (broadcast, member) -> ((), output).
@@ -147,8 +147,8 @@ def map_members(
 class StateStore:
     """What is kept of every member between rounds: arrays [C, ...], spread over the devices.
 
-    C is rounded up to a multiple of 8 and of the devices, so that most numbers of devices share one shape, and a
-    checkpoint.
+    C is rounded up to a multiple of 8 and of the devices, so that most numbers of devices share one shape,
+    and a checkpoint.
 
     Args:
       mesh: devices.

@@ -1,8 +1,9 @@
 """Which clients run where, and together: tiers of budgets, blocks of a program call, chunks of a vmap.
 
-Clients of unlike budgets run in few compiled programs: a program of tier K has room for K experts, and a client
-runs in the smallest that holds its budget. A program runs a block of clients on each device at a call, and of a
-block a chunk at once. None of this changes results on a CPU; on accelerators the chunk changes roundings.
+Clients of unlike budgets run in few compiled programs: a program of tier K has room for K experts, and a
+client runs in the smallest that holds its budget. A program runs a block of clients on each device at a
+call, and of a block a chunk at once. None of this changes results on a CPU; on accelerators the chunk
+changes roundings.
 
 Axes: D devices along "clients", B clients of a block on a device.
 """

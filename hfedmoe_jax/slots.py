@@ -22,7 +22,7 @@ class Slots(NamedTuple):
     Attributes:
       of_assignment: each assignment's slot, expert * S + position; H * S where it has none here.
       token, assignment: each slot's token, N where it is empty, and its assignment, k * N + token.
-      kept: bool [E], tokens that each expert of the layer serves, over all devices.
+      kept: int32 [E], tokens that each expert of the layer serves, over all devices.
     """
 
     of_assignment: Int[Array, "k tokens"]

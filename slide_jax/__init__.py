@@ -22,16 +22,15 @@ differentiable side, `extensions` what goes beyond the paper.
 from slide_jax import extensions, profiles, quantise
 from slide_jax.checks import make_problem
 from slide_jax.errors import InputError
-from slide_jax.experiment import METHODS, Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
+from slide_jax.experiment import Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
 from slide_jax.problem import REASONS, Allocation, Catalogue, Labels, Problem, Users
 from slide_jax.sampling import Setting, sample_problem
 from slide_jax.scenario import read_allocation, read_scenario, write_allocation, write_scenario
 from slide_jax.sensitivity import least_bandwidth, margins, sensitivities, shadow_price
-from slide_jax.solvers import SOLVERS, solve
+from slide_jax.solvers import SOLVERS, Solver, pure_solver, solve
 from slide_jax.verification import Violation, verify
 
 __all__ = [
-    "METHODS",
     "REASONS",
     "SOLVERS",
     "Allocation",
@@ -41,6 +40,7 @@ __all__ = [
     "Latencies",
     "Problem",
     "Setting",
+    "Solver",
     "Sweep",
     "Users",
     "Violation",
@@ -50,6 +50,7 @@ __all__ = [
     "make_problem",
     "margins",
     "profiles",
+    "pure_solver",
     "quantise",
     "read_allocation",
     "read_scenario",

@@ -1,29 +1,31 @@
-"""What SLIDE is compared with: download-then-infer, fixed shares, and orders of first come, first served.
+"""Baselines: download-then-infer, shares of the spectrum by a fixed rule, and users served in a fixed order.
 
 Each user gets the model that needs the least bandwidth, at its best clock (`provisioning`); the baselines
-differ in who gets how much. As in `exact`, `decide_*` are pure functions under `jit` and `vmap` over drops.
+differ in who is served and with how much bandwidth. The functions `decide_*` are pure, for `jit` and for
+`vmap` over drops; `slide_jax.solvers` makes solvers of them.
 
 Axes: K users, I models, L layers.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE
-from slide_jax.exact import exact, run, settle
+from slide_jax.allocation import allocate
+from slide_jax.exact import exact
 from slide_jax.hull import Hull
 from slide_jax.problem import Allocation, Catalogue, Problem
 from slide_jax.provisioning import Need, bandwidth_of, provision, signal_of
 
 
 def collapse(catalogue: Catalogue) -> Catalogue:
-    """Returns the catalogue with every model one layer: all bits, then all work."""
+    """Returns the catalogue with each model as a single layer that holds all its bits and work."""
     return dataclasses.replace(
         catalogue,
         layer_bits=catalogue.layer_bits.sum(axis=-1, keepdims=True),
@@ -43,8 +45,8 @@ def download_then_infer(problem: Problem) -> Problem:
 def dai(problem: Problem, left_over: str = "none") -> Allocation:
     """Returns the optimum under DAI.
 
-    It is to be verified against `download_then_infer(problem)`: latencies are those of DAI. Under SLIDE the
-    same users finish sooner, and it bounds nothing.
+    Its latencies are those of DAI, so it is to be verified against `download_then_infer(problem)`. It proves
+    no bound on the users that SLIDE can serve.
 
     Args:
       left_over: as in `exact`.
@@ -56,44 +58,18 @@ def dai(problem: Problem, left_over: str = "none") -> Allocation:
     return dataclasses.replace(allocation, upper_bound=float("nan"), solver="dai")
 
 
-def equal_share(problem: Problem) -> Allocation:
-    """Returns the most users of least need who can be served when they share the spectrum equally."""
-    return _named("equal_share", decide_equal_share, problem)
-
-
-def proportional_share(problem: Problem) -> Allocation:
-    """Returns the most users of least need who can be served when they share in proportion to their loads.
-
-    The load is the bandwidth that downloads the user's model in just its time, were there nothing to compute.
-    """
-    return _named("proportional_share", decide_proportional_share, problem)
-
-
-def best_channel_first(problem: Problem) -> Allocation:
-    """Returns the allocation that gives users what they need, best channel first, as long as it fits."""
-    return _named("best_channel_first", decide_best_channel_first, problem)
-
-
-def earliest_deadline_first(problem: Problem) -> Allocation:
-    """Returns the allocation that gives users what they need, earliest deadline first, as long as it fits."""
-    return _named("earliest_deadline_first", decide_earliest_deadline_first, problem)
-
-
-def random_order(problem: Problem, seed: int = 0) -> Allocation:
-    """Returns the allocation that gives users what they need in a random order, as long as it fits."""
-    allocation = run(decide_random_order, problem, jax.random.key(seed))
-    return dataclasses.replace(allocation, solver="random_order")
-
-
 def decide_equal_share(hull: Hull, problem: Problem) -> Allocation:
-    """`equal_share` as a pure function of float64 arrays."""
-    need = _needs(hull, problem)
+    """Serves the most users of least bandwidth who can be served when they share the spectrum equally."""
+    need = provision(hull, problem)
     return _serve_by_share(hull, problem, need, jnp.ones_like(need.bandwidth_hz))
 
 
 def decide_proportional_share(hull: Hull, problem: Problem) -> Allocation:
-    """`proportional_share` as a pure function of float64 arrays."""
-    users, need = problem.users, _needs(hull, problem)
+    """Serves the most users of least bandwidth who can be served with shares in proportion to their loads.
+
+    The load is the bandwidth that would download the user's model in all of its time, were there no compute.
+    """
+    users, need = problem.users, provision(hull, problem)
     slack_s = users.deadline_s - users.start_s
     bits = jnp.asarray(hull.total_bits)[need.model]
     rate = jnp.where(bits > 0, bits / jnp.where(slack_s > 0, slack_s, 1.0), 0.0)
@@ -101,41 +77,41 @@ def decide_proportional_share(hull: Hull, problem: Problem) -> Allocation:
 
 
 def decide_best_channel_first(hull: Hull, problem: Problem) -> Allocation:
-    """`best_channel_first` as a pure function of float64 arrays."""
+    """Gives users what they need, best channel first; whoever does not fit is left out."""
     return serve_in_order(hull, problem, jnp.argsort(-signal_of(problem.users, problem.rate_model)))
 
 
 def decide_earliest_deadline_first(hull: Hull, problem: Problem) -> Allocation:
-    """`earliest_deadline_first` as a pure function of float64 arrays."""
+    """Gives users what they need, earliest deadline first; whoever does not fit is left out."""
     return serve_in_order(hull, problem, jnp.argsort(problem.users.deadline_s))
 
 
 def decide_random_order(hull: Hull, problem: Problem, key: jax.Array) -> Allocation:
-    """`random_order` as a pure function of float64 arrays and a key."""
+    """Gives users what they need, in a random order; whoever does not fit is left out."""
     return serve_in_order(hull, problem, jax.random.permutation(key, problem.num_users))
 
 
-def serve_in_order(hull: Hull, problem: Problem, order: Int[Array, " K"]) -> Allocation:
+def serve_in_order(hull: Hull, problem: Problem, order: Int[ArrayLike, " K"]) -> Allocation:
     """Returns the allocation that gives users what they need in this order, as long as it fits.
 
     Args:
-      hull, problem: as in `exact.decide`.
+      hull, problem: float64 arrays.
       order: permutation of the users, the first first.
     """
-    need = _needs(hull, problem)
+    need = provision(hull, problem)
     served = admit_in_order(need.bandwidth_hz, order, problem.bandwidth_hz)
-    return settle(hull, problem, need, served, need.bandwidth_hz)
+    return allocate(hull, problem, need, served, need.bandwidth_hz)
 
 
 def admit_in_order(
-    bandwidth_hz: Float[Array, " K"], order: Int[Array, " K"], spectrum_hz: Float[Array, ""]
+    bandwidth_hz: Float[ArrayLike, " K"], order: Int[ArrayLike, " K"], spectrum_hz: Float[ArrayLike, ""]
 ) -> Bool[Array, " K"]:
     """Returns who is admitted when each user in turn gets what it needs if that still fits.
 
     Args:
       bandwidth_hz: what each user needs, at least 0; infinite: cannot be served.
       order: permutation of the users, the first first.
-      spectrum_hz: what there is.
+      spectrum_hz: the available spectrum.
 
     >>> admit_in_order(jnp.array([3.0, 2.0, 1.0]), jnp.array([0, 1, 2]), 4.0).tolist()
     [True, False, True]
@@ -150,15 +126,7 @@ def admit_in_order(
     return jnp.zeros(bandwidth_hz.shape, bool).at[order].set(admitted)
 
 
-def _named(name: str, decide: Any, problem: Problem) -> Allocation:
-    return dataclasses.replace(run(decide, problem), solver=name)
-
-
-def _needs(hull: Hull, problem: Problem) -> Need:
-    return provision(hull, problem.catalogue, problem.users, problem.rate_model)
-
-
-def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[Array, " K"]) -> Allocation:
+def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[ArrayLike, " K"]) -> Allocation:
     """Splits the spectrum in proportion to the loads of the n users of least need, n the most that suffices.
 
     User k is served iff the loads of all n sum to at most B load_k / need_k; the sum rises with n, the
@@ -175,4 +143,4 @@ def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[Array,
     served = jnp.zeros(suffices.shape, bool).at[order].set(suffices)
     shared = jnp.sum(jnp.where(served, load, 0.0))
     share = problem.bandwidth_hz * load / jnp.where(shared > 0, shared, 1.0)
-    return settle(hull, problem, need, served, jnp.maximum(share, need.bandwidth_hz))
+    return allocate(hull, problem, need, served, jnp.maximum(share, need.bandwidth_hz))

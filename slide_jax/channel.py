@@ -1,13 +1,14 @@
 """The radio channel of one cell: where users are, what reaches them and what rates that allows.
 
-Powers and gains are added in dB and leave it once, at the end: their products (a noise density of
-2e-20 W/Hz squared) would not fit float32. Axis: K users.
+Powers and gains are added in dB and converted to linear numbers once, at the end: linear products, such as a
+noise density of 2e-20 W/Hz squared, would underflow float32. Axis: K users.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from slide_jax.rates import spectral_efficiency
@@ -21,7 +22,7 @@ class Cell(NamedTuple):
 
     Attributes:
       radius_m: of the disk that users stand in [m].
-      minimum_distance_m: from the antenna, above 0 [m]; the path loss means nothing right under it.
+      minimum_distance_m: from the antenna, above 0 [m]; closer to it the path-loss model does not hold.
         Our choice (3GPP keeps 35 m, in larger cells).
       power_dbm: transmit power over the reference bandwidth [dBm].
       reference_bandwidth_hz: the band that this power fills [Hz].
@@ -47,7 +48,7 @@ class Cell(NamedTuple):
 
 
 class Channel(NamedTuple):
-    """What the users of one drop see; the fading block outlasts the task.
+    """The channels of the users of one drop; a fading block lasts longer than a task.
 
     Attributes:
       distance_m: from the antenna [m].
@@ -60,16 +61,16 @@ class Channel(NamedTuple):
     snr_hz: Float[Array, " K"]
 
 
-def db_to_linear(value_db: Float[Array, "..."]) -> Float[Array, "..."]:
+def db_to_linear(value_db: Float[ArrayLike, "..."]) -> Float[ArrayLike, "..."]:
     """Returns the ratio that a value in dB stands for."""
     return 10.0 ** (value_db / 10)
 
 
 def path_loss_db(
-    distance_m: Float[Array, "..."],
-    constant_db: float = 128.1,
-    per_decade_db: float = 37.6,
-    minimum_distance_m: float = 10.0,
+    distance_m: Float[ArrayLike, "..."],
+    constant_db: Float[ArrayLike, ""] = 128.1,
+    per_decade_db: Float[ArrayLike, ""] = 37.6,
+    minimum_distance_m: Float[ArrayLike, ""] = 10.0,
 ) -> Float[Array, "..."]:
     """Returns constant + slope * log10(distance in km), for an urban macro cell at 2 GHz by default.
 
@@ -85,7 +86,7 @@ def path_loss_db(
 
 
 def uniform_disk(
-    key: jax.Array, count: int, radius_m: float, minimum_distance_m: float = 0.0
+    key: jax.Array, count: int, radius_m: Float[ArrayLike, ""], minimum_distance_m: Float[ArrayLike, ""] = 0.0
 ) -> Float[Array, " K"]:
     """Draws distances from the centre [m] of users spread evenly over a disk less its innermost part.
 
@@ -100,12 +101,16 @@ def uniform_disk(
     return jnp.sqrt(inner + (outer - inner) * share)
 
 
-def shadowing_db(key: jax.Array, shape: tuple[int, ...], sigma_db: float) -> Float[Array, "..."]:
+def shadowing_db(
+    key: jax.Array, shape: tuple[int, ...], sigma_db: Float[ArrayLike, ""]
+) -> Float[Array, "..."]:
     """Draws log-normal shadowing: normal in dB with mean 0 and the given standard deviation."""
     return sigma_db * jax.random.normal(key, shape)
 
 
-def fading_gain(key: jax.Array, shape: tuple[int, ...], rician_k: float) -> Float[Array, "..."]:
+def fading_gain(
+    key: jax.Array, shape: tuple[int, ...], rician_k: Float[ArrayLike, ""]
+) -> Float[Array, "..."]:
     """Draws power gains of a fading block, |h|^2 with mean 1.
 
     h is a constant (the direct path) plus a circular complex normal (all others).
@@ -121,10 +126,10 @@ def fading_gain(key: jax.Array, shape: tuple[int, ...], rician_k: float) -> Floa
 
 
 def mean_snr(
-    loss_db: Float[Array, "..."],
-    power_dbm: float,
-    reference_bandwidth_hz: float,
-    noise_figure_db: float,
+    loss_db: Float[ArrayLike, "..."],
+    power_dbm: Float[ArrayLike, ""],
+    reference_bandwidth_hz: Float[ArrayLike, ""],
+    noise_figure_db: Float[ArrayLike, ""],
 ) -> Float[Array, "..."]:
     """Returns the signal-to-noise ratio, linear and before fading, at any part of the reference bandwidth.
 

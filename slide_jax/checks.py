@@ -1,8 +1,8 @@
-"""Refuses what cannot be: the one place that judges the values of a problem.
+"""Validates the values of a problem.
 
-`make_problem` takes arrays, `slide_jax.scenario.read_scenario` JSON; both end in `checked_problem`.
-Columns of all users are checked at once, and the first offender is looked for only when there is one,
-so that a million users pass in seconds.
+`make_problem` takes arrays and `slide_jax.scenario.read_scenario` takes JSON; both end in `checked_problem`.
+Each field is checked for all users at once, and the first invalid entry is searched for only if there is one,
+so that a million users take seconds.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from slide_jax.errors import InputError, unknown_name
 from slide_jax.problem import RATE_MODELS, Catalogue, Labels, Problem, Users
 
 MISSING = object()
-"""Stands in a column for a field that an object lacks."""
+"""Placeholder for a field that an object lacks."""
 
 UNLIMITED = ("energy_j", "memory_bits")  # null in JSON, infinite in arrays: no limit
 POSITIVE = ("f_max_hz", "flop_per_cycle")
@@ -55,7 +55,7 @@ def make_problem(
     tasks: Sequence[str] | None = None,
     user_names: Sequence[str] | None = None,
 ) -> Problem:
-    """Returns a checked problem from arrays, for who comes without a scenario file.
+    """Returns a checked problem from arrays, as an alternative to a scenario file.
 
     Args:
       models: as in a scenario file: name, task, accuracy and layers of bits and flop.
@@ -71,7 +71,7 @@ def make_problem(
       exactly the admissible models.
 
     Raises:
-      InputError: a value that cannot be, with its place, e.g. `users.deadline_s[3]`.
+      InputError: an invalid value, with its place, e.g. `users.deadline_s[3]`.
     """
     catalogue, labels = read_models(models, tasks)
     arrays = {name: np.asarray(getattr(users, name)) for name in ("task", *NUMBERS)}
@@ -111,7 +111,7 @@ def checked_problem(
     labels: Labels,
     path: Callable[[str, int], str],
 ) -> Problem:
-    """Returns the problem if every value can be.
+    """Returns the problem if every value is valid.
 
     Args:
       catalogue, labels: from `read_models`.
@@ -119,7 +119,7 @@ def checked_problem(
       path: where the user wrote a field, by its name and the user's index.
 
     Raises:
-      InputError: the first field with a value that cannot be.
+      InputError: the first field with an invalid value.
     """
     bandwidth = numbers([bandwidth_hz], "bandwidth_hz", lambda _: "bandwidth_hz")
     check_range(bandwidth, "bandwidth_hz", lambda _: "bandwidth_hz")

@@ -10,14 +10,17 @@ Signal Processing 13 (1996), the usual one of mobile edge computing; static powe
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+
+from slide_jax.roots import root_tangent
 
 
 def inference_energy(
-    frequency_hz: Float[Array, "..."],
-    cycles: Float[Array, "..."],
-    kappa_j_per_hz2_cycle: Float[Array, "..."],
-    static_power_w: Float[Array, "..."],
+    frequency_hz: Float[ArrayLike, "..."],
+    cycles: Float[ArrayLike, "..."],
+    kappa_j_per_hz2_cycle: Float[ArrayLike, "..."],
+    static_power_w: Float[ArrayLike, "..."],
 ) -> Float[Array, "..."]:
     """Returns kappa f^2 cycles + static power * cycles / f.
 
@@ -41,12 +44,12 @@ def inference_energy(
 
 
 def best_clock(
-    cycles: Float[Array, "..."],
-    energy_j: Float[Array, "..."],
-    f_min_hz: Float[Array, "..."],
-    f_max_hz: Float[Array, "..."],
-    kappa_j_per_hz2_cycle: Float[Array, "..."],
-    static_power_w: Float[Array, "..."],
+    cycles: Float[ArrayLike, "..."],
+    energy_j: Float[ArrayLike, "..."],
+    f_min_hz: Float[ArrayLike, "..."],
+    f_max_hz: Float[ArrayLike, "..."],
+    kappa_j_per_hz2_cycle: Float[ArrayLike, "..."],
+    static_power_w: Float[ArrayLike, "..."],
 ) -> Float[Array, "..."]:
     """Returns the fastest clock in range whose inference fits the energy budget E.
 
@@ -112,18 +115,13 @@ def _best_clock_jvp(primals, tangents):
     cycles, energy_j, f_min_hz, f_max_hz, kappa, static_power_w = primals
     cycles_dot, energy_dot, f_min_dot, f_max_dot, kappa_dot, static_power_dot = tangents
     clock = _best_clock(*primals)
-    slope = cycles * (2 * kappa * clock - static_power_w / _where_positive(clock) ** 2)  # d energy / d clock
-    inside = (clock > f_min_hz) & (clock < f_max_hz) & (slope > 0)
-    busy_s = cycles / _where_positive(clock)
-    rise = (  # of the energy, were the clock to stay
-        cycles * clock**2 * kappa_dot
-        + (kappa * clock**2 + static_power_w / _where_positive(clock)) * cycles_dot
-        + busy_s * static_power_dot
+    root = jnp.where(clock > 0, clock, 1.0)  # no root where nothing fits; any clock avoids nan
+    clock_dot = root_tangent(
+        lambda clock, *device: inference_energy(clock, *device[:3]) - device[3],
+        root,
+        (cycles, kappa, static_power_w, energy_j),
+        (cycles_dot, kappa_dot, static_power_dot, energy_dot),
     )
     at_end = jnp.where(clock == f_max_hz, f_max_dot, jnp.where(clock == f_min_hz, f_min_dot, 0.0))
-    clock_dot = jnp.where(inside, (energy_dot - rise) / jnp.where(inside, slope, 1.0), at_end)
-    return clock, clock_dot
-
-
-def _where_positive(clock: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.where(clock > 0, clock, 1.0)
+    inside = (clock > f_min_hz) & (clock < f_max_hz)
+    return clock, jnp.where(inside, clock_dot, at_end)

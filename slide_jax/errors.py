@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, and the constraint that a user is named with."""
+"""The exception for mistakes in a user's input."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """A value the user gave that cannot be used; its text is one line.
+    """A value from the user that cannot be used; its text is one line.
 
     The command line prints the text and exits with code 2; a notebook sees an
     ordinary `ValueError`.

@@ -1,14 +1,14 @@
-"""Monte Carlo: how many users each method serves over thousands of drops, in one program.
+"""Monte Carlo: how many users each solver serves over thousands of drops, in one compiled program.
 
-Every point of a sweep sees the same drops (common random numbers), so that differences are the sweep's and
-the methods', not the draw's.
+A drop is one random draw of the users, their channels and devices. Every point of a sweep sees the same drops
+(common random numbers), so that points and solvers can be compared without the noise of the draw.
 
 Axes: G points of a sweep, D drops, K users.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,51 +19,39 @@ from jaxtyping import Array, Float, Int
 
 from slide_jax import baselines
 from slide_jax.errors import InputError, unknown_name
-from slide_jax.exact import decide, run
+from slide_jax.exact import decide_exact
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull, convex_hull
 from slide_jax.problem import Allocation, Catalogue, Problem
 from slide_jax.provisioning import outcome
-from slide_jax.relaxed import decide as decide_relaxed
 from slide_jax.sampling import Setting, sample_problem
+from slide_jax.solvers import SOLVERS, Solver, sweep_solvers
 
 
 class Drop(NamedTuple):
-    """One drop as the methods see it.
+    """One random draw of the users, under both conventions.
 
     Attributes:
       problem, hull: under SLIDE.
-      collapsed, collapsed_hull: the same under DAI, each model one layer.
-      key: for methods that draw.
+      dai_problem, dai_hull: the same users under download-then-infer (DAI), each model one layer.
+      key: for solvers that draw at random.
     """
 
     problem: Problem
     hull: Hull
-    collapsed: Problem
-    collapsed_hull: Hull
+    dai_problem: Problem
+    dai_hull: Hull
     key: jax.Array
 
 
-METHODS: dict[str, Callable[[Drop], Allocation]] = {
-    "exact": lambda drop: decide(drop.hull, drop.problem),
-    "relaxed": lambda drop: decide_relaxed(drop.hull, drop.problem),
-    "dai": lambda drop: decide(drop.collapsed_hull, drop.collapsed),
-    "equal_share": lambda drop: baselines.decide_equal_share(drop.hull, drop.problem),
-    "proportional_share": lambda drop: baselines.decide_proportional_share(drop.hull, drop.problem),
-    "best_channel_first": lambda drop: baselines.decide_best_channel_first(drop.hull, drop.problem),
-    "earliest_deadline_first": lambda drop: baselines.decide_earliest_deadline_first(drop.hull, drop.problem),
-    "random_order": lambda drop: baselines.decide_random_order(drop.hull, drop.problem, key=drop.key),
-}
-"""Solvers as pure functions of a drop."""
-
-
 class Sweep(NamedTuple):
-    """What the methods did at every point and drop.
+    """Results at every point of a sweep and in every drop.
 
     Attributes:
-      served: users served, by method.
+      served: users served, by solver.
       saved: latency that SLIDE saves the users that DAI serves, at the spectrum and clocks of DAI, as a
         share of the sum of their latencies; nan where DAI serves nobody.
-      rho: compute over download of those users, mean.
+      rho: mean ratio of compute time to download time of those users.
     """
 
     served: Mapping[str, Int[Array, "G D"]]
@@ -72,11 +60,11 @@ class Sweep(NamedTuple):
 
 
 class Latencies(NamedTuple):
-    """The users that DAI serves, at its spectrum and clocks, under DAI and under SLIDE; nan for the others.
+    """Latencies of the users that DAI serves, with the bandwidths and clocks of DAI; nan for the others.
 
     Attributes:
-      dai_s, slide_s: latency from the start [s].
-      rho: compute over download under DAI.
+      dai_s, slide_s: under DAI and under SLIDE, from the user's start [s].
+      rho: compute time over download time under DAI.
     """
 
     dai_s: Float[Array, "*D K"]
@@ -89,28 +77,28 @@ def run_sweep(
     catalogue: Catalogue,
     drops: int,
     seed: int,
-    methods: Sequence[str] = ("exact", "dai"),
+    solvers: Sequence[str] = ("exact", "dai"),
     rate_model: str = "linear",
     count: int | None = None,
 ) -> Sweep:
-    """Returns what the methods do at each setting, as NumPy arrays.
+    """Returns how many users the solvers serve at each setting, as NumPy arrays.
 
     Args:
       settings: the points.
       catalogue: the models.
       drops: D.
       seed: of the draws.
-      methods: names from `METHODS`.
+      solvers: names from `SOLVERS`, of those in `sweep_solvers()`.
       rate_model: `linear` or `shannon`.
       count: users drawn at every point, at least those that ask at any; None: as many. Calls with
         the same share one program.
 
     Raises:
-      InputError: an unknown method, or fewer users drawn than ask.
+      InputError: a solver that is unknown or cannot be swept, or fewer users drawn than ask.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise unknown_name("methods", method, METHODS)
+    for name in solvers:
+        if name not in sweep_solvers():
+            raise unknown_name("solvers", name, sweep_solvers())
     most = max(int(setting.users) for setting in settings)
     count = most if count is None else count
     if count < most:
@@ -119,8 +107,8 @@ def run_sweep(
         points = jax.tree.map(lambda *values: jnp.asarray(values, jnp.float64), *settings)
         keys = jax.random.split(jax.random.key(seed), drops)
         arrays = (catalogue, *_hulls(catalogue))
-        # The functions and not their names, so that a method defined anew is compiled anew.
-        chosen = tuple((method, METHODS[method]) for method in methods)
+        # The entries and not their names are static, so that a solver that is redefined is compiled again.
+        chosen = tuple((name, SOLVERS[name]) for name in solvers)
         result = _sweep(points, keys, *arrays, count, chosen, rate_model)
         return jax.tree.map(np.asarray, result)
 
@@ -142,7 +130,7 @@ def compare_latencies(problem: Problem, dai: Allocation) -> Latencies:
       problem: under SLIDE.
       dai: an allocation of `baselines.dai`.
     """
-    return run(_compare, problem, dai)
+    return compute_in_float64(_compare, problem, dai)
 
 
 def _hulls(catalogue: Catalogue) -> tuple[Hull, Catalogue, Hull]:
@@ -155,11 +143,11 @@ def _hulls(catalogue: Catalogue) -> tuple[Hull, Catalogue, Hull]:
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8))
-def _sweep(points, keys, catalogue, hull, collapsed, collapsed_hull, count, methods, rate_model):
+def _sweep(points, keys, catalogue, hull, collapsed, collapsed_hull, count, solvers, rate_model):
     def of_drop(setting, key):
         drop = _draw(key, setting, catalogue, hull, collapsed, collapsed_hull, count, rate_model)
-        served = {name: jnp.sum(method(drop).served) for name, method in methods}
-        dai_s, slide_s, rho = _compare(hull, drop.problem, decide(collapsed_hull, drop.collapsed))
+        served = {name: jnp.sum(decide_drop(solver, drop).served) for name, solver in solvers}
+        dai_s, slide_s, rho = _compare(hull, drop.problem, decide_exact(drop.dai_hull, drop.dai_problem))
         total_dai = jnp.nansum(dai_s)
         saved = jnp.where(total_dai > 0, 1 - jnp.nansum(slide_s) / total_dai, jnp.nan)
         return Sweep(served, saved, jnp.nanmean(rho))
@@ -167,19 +155,25 @@ def _sweep(points, keys, catalogue, hull, collapsed, collapsed_hull, count, meth
     return lax.map(lambda setting: jax.vmap(of_drop, (None, 0))(setting, keys), points)
 
 
+def decide_drop(solver: Solver, drop: Drop) -> Allocation:
+    """Returns a solver's allocation of one drop, by its pure function."""
+    hull, problem = (drop.dai_hull, drop.dai_problem) if solver.download_first else (drop.hull, drop.problem)
+    return solver.decide(hull, problem, *((drop.key,) if solver.needs_key else ()))
+
+
 @functools.partial(jax.jit, static_argnums=(6, 7))
 def _latencies(setting, keys, catalogue, hull, collapsed, collapsed_hull, count, rate_model):
     def of_drop(key):
         drop = _draw(key, setting, catalogue, hull, collapsed, collapsed_hull, count, rate_model)
-        return _compare(hull, drop.problem, decide(collapsed_hull, drop.collapsed))
+        return _compare(hull, drop.problem, decide_exact(drop.dai_hull, drop.dai_problem))
 
     return jax.vmap(of_drop)(keys)
 
 
 def _draw(key, setting, catalogue, hull, collapsed, collapsed_hull, count, rate_model) -> Drop:
-    key_problem, key_method = jax.random.split(key)
+    key_problem, key_solver = jax.random.split(key)
     problem = sample_problem(key_problem, setting, catalogue, count, rate_model)
-    return Drop(problem, hull, dataclasses.replace(problem, catalogue=collapsed), collapsed_hull, key_method)
+    return Drop(problem, hull, dataclasses.replace(problem, catalogue=collapsed), collapsed_hull, key_solver)
 
 
 def _compare(hull: Hull, problem: Problem, dai: Allocation) -> Latencies:

@@ -1,12 +1,14 @@
-"""Which layers of a model can decide its latency: the upper-right convex hull of (S_l, W_l).
+"""Which layers of a model can determine its latency: the upper-right convex hull of the points (W_l, S_l).
 
-With a slack (deadline minus start) of T and a speed v a model needs the rate
+S_l are the bits up to and with layer l and W_l the work from layer l on (`latency`). With the time T from
+start to deadline and a speed v, a model needs the rate
 
     v * max_l  S_l / (v T - W_l),
 
-the steepest line from the point (v T, 0) through a point (W_l, S_l), and that touches the convex hull. The
-deciding vertex moves along the hull as v T grows, so it is found by comparing v T with the places where
-neighbours are equally steep: of 64 layers 2 to 10 are left, and no division but the last is needed.
+which is v times the slope of the steepest line from (v T, 0) to a point (W_l, S_l). That line touches the
+convex hull of the points, so only its vertices matter: 2 to 10 of 64 layers. The vertex of the maximum moves
+along the hull as v T grows; it is found by comparing v T with the values at which two neighbouring vertices
+give the same slope, which needs a single division.
 
 Axes: I models, L layers, H hull vertices (of the model with the most), K users.
 """
@@ -16,16 +18,17 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
 class Hull(NamedTuple):
-    """The layers that can decide, by model; a model with fewer than H repeats its last.
+    """The layers that can determine the latency of each model; a model with fewer than H repeats its last.
 
     Attributes:
       bits: S at each vertex, rising along H [bits]; 0 for a model without any bits.
       flop: W at each vertex, falling along H [FLOP].
-      switch_flop: v T beyond which vertex h + 1 decides and no longer h [FLOP].
+      switch_flop: v T beyond which vertex h + 1 gives the maximum and no longer h [FLOP].
       total_bits: of the whole model [bits].
       total_flop: of the whole model [FLOP].
     """
@@ -37,8 +40,8 @@ class Hull(NamedTuple):
     total_flop: Float[Array, " I"]
 
 
-def convex_hull(layer_bits: Float[Array, "I L"], layer_flop: Float[Array, "I L"]) -> Hull:
-    """Returns the deciding layers of every model; NumPy float64, on the host, O(I L).
+def convex_hull(layer_bits: Float[ArrayLike, "I L"], layer_flop: Float[ArrayLike, "I L"]) -> Hull:
+    """Returns the hull vertices of every model; NumPy float64, on the host, O(I L).
 
     H is rounded up to a multiple of four, so that catalogues of a kind share one compiled program.
     """
@@ -48,7 +51,7 @@ def convex_hull(layer_bits: Float[Array, "I L"], layer_flop: Float[Array, "I L"]
 
 @functools.lru_cache(maxsize=64)
 def _hull_of(layer_bits: bytes, layer_flop: bytes, shape: tuple[int, int]) -> Hull:
-    """`convex_hull` by content: whoever solves many problems has few catalogues."""
+    """`convex_hull`, cached by content: the problems of a program share few catalogues."""
     layer_bits, layer_flop = (np.frombuffer(table).reshape(shape) for table in (layer_bits, layer_flop))
     received = np.cumsum(layer_bits, axis=1)
     remaining = np.cumsum(layer_flop[:, ::-1], axis=1)[:, ::-1]
@@ -89,12 +92,12 @@ def _not_above(before: tuple, middle: tuple, after: tuple) -> bool:
 
 
 def least_rate_on_hull(
-    bits: Float[Array, " H"],
-    flop: Float[Array, " H"],
-    switch_flop: Float[Array, " H-1"],
-    total_flop: Float[Array, ""],
-    slack_s: Float[Array, " K"],
-    speed_flop_s: Float[Array, " K"],
+    bits: Float[ArrayLike, " H"],
+    flop: Float[ArrayLike, " H"],
+    switch_flop: Float[ArrayLike, " H-1"],
+    total_flop: Float[ArrayLike, ""],
+    slack_s: Float[ArrayLike, " K"],
+    speed_flop_s: Float[ArrayLike, " K"],
 ) -> Float[Array, " K"]:
     """Returns the least rate [bit/s] of one model for many users; infinite if no rate suffices.
 
@@ -112,11 +115,11 @@ def least_rate_on_hull(
 
 
 def latency_on_hull(
-    bits: Float[Array, " H"],
-    flop: Float[Array, " H"],
-    total_flop: Float[Array, ""],
-    rate_bps: Float[Array, " K"],
-    speed_flop_s: Float[Array, " K"],
+    bits: Float[ArrayLike, " H"],
+    flop: Float[ArrayLike, " H"],
+    total_flop: Float[ArrayLike, ""],
+    rate_bps: Float[ArrayLike, " K"],
+    speed_flop_s: Float[ArrayLike, " K"],
 ) -> Float[Array, " K"]:
     """Returns the latency [s], from the start, of one model for many users at positive speeds."""
     per_bit, per_flop = jnp.where(rate_bps > 0, 1 / rate_bps, jnp.inf), 1 / speed_flop_s

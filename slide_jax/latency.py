@@ -1,4 +1,4 @@
-"""Latency of inference that runs while the model downloads, three ways, and its inverse.
+"""Latency of inference that runs while the model downloads, in three formulations, and its inverse.
 
 The download begins at `start`; layers arrive in order, and layer l runs when it has arrived and
 layer l-1 is done (arXiv 2512.20946):
@@ -12,7 +12,7 @@ Unrolled, with prefix sizes S_l = s_1 + ... + s_l and suffix workloads W_l = w_l
 
 Axes: L layers, first; any batch axes (users, models, drops) follow and broadcast against rate and speed.
 Sizes in bits, workloads in FLOP, rate in bit/s, speed in FLOP/s (clock * FLOP per cycle), times in seconds.
-Nothing to send or to compute takes no time, even at rate or speed zero.
+A layer without bits or without work takes no time to download or compute, even at rate or speed 0.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
@@ -31,17 +32,17 @@ class Timeline(NamedTuple):
     completion_s: Array
 
 
-def prefix_bits(layer_bits: Float[Array, "L ..."]) -> Float[Array, "L ..."]:
+def prefix_bits(layer_bits: Float[ArrayLike, "L ..."]) -> Float[Array, "L ..."]:
     """Returns S_l: what has to arrive before layer l can run."""
     return jnp.cumsum(layer_bits, axis=0)
 
 
-def suffix_flop(layer_flop: Float[Array, "L ..."]) -> Float[Array, "L ..."]:
+def suffix_flop(layer_flop: Float[ArrayLike, "L ..."]) -> Float[Array, "L ..."]:
     """Returns W_l: what is left to compute when layer l begins."""
     return jnp.flip(jnp.cumsum(jnp.flip(layer_flop, 0), axis=0), 0)
 
 
-def duration(amount: Float[Array, "..."], pace: Float[Array, "..."]) -> Float[Array, "..."]:
+def duration(amount: Float[ArrayLike, "..."], pace: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """Returns amount / pace; 0 where there is nothing to do, infinite where nothing moves."""
     return jnp.where(amount > 0, amount / pace, 0.0)
 
@@ -94,7 +95,7 @@ def _recursion_forward(layer_bits, layer_flop, rate_bps, speed_flop_s):
 def _recursion_backward(residuals, cotangent):
     downloading, computing, decider, layer_bits, layer_flop, rate_bps, speed_flop_s = residuals
     number = jnp.arange(layer_bits.shape[0], dtype=jnp.int32).reshape(-1, *[1] * decider.ndim)
-    # What never ends has no slope, nor has a pace at which nothing is to be done: 0, not nan.
+    # Gradients are 0, not nan, where the latency is infinite or a rate or speed is 0.
     ends = downloading + computing < jnp.inf
     per_bit = jnp.where(ends & (rate_bps > 0), cotangent / rate_bps, 0.0)
     per_flop = jnp.where(ends & (speed_flop_s > 0), cotangent / speed_flop_s, 0.0)
@@ -113,11 +114,11 @@ _recursion.defvjp(_recursion_forward, _recursion_backward)
 
 
 def latency(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    rate_bps: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
-    start_s: Float[Array, "..."] = 0.0,
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    rate_bps: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
+    start_s: Float[ArrayLike, "..."] = 0.0,
 ) -> Float[Array, "..."]:
     """Returns C_L by the recursion, a scan over layers; the fastest to differentiate.
 
@@ -132,11 +133,11 @@ def latency(
 
 
 def latency_associative(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    rate_bps: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
-    start_s: Float[Array, "..."] = 0.0,
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    rate_bps: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
+    start_s: Float[ArrayLike, "..."] = 0.0,
 ) -> Float[Array, "..."]:
     """Returns C_L by a parallel prefix of (max, +) affine maps, of depth log L."""
     layer_bits, layer_flop, rate_bps, speed_flop_s = _aligned(layer_bits, layer_flop, rate_bps, speed_flop_s)
@@ -154,11 +155,11 @@ def latency_associative(
 
 
 def latency_closed_form(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    rate_bps: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
-    start_s: Float[Array, "..."] = 0.0,
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    rate_bps: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
+    start_s: Float[ArrayLike, "..."] = 0.0,
 ) -> Float[Array, "..."]:
     """Returns C_L by (*): the largest of L sums."""
     layer_bits, layer_flop, rate_bps, speed_flop_s = _aligned(layer_bits, layer_flop, rate_bps, speed_flop_s)
@@ -167,11 +168,11 @@ def latency_closed_form(
 
 
 def dai_latency(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    rate_bps: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
-    start_s: Float[Array, "..."] = 0.0,
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    rate_bps: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
+    start_s: Float[ArrayLike, "..."] = 0.0,
 ) -> Float[Array, "..."]:
     """Returns the latency of downloading first and inferring then (DAI), the convention."""
     return (
@@ -182,11 +183,11 @@ def dai_latency(
 
 
 def timeline(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    rate_bps: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
-    start_s: Float[Array, "..."] = 0.0,
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    rate_bps: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
+    start_s: Float[ArrayLike, "..."] = 0.0,
 ) -> Timeline:
     """Returns when each layer arrives, begins to run and is done."""
     layer_bits, layer_flop, rate_bps, speed_flop_s, start_s = _aligned(
@@ -206,10 +207,10 @@ def timeline(
 
 
 def least_rate(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    slack_s: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    slack_s: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
 ) -> Float[Array, "..."]:
     """Returns the least rate [bit/s] at which C_L - start <= slack; infinite if no rate suffices.
 

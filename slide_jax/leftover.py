@@ -1,21 +1,21 @@
-"""What becomes of spectrum that is left when everyone who can be served has the least that they need."""
+"""Shares out the spectrum that is left once everyone who is served has the least bandwidth that it needs."""
 
 import jax.numpy as jnp
-from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.hull import Hull
 from slide_jax.problem import Problem
 from slide_jax.provisioning import Need, bandwidth_by
+from slide_jax.roots import bisect
 
 LEFT_OVER = ("none", "proportional", "min_max")
-"""Nobody; everyone served, in proportion to what they have; so that the last task ends as early as can be."""
-
-HALVINGS = 60
+"""`none`: it stays unused. `proportional`: all bandwidths grow by the same factor. `min_max`: the latest
+completion of all users becomes as early as possible."""
 
 
 def share_out(
-    hull: Hull, problem: Problem, need: Need, served: Bool[Array, " K"], left_over: str
+    hull: Hull, problem: Problem, need: Need, served: Bool[ArrayLike, " K"], left_over: str
 ) -> Float[Array, " K"]:
     """Returns the bandwidth [Hz] of every user that is served, at least what it needs; others get 0.
 
@@ -34,7 +34,7 @@ def share_out(
 
 
 def _earliest_end(hull, problem, need, served, least):
-    """Bisects the time at which the last task can be finished; nobody gets less than it needs."""
+    """Bisects the earliest time by which all tasks can be finished; nobody gets less than it needs."""
     users = problem.users
 
     def bandwidth_at(end_s):
@@ -42,12 +42,8 @@ def _earliest_end(hull, problem, need, served, least):
         asked = bandwidth_by(end_s, hull, users, need.model, need.frequency_hz, problem.rate_model)
         return jnp.where(served, jnp.maximum(asked, least), 0.0)
 
-    def halve(_, bracket):
-        early, late = bracket
-        middle = early + (late - early) / 2
-        fits = jnp.sum(bandwidth_at(middle)) <= problem.bandwidth_hz
-        return jnp.where(fits, early, middle), jnp.where(fits, middle, late)
-
     late = jnp.max(jnp.where(served, users.deadline_s, 0.0), initial=0.0)
-    _, late = lax.fori_loop(0, HALVINGS, halve, (jnp.zeros_like(late), late))
-    return bandwidth_at(late)
+    end_s = bisect(
+        lambda end_s: problem.bandwidth_hz - jnp.sum(bandwidth_at(end_s)), jnp.zeros_like(late), late
+    )
+    return bandwidth_at(end_s)

@@ -16,14 +16,16 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE
+from slide_jax.allocation import allocate_least
 from slide_jax.errors import InputError
-from slide_jax.exact import run, settle
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import least_rate
-from slide_jax.problem import Allocation, Catalogue, Problem, Users
+from slide_jax.problem import Allocation, Problem, Users
 from slide_jax.provisioning import Need, bandwidth_of, by_blocks, clock_of, is_admissible, named_by, provision
 
 SPECTRUM_UNITS = 1e6
@@ -64,24 +66,25 @@ def milp(problem: Problem, time_limit_s: float = 60.0) -> Allocation:
     packing = pack(np.ones(user.size), bandwidth, user, spectrum, time_limit_s)
 
     chosen_model, chosen_user = model[packing.chosen], user[packing.chosen]
-    need = run(decide_needs, problem)
+    need = compute_in_float64(provision, problem)
     need = Need(*(column.copy() for column in need))
     served = np.zeros(problem.num_users, bool)
     served[chosen_user] = True
     need.model[chosen_user] = chosen_model
     need.bandwidth_hz[chosen_user] = bandwidth[packing.chosen]
     need.frequency_hz[chosen_user] = needs.frequency_hz[chosen_model, chosen_user]
-    allocation = settle_users(problem, need, served)
+    allocation = allocate_least(problem, need, served)
     return dataclasses.replace(allocation, upper_bound=float(np.floor(packing.bound)), solver="milp")
 
 
 def least_bandwidth_by_model(problem: Problem) -> PairNeeds:
     """Returns the least bandwidth and the best clock of every pair, from all layers; NumPy float64."""
-    return run(_decide_pairs, problem)
+    return compute_in_float64(_pair_needs, problem)
 
 
-def pairs(catalogue: Catalogue, users: Users, rate_model: str) -> PairNeeds:
-    """`least_bandwidth_by_model` as a pure function of float64 arrays."""
+def _pair_needs(hull: Hull, problem: Problem) -> PairNeeds:
+    """`least_bandwidth_by_model` as a pure function of float64 arrays; the hull is not used."""
+    catalogue = problem.catalogue
 
     def of_block(users: Users) -> tuple[Array, Array]:
         def of_model(entry):
@@ -93,7 +96,7 @@ def pairs(catalogue: Catalogue, users: Users, rate_model: str) -> PairNeeds:
                 layer_bits[:, None], layer_flop[:, None], users.deadline_s - users.start_s, speed
             )
             possible = allowed & (jnp.sum(layer_bits) <= users.memory_bits) & (clock > 0)
-            return jnp.where(possible, bandwidth_of(rate, users, rate_model), jnp.inf), clock
+            return jnp.where(possible, bandwidth_of(rate, users, problem.rate_model), jnp.inf), clock
 
         entries = (
             catalogue.layer_bits,
@@ -104,13 +107,13 @@ def pairs(catalogue: Catalogue, users: Users, rate_model: str) -> PairNeeds:
         )
         return jax.tree.map(jnp.transpose, lax.map(of_model, entries))
 
-    return PairNeeds(*jax.tree.map(jnp.transpose, by_blocks(of_block, users)))
+    return PairNeeds(*jax.tree.map(jnp.transpose, by_blocks(of_block, problem.users)))
 
 
 def pack(
-    value: Float[Array, " N"],
-    bandwidth_hz: Float[Array, " N"],
-    user: Int[Array, " N"],
+    value: Float[ArrayLike, " N"],
+    bandwidth_hz: Float[ArrayLike, " N"],
+    user: Int[ArrayLike, " N"],
     spectrum_hz: float,
     time_limit_s: float = 60.0,
 ) -> Packing:
@@ -154,20 +157,6 @@ def pack(
         bound = min(largest * (-bound + HIGHS_TOLERANCE * (1 - bound)), everyone)
     chosen = _within(chosen, value, bandwidth_hz, spectrum_hz)
     return Packing(chosen, max(bound, float(np.sum(value[chosen]))))
-
-
-def settle_users(problem: Problem, need: Need, served: Bool[Array, " K"]) -> Allocation:
-    """Returns the allocation that serves these users with what they need, as NumPy arrays."""
-    return run(settle, problem, need, served, need.bandwidth_hz)
-
-
-def decide_needs(hull: Hull, problem: Problem) -> Need:
-    """Every user's need, for `exact.run`."""
-    return provision(hull, problem.catalogue, problem.users, problem.rate_model)
-
-
-def _decide_pairs(hull: Hull, problem: Problem) -> PairNeeds:
-    return pairs(problem.catalogue, problem.users, problem.rate_model)
 
 
 def _within(chosen, value, bandwidth_hz, spectrum_hz):

@@ -4,11 +4,14 @@ A base station with a downlink spectrum serves users; each has a task with a dea
 energy budget; a catalogue of models solves the tasks. Decide which model each user gets (at most one), its
 share of the spectrum and its clock, so that the most users finish in time (arXiv 2512.20946).
 
-Axes: K users, I models, L layers (of the longest model).
+Axes: K users, I models, L layers (of the longest model). The types of the fields are those of one problem.
+They are not checked (`no_type_check`), because JAX builds these classes from batches, shapes and axis numbers
+too.
 """
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import numpy as np
@@ -51,6 +54,7 @@ class Labels:
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check
 class Catalogue:
     """The models that the base station holds.
 
@@ -91,6 +95,7 @@ class Catalogue:
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check
 class Users:
     """The users, their tasks, channels and devices.
 
@@ -133,6 +138,7 @@ class Users:
     drop_fields=["labels"],
 )
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check
 class Problem:
     """Who wants what from whom, over which spectrum.
 
@@ -177,6 +183,7 @@ class Problem:
     meta_fields=["solver"],
 )
 @dataclasses.dataclass(frozen=True)
+@typing.no_type_check
 class Allocation:
     """What a solver decides.
 

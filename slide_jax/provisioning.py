@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.device import best_clock, inference_energy
 from slide_jax.hull import Hull, latency_on_hull, least_rate_on_hull
-from slide_jax.problem import REASONS, Catalogue, Users
+from slide_jax.problem import REASONS, Catalogue, Problem, Users
 from slide_jax.rates import linear_bandwidth, linear_rate, shannon_bandwidth, shannon_rate
 
 BLOCK = 16384
@@ -49,7 +50,7 @@ class Outcome(NamedTuple):
     energy_j: Float[Array, " K"]
 
 
-def signal_of(users: Users, rate_model: str) -> Float[Array, " K"]:
+def signal_of(users: Users, rate_model: str) -> Float[ArrayLike, "..."]:
     """Returns what a rate model knows of the channel: spectral efficiency [bit/s/Hz] or snr_hz [Hz]."""
     return users.spectral_efficiency_bps_hz if rate_model == "linear" else users.snr_hz
 
@@ -59,17 +60,17 @@ BANDWIDTHS = {"linear": linear_bandwidth, "shannon": shannon_bandwidth}
 """From bandwidth and signal to rate, and back."""
 
 
-def rate_of(bandwidth_hz: Float[Array, " K"], users: Users, rate_model: str) -> Float[Array, " K"]:
+def rate_of(bandwidth_hz: Float[ArrayLike, "..."], users: Users, rate_model: str) -> Float[ArrayLike, "..."]:
     """Returns the users' rates [bit/s] under the problem's rate model."""
     return RATES[rate_model](bandwidth_hz, signal_of(users, rate_model))
 
 
-def bandwidth_of(rate_bps: Float[Array, " K"], users: Users, rate_model: str) -> Float[Array, " K"]:
+def bandwidth_of(rate_bps: Float[ArrayLike, "..."], users: Users, rate_model: str) -> Float[Array, "..."]:
     """Returns the least bandwidths [Hz] that carry the users' rates; infinite where none does."""
     return BANDWIDTHS[rate_model](rate_bps, signal_of(users, rate_model))
 
 
-def clock_of(total_flop: Float[Array, ""], users: Users) -> Float[Array, " K"]:
+def clock_of(total_flop: Float[ArrayLike, "..."], users: Users) -> Float[Array, "..."]:
     """Returns the fastest clock [Hz] at which a workload fits each user's energy; 0 where none does."""
     return best_clock(
         total_flop / users.flop_per_cycle,
@@ -81,32 +82,34 @@ def clock_of(total_flop: Float[Array, ""], users: Users) -> Float[Array, " K"]:
     )
 
 
-def named_by(users: Users) -> Bool[Array, "I K"] | None:
+def named_by(users: Users) -> Bool[ArrayLike, "I K"] | None:
     """Returns which users name each model; None: task and accuracy decide."""
     return None if users.allowed is None else users.allowed.T
 
 
 def is_admissible(
     users: Users,
-    accuracy: Float[Array, ""],
-    task: Int[Array, ""],
-    named: Bool[Array, " K"] | None,
-) -> Bool[Array, " K"]:
+    accuracy: Float[ArrayLike, ""],
+    task: Int[ArrayLike, ""],
+    named: Bool[ArrayLike, "..."] | None,
+) -> Bool[ArrayLike, "..."]:
     """Returns for whom a model will do; `named` is its row of `named_by`."""
     return (users.task == task) & (accuracy >= users.min_accuracy) if named is None else named
 
 
-def provision(hull: Hull, catalogue: Catalogue, users: Users, rate_model: str) -> Need:
+def provision(hull: Hull, problem: Problem) -> Need:
     """Returns every user's need; of models that need the same rate the more accurate, then the first."""
-    return by_blocks(lambda block: _provision_block(hull, catalogue, block, rate_model), users)
+    return by_blocks(
+        lambda block: _provision_block(hull, problem.catalogue, block, problem.rate_model), problem.users
+    )
 
 
 def outcome(
     hull: Hull,
     users: Users,
-    model: Int[Array, " K"],
-    frequency_hz: Float[Array, " K"],
-    bandwidth_hz: Float[Array, " K"],
+    model: Int[ArrayLike, " K"],
+    frequency_hz: Float[ArrayLike, " K"],
+    bandwidth_hz: Float[ArrayLike, " K"],
     rate_model: str,
 ) -> Outcome:
     """Returns latency and energy of users at given models, clocks and bandwidths; nan at model -1."""
@@ -138,11 +141,11 @@ def outcome(
 
 
 def bandwidth_by(
-    deadline_s: Float[Array, " K"],
+    deadline_s: Float[ArrayLike, " K"],
     hull: Hull,
     users: Users,
-    model: Int[Array, " K"],
-    frequency_hz: Float[Array, " K"],
+    model: Int[ArrayLike, " K"],
+    frequency_hz: Float[ArrayLike, " K"],
     rate_model: str,
 ) -> Float[Array, " K"]:
     """Returns the least bandwidths [Hz] that meet given deadlines with given models and clocks."""

@@ -1,4 +1,4 @@
-"""The border: scenario files come in as a checked `Problem`, answers go out and come back as JSON.
+"""Reads and writes scenario files and allocation files (JSON).
 
 A scenario holds the spectrum, the models and the users; a file of it or its content as a dict:
 
@@ -14,7 +14,7 @@ A scenario holds the spectrum, the models and the users; a file of it or its con
 >>> problem.labels.models, problem.num_users, float(problem.users.energy_j[0])
 (('small', 'large'), 1, inf)
 
-What may be left out, and what then holds:
+What may be left out, and its default:
 
     rate_model                           "linear"; the other is "shannon"
     users[k].id                          "u<k>"

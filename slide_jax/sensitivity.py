@@ -1,31 +1,35 @@
-"""What one more megahertz, one more millisecond or a smaller layer buys.
+"""Sensitivities: what one more megahertz, one more millisecond or a smaller layer is worth.
 
 The least bandwidth b of a user is where the latency meets the deadline,
 
     latency(layer_bits, layer_flop, rate(b, signal), speed, start) = deadline,
 
-so its derivatives follow from those of the recursion by the implicit function theorem,
-db/dx = -(d latency / dx) / (d latency / db), whatever found b; only the deciding layer's prefix has any
-weight. Where several layers decide, or several models need the same, they are one-sided.
+so its derivatives follow from those of the recursion by the implicit function theorem (`roots`),
+db/dx = -(d latency / dx) / (d latency / db). Only the bits up to the layer that determines the latency, and
+the work from it on, have derivatives other than 0. Where several layers determine it, or several models need
+the same bandwidth, the derivatives are one-sided.
 
 Axes: K users, I models, L layers.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from slide_jax.errors import unknown_name
-from slide_jax.exact import in_float64, run
+from slide_jax.float64 import compute_in_float64, to_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import latency, least_rate
 from slide_jax.problem import RATE_MODELS, Allocation, Problem
 from slide_jax.provisioning import BANDWIDTHS, RATES, clock_of, provision, signal_of
 from slide_jax.relaxed import Relaxation, relax
+from slide_jax.roots import differentiable_root
 
 
 class Sensitivities(NamedTuple):
@@ -66,12 +70,12 @@ class Margins(NamedTuple):
 
 
 def least_bandwidth(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    deadline_s: Float[Array, "..."],
-    start_s: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
-    signal: Float[Array, "..."],
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    deadline_s: Float[ArrayLike, "..."],
+    start_s: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
+    signal: Float[ArrayLike, "..."],
     rate_model: str = "linear",
 ) -> Float[Array, "..."]:
     """Returns the least bandwidth [Hz] that meets the deadline; its value by the closed form.
@@ -116,7 +120,7 @@ def sensitivities(problem: Problem, allocation: Allocation) -> Sensitivities:
     """
     with jax.enable_x64(True):
         chosen = (np.asarray(allocation.model, np.int32), np.asarray(allocation.frequency_hz, np.float64))
-        return jax.tree.map(np.asarray, _sensitivities(in_float64(problem), *chosen))
+        return jax.tree.map(np.asarray, _sensitivities(to_float64(problem), *chosen))
 
 
 def margins(problem: Problem) -> Margins:
@@ -128,7 +132,7 @@ def margins(problem: Problem) -> Margins:
     Returns:
       NumPy arrays, float64.
     """
-    return run(_margins, problem)
+    return compute_in_float64(_margins, problem)
 
 
 def shadow_price(problem: Problem) -> float:
@@ -136,7 +140,7 @@ def shadow_price(problem: Problem) -> float:
     return float(margins(problem).spectrum_users_per_hz)
 
 
-def relax_problem(problem: Problem, model: Int[Array, " K"]) -> Relaxation:
+def relax_problem(problem: Problem, model: Int[ArrayLike, " K"]) -> Relaxation:
     """Returns the relaxed problem's optimum as a differentiable function of everything in the problem.
 
     Args:
@@ -187,7 +191,7 @@ def _sensitivities(problem, model, frequency_hz):
 
 
 def _margins(hull: Hull, problem: Problem) -> Margins:
-    model = provision(hull, problem.catalogue, problem.users, problem.rate_model).model
+    model = provision(hull, problem).model
 
     def served(spectrum_hz, deadline_s, energy_j, layer_bits, layer_flop):
         catalogue = dataclasses.replace(problem.catalogue, layer_bits=layer_bits, layer_flop=layer_flop)
@@ -211,34 +215,22 @@ def _with_axes(array, axes):
     return array.reshape(array.shape[:1] + (1,) * (axes - array.ndim) + array.shape[1:])
 
 
+def _spare_time(rate_model, bandwidth_hz, layer_bits, layer_flop, deadline_s, start_s, speed_flop_s, signal):
+    """Returns the time [s] between completion and deadline, which grows with the bandwidth."""
+    # Where the least bandwidth is 0 or infinite there is no root; harmless numbers avoid nan.
+    rooted = (bandwidth_hz > 0) & (bandwidth_hz < jnp.inf)
+    rate = RATES[rate_model](jnp.where(rooted, bandwidth_hz, 1.0), jnp.where(rooted, signal, 1.0))
+    speed = jnp.where(speed_flop_s > 0, speed_flop_s, 1.0)
+    spare_s = deadline_s - latency(layer_bits, layer_flop, rate, speed, start_s)
+    return jnp.where(rooted, spare_s, 0.0)
+
+
 def _closed_form(rate_model, layer_bits, layer_flop, deadline_s, start_s, speed_flop_s, signal):
     rate = least_rate(layer_bits, layer_flop, deadline_s - start_s, speed_flop_s)
     return BANDWIDTHS[rate_model](rate, signal)
 
 
-_least_bandwidth = jax.custom_vjp(_closed_form, nondiff_argnums=(0,))
-
-
-def _forward(rate_model, *arrays):
-    bandwidth = _closed_form(rate_model, *arrays)
-    return bandwidth, (bandwidth, arrays)
-
-
-def _backward(rate_model, residuals, cotangent):
-    bandwidth, arrays = residuals
-    # Where there is no root to differentiate, any harmless one stands in.
-    rooted = (bandwidth > 0) & (bandwidth < jnp.inf)
-
-    def lateness(bandwidth_hz, layer_bits, layer_flop, deadline_s, start_s, speed_flop_s, signal):
-        rate = RATES[rate_model](bandwidth_hz, jnp.where(rooted, signal, 1.0))
-        speed = jnp.where(speed_flop_s > 0, speed_flop_s, 1.0)
-        return latency(layer_bits, layer_flop, rate, speed, start_s) - deadline_s
-
-    _, pull = jax.vjp(lateness, jnp.where(rooted, bandwidth, 1.0), *arrays)
-    by_bandwidth = pull(jnp.ones_like(bandwidth))[0]
-    usable = rooted & (by_bandwidth < 0)
-    weight = jnp.where(usable, -cotangent / jnp.where(usable, by_bandwidth, 1.0), 0.0)
-    return pull(weight)[1:]
-
-
-_least_bandwidth.defvjp(_forward, _backward)
+def _least_bandwidth(rate_model, *arrays):
+    """Returns the closed form, with the derivatives of the root of `_spare_time`."""
+    implicit = differentiable_root(functools.partial(_spare_time, rate_model))
+    return implicit(lambda _, *arrays: _closed_form(rate_model, *arrays))(None, *arrays)

@@ -1,4 +1,4 @@
-"""From a config to the objects of the package: the range of every field, and what is made of them.
+"""Checks a config (the range of every field) and builds the objects of this package from it.
 
 A config is any tree of attributes and items such as `configs/slide.py` returns.
 """

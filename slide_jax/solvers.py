@@ -1,35 +1,106 @@
-"""The solvers by name, and the door that times them."""
+"""The table of solvers, and `solve`, which calls one by name and measures its time.
+
+The results table, the sweeps, the figures and the checks of a config all read `SOLVERS`: a new solver is one
+more entry.
+
+>>> from slide_jax.exact import decide_exact
+>>> SOLVERS["mine"] = pure_solver(decide_exact, label="my own")
+>>> "mine" in sweep_solvers()
+True
+>>> del SOLVERS["mine"]
+"""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from slide_jax import baselines
 from slide_jax.errors import unknown_name
-from slide_jax.exact import exact
+from slide_jax.exact import decide_exact, exact
+from slide_jax.float64 import compute_in_float64
 from slide_jax.milp import milp
 from slide_jax.problem import Allocation, Problem
-from slide_jax.relaxed import relaxed
+from slide_jax.relaxed import decide_relaxed, relaxed
 
-SOLVERS: dict[str, Callable[..., Allocation]] = {
-    "exact": exact,
-    "relaxed": relaxed,
-    "milp": milp,
-    "dai": baselines.dai,
-    "equal_share": baselines.equal_share,
-    "proportional_share": baselines.proportional_share,
-    "best_channel_first": baselines.best_channel_first,
-    "earliest_deadline_first": baselines.earliest_deadline_first,
-    "random_order": baselines.random_order,
+
+class Solver(NamedTuple):
+    """A solver, and all that tables, sweeps and figures need to know of it.
+
+    Attributes:
+      solve: `(problem, **options) -> Allocation` of NumPy arrays.
+      decide: `(hull, problem) -> Allocation`, the same as a pure function of float64 arrays under `jit` and
+        `vmap`, for the sweeps over drops; None: the solver is left out of them.
+      label: what figures call it; empty: its name.
+      options: which of a run's options `solve` takes: `left_over`, `time_limit_s`, `seed`.
+      needs_key: whether `decide` takes a PRNG key as its third argument.
+      download_first: whether it solves the problem under download-then-infer (DAI), that is
+        `baselines.download_then_infer(problem)`. Its answers are verified against that problem and have no
+        gap to the optimum under SLIDE.
+      max_users: a run of all solvers leaves it out of cells with more users than this.
+    """
+
+    solve: Callable[..., Allocation]
+    decide: Callable[..., Allocation] | None = None
+    label: str = ""
+    options: tuple[str, ...] = ()
+    needs_key: bool = False
+    download_first: bool = False
+    max_users: float = math.inf
+
+
+def pure_solver(
+    decide: Callable[..., Allocation],
+    label: str = "",
+    *,
+    needs_key: bool = False,
+    download_first: bool = False,
+) -> Solver:
+    """Returns the table entry of a solver that is a pure function of arrays.
+
+    Args:
+      decide: `(hull, problem) -> Allocation`, or `(hull, problem, key)` with `needs_key`.
+      label, needs_key, download_first: as in `Solver`.
+    """
+
+    def solve(problem: Problem, **options: Any) -> Allocation:
+        posed = baselines.download_then_infer(problem) if download_first else problem
+        keys = (jax.random.key(options.pop("seed", 0)),) if needs_key else ()
+        return compute_in_float64(decide, posed, *keys, **options)
+
+    options = ("seed",) if needs_key else ()
+    return Solver(solve, decide, label, options, needs_key, download_first)
+
+
+SOLVERS: dict[str, Solver] = {
+    "exact": Solver(exact, decide_exact, "SLIDE, exact", ("left_over",)),
+    "relaxed": Solver(relaxed, decide_relaxed, "SLIDE, relaxed and rounded", ("left_over",)),
+    "milp": Solver(milp, None, "SLIDE, 0/1 programme", ("time_limit_s",), max_users=2000),
+    "dai": Solver(
+        baselines.dai, decide_exact, "download, then infer (exact)", ("left_over",), download_first=True
+    ),
+    "equal_share": pure_solver(baselines.decide_equal_share, "SLIDE, equal share"),
+    "proportional_share": pure_solver(baselines.decide_proportional_share, "SLIDE, proportional share"),
+    "best_channel_first": pure_solver(baselines.decide_best_channel_first, "SLIDE, best channel first"),
+    "earliest_deadline_first": pure_solver(
+        baselines.decide_earliest_deadline_first, "SLIDE, earliest deadline first"
+    ),
+    "random_order": pure_solver(baselines.decide_random_order, "SLIDE, random order", needs_key=True),
 }
-"""Functions `(problem, **options) -> Allocation`; a new solver is one more entry."""
+
+
+def sweep_solvers() -> tuple[str, ...]:
+    """Returns the names of the solvers that the sweeps over drops can run."""
+    return tuple(name for name, solver in SOLVERS.items() if solver.decide is not None)
 
 
 def solve(problem: Problem, solver: str = "exact", **options: Any) -> Allocation:
-    """Returns what a solver makes of a problem, with the seconds that it took in `solve_s`.
+    """Returns the allocation that a solver finds, with the seconds that it took in `solve_s`.
 
-    The first call for a shape compiles, and its seconds say so.
+    The first call with arrays of a new shape includes compilation.
 
     Args:
       problem: by `read_scenario`, `make_problem` or `sample_problem`.
@@ -42,5 +113,5 @@ def solve(problem: Problem, solver: str = "exact", **options: Any) -> Allocation
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     begun = time.perf_counter()
-    allocation = SOLVERS[solver](problem, **options)
+    allocation = SOLVERS[solver].solve(problem, **options)
     return dataclasses.replace(allocation, solver=solver, solve_s=time.perf_counter() - begun)

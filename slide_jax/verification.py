@@ -1,7 +1,7 @@
-"""The judge: replays an answer from the problem alone and names every constraint it breaks.
+"""Verifies an allocation against its problem and names every constraint that it breaks.
 
-Plain NumPy in float64, and independent of the solvers: latency is replayed layer by layer from the
-recursion, never by their closed forms.
+Plain NumPy in float64, and independent of the solvers: latency is computed layer by layer from the recursion,
+never by their closed forms.
 """
 
 import math
@@ -45,7 +45,7 @@ class Violation(NamedTuple):
 
 
 def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
-    """Returns the constraints that an answer breaks, none if it is feasible and says the truth.
+    """Returns the constraints that an answer breaks; none if it is feasible and reports correct values.
 
     Checked, by constraint name: `model` (exists), `admissible_model` (solves the task accurately enough, or
     is among those the user allows), `memory_bits`, `f_min_hz`, `f_max_hz`, `energy_j`, `deadline_s`,
@@ -53,9 +53,9 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     spectrum), `reported latency_s`, `reported energy_j`, `reason` (`served` for exactly the served) and
     `upper_bound` (not below the throughput). An answer of the wrong length breaks `shape` alone.
 
-    The judge replays this problem. What solves another is to be judged by that: an answer of `dai` against
-    `baselines.download_then_infer(problem)`; clocks by layer, spectrum that is released and memory that
-    is freed (`extensions`) break rules of this problem on purpose.
+    An answer to another problem is to be verified against that one: an answer of `dai` against
+    `baselines.download_then_infer(problem)`. Clocks by layer, released spectrum and freed memory
+    (`extensions`) break constraints of this problem on purpose.
 
     Args:
       problem: of K users, arrays of any kind.

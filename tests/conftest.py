@@ -1,8 +1,12 @@
 """Settings of the whole suite."""
 
 import jax
+import jaxtyping
 import pytest
 from hypothesis import settings
+
+# Before any test imports the package: shapes and types in its signatures are checked on every call.
+jaxtyping.install_import_hook("slide_jax", "typechecker.typechecked")
 
 # The tests spend their time compiling tiny programs; their results do not depend on it.
 jax.config.update("jax_disable_most_optimizations", True)
@@ -17,3 +21,11 @@ def forget_programs():
     """Drops what a module has compiled: of all modules together it would fill gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked_types():
+    """Switches off the check of annotations, for arguments whose wrong type the package itself refuses."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -37,7 +37,8 @@ def tiny_config(**fields) -> ConfigDict:
 def tiny_model(config: ConfigDict) -> MoeModel:
     shapes = {"tokens": (config.fl.batch_size, TOKENS), "labels": (config.fl.batch_size,)}
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
-    return build_model(config.model, ModelSizes(CLASSES, VOCABULARY, TOKENS), batch)
+    outputs = tasks[config.task.name].num_outputs(tuple("abc"), VOCABULARY)
+    return build_model(config.model, ModelSizes(outputs, VOCABULARY, TOKENS), batch)
 
 
 @functools.cache
@@ -81,9 +82,8 @@ def tiny_algorithm(config: ConfigDict, budgets, mesh=None, chunk: int = 1, table
     mesh = make_mesh(jax.devices()[:1]) if mesh is None else mesh
     model = tiny_model(config)
     frozen = jax.jit(model.init)(jax.random.key(0))[1]
-    setting = Setting(
-        config, model, tasks["classification"], frozen, np.int32(budgets), table_rows, mesh, chunk
-    )
+    task, budgets = tasks[config.task.name], np.int32(budgets)
+    setting = Setting(config, model, task, frozen, budgets, table_rows, mesh, chunk)
     return algorithms[config.fl.algorithm](config)(setting)
 
 

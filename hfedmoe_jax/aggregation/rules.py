@@ -96,8 +96,8 @@ def all_experts(upload: Upload, aggregation: ConfigDict) -> Float[Array, "*layer
 
 
 gating_rules = Registry("fl.gating_rule")
-"""Weight of a client's gating networks, `(upload: Upload, aggregation: ConfigDict) -> float []`, or [L, E]: one
-for each expert's row of the routers.
+"""Weight of a client's gating networks, `(upload: Upload, aggregation: ConfigDict) -> float []`, or [L, E]:
+one for each expert's row of the routers.
 
 In [0, L], as for experts."""
 

@@ -54,7 +54,8 @@ class Contribution(NamedTuple):
     """What one client adds to a running mean.
 
     Attributes:
-      params, trained, token: as in `ClientUpdate`; or, by a transformed update, changes instead of parameters.
+      params, trained, token: as in `ClientUpdate`; or, by a transformed update, changes instead of
+        parameters.
       weights: experts [L, E], router [] or [L, E] (a weight for each expert's row), shared []; a client that
         does not count has zeros.
       dominant: bool [L, E].
@@ -73,7 +74,7 @@ def widen(weight: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def widen_rows(weight: jax.Array, like: jax.Array) -> jax.Array:
-    """Inserts axes so that a weight [..., L, E] multiplies a router's [..., L, D, E]; a scalar weight goes in front."""
+    """Inserts axes so that a weight [..., L, E], or one in all, multiplies a router's [..., L, D, E]."""
     missing = (1,) * (like.ndim - weight.ndim)
     if weight.ndim < 2:
         return weight.reshape(weight.shape + missing)

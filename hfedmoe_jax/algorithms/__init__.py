@@ -1,6 +1,6 @@
 """Federated algorithms: pairs of pure functions, by name."""
 
-from hfedmoe_jax.algorithms import composition, local
+from hfedmoe_jax.algorithms import composition, compression, dp_fedavg, fedmoe, local, scaffold
 from hfedmoe_jax.algorithms.algorithm import (
     FederatedAlgorithm,
     Portion,
@@ -10,7 +10,8 @@ from hfedmoe_jax.algorithms.algorithm import (
     algorithms,
 )
 from hfedmoe_jax.algorithms.composition import COMPOSITIONS, Composition, compose, parts_of
-from hfedmoe_jax.algorithms.method import Change, Method, Totals, Transformed, Weights
+from hfedmoe_jax.algorithms.method import Method
+from hfedmoe_jax.algorithms.parts import Change, Totals, Transformed, Weights
 
 __all__ = [
     "COMPOSITIONS",
@@ -28,6 +29,10 @@ __all__ = [
     "algorithms",
     "compose",
     "composition",
+    "compression",
+    "dp_fedavg",
+    "fedmoe",
     "local",
     "parts_of",
+    "scaffold",
 ]

@@ -5,8 +5,8 @@
         ...refuse what does not fit, before any data are read...
         return build                  # (setting: Setting) -> FederatedAlgorithm
 
-Most algorithms are a `Method`, a few functions that the round of `method` puts together; `Method(...)` is such a
-`build`.
+Most algorithms are a `Method`, a few functions that the round of `method` puts together; `Method(...)` is
+such a `build`.
 
 Axes: C clients in all, M clients of a round's cohort, L MoE layers, E experts.
 """
@@ -123,13 +123,14 @@ class FederatedAlgorithm(NamedTuple):
 
     Attributes:
       init: params -> ServerState.
-      round: (state, portions, key) -> (ServerState, RoundMetrics); the state is donated, `key` is the key of this
-        round, portions are taken as they are needed.
+      round: (state, portions, key) -> (ServerState, RoundMetrics); the state is donated, `key` is the
+        key of this round, portions are taken as they are needed.
       plan: (clients, hosts or None) -> blocks of a cohort, see `plan_blocks`.
       personal: every client keeps a model of its own, and nothing is sent.
       selects: clients train the experts that fit their budget.
       scoring: what scoring adds to a client's round.
       upload_bytes: (number of experts sent, int [M]) -> bytes that each client sends [M], exact.
+      broadcast_bytes: bytes of arrays of its own, which each client receives beside the model.
       summary: rounds done -> further entries of summary.json, e.g. the privacy spent.
       programs: the compiled functions by name: `tier K` for each tier, and those that open and end a round.
     """
@@ -141,5 +142,6 @@ class FederatedAlgorithm(NamedTuple):
     selects: bool
     scoring: ScoringPasses
     upload_bytes: Callable[[np.ndarray], np.ndarray]
+    broadcast_bytes: int
     summary: Callable[[int], dict[str, Any]]
     programs: dict[str, Callable]

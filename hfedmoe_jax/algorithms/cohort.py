@@ -1,7 +1,7 @@
 """A cohort's way through the compiled programs of its tiers.
 
-Axes: C clients in all, M clients of a round's cohort, D devices along "clients", B clients of a block on a device,
-L MoE layers, E experts.
+Axes: C clients in all, M clients of a round's cohort, D devices along "clients", B clients of a block on a
+device, L MoE layers, E experts.
 """
 
 from collections.abc import Callable, Iterable
@@ -64,7 +64,7 @@ def train_cohort(
     """Returns the sums, the clients' states and their reports, after a round of a cohort.
 
     Args:
-      train: the program of each tier, (sums, broadcast, data, count) -> (sums, (reports, states of the block)).
+      train: the program of each tier, (sums, broadcast, data, count) -> (sums, (reports, states of a block)).
       portions: the cohort's blocks; a client is in one of them at most.
       sums: open ones, consumed.
       settle: makes room in them, None where nothing is summed.

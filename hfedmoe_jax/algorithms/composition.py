@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import expert_rules, gating_rules
 from hfedmoe_jax.algorithms.algorithm import algorithms
-from hfedmoe_jax.algorithms.method import Method, Weights
+from hfedmoe_jax.algorithms.method import Method
+from hfedmoe_jax.algorithms.parts import Weights
 from hfedmoe_jax.client import LocalRule
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import optimizers
@@ -59,8 +60,8 @@ SERVER_LEARNING_RATES = {"sgd": 1.0, "sgdm": 1.0, "adam": 0.01, "yogi": 0.01}
 def parts_of(config: ConfigDict) -> Composition:
     """Returns the parts of `fl.algorithm`, or of `fl.base` if that is more than a composition.
 
-    `fl.score`, `fl.expert_rule`, `fl.gating_rule` and `server.optimizer` replace a part unless empty: ablations
-    and new parts need no new algorithm.
+    `fl.score`, `fl.expert_rule`, `fl.gating_rule` and `server.optimizer` replace a part unless empty:
+    ablations and new parts need no new algorithm.
 
     Raises:
       InputError: `fl.base` is no composition.

@@ -67,12 +67,12 @@ def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
 
     def round_function(state: ServerState, portions: Iterable[Portion], key: jax.Array):
         broadcast = Broadcast((), setting.frozen, (), key)
-        _, params, told = train_cohort({tier: program}, portions, (), None, broadcast, store, state.params)
-        records = remember(state.records, told, told.upload.trained)
+        _, params, reports = train_cohort({tier: program}, portions, (), None, broadcast, store, state.params)
+        records = remember(state.records, reports, reports.upload.trained)
         # Routing consistency compares what is shared, and nothing is.
-        consistency = np.full(len(told.client), np.nan, np.float32)
+        consistency = np.full(len(reports.client), np.nan, np.float32)
         return state._replace(params=params, records=records), RoundMetrics(
-            told.report, told.uploaded, consistency
+            reports.report, reports.uploaded, consistency
         )
 
     scoring = NO_SCORING if rule.score is None else rule.score.passes(setting.config.fl.local_steps)
@@ -82,6 +82,7 @@ def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
         selects=rule.score is not None,
         scoring=scoring,
         upload_bytes=lambda sent: np.zeros(len(sent), np.int64),
+        broadcast_bytes=0,
         summary=lambda rounds: {},
         programs={f"tier {tier}": program},
     )  # fmt: skip

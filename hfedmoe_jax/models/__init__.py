@@ -1,6 +1,6 @@
 """Mixture-of-experts models: Flax modules by family, and what the rest of the package sees of them."""
 
-from hfedmoe_jax.models import switch as _switch  # registers the family
+from hfedmoe_jax.models import switch
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, families
 from hfedmoe_jax.models.params import Params, merge_params, params_specs, split_params, tree_bytes
 from hfedmoe_jax.models.routing import Routing, load_balancing_loss, own_choice
@@ -18,5 +18,6 @@ __all__ = [
     "own_choice",
     "params_specs",
     "split_params",
+    "switch",
     "tree_bytes",
 ]

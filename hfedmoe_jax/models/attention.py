@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 Heads = Float[Array, "batch tokens heads width"]
@@ -27,13 +26,6 @@ def masked_attention(
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     scale = jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     return _attention(query * scale, key, value, mask).swapaxes(1, 2)
-
-
-def reference_attention(
-    query: Heads, key: Heads, value: Heads, mask: Bool[Array, "batch keys"], **keywords: Any
-) -> Heads:
-    """Returns the same by Flax, with the backward pass of autodiff; the other is tested against it."""
-    return nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :], **keywords)
 
 
 @jax.custom_vjp

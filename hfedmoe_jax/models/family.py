@@ -4,10 +4,11 @@ A family is a function of the config's section `model` and the task's sizes that
 
     module(batch, budget=None, training=True) -> ModelOutput
 
-with the attributes `sizes`, `num_layers` (of mixtures of experts), `num_experts`, `top_k`, `expert` and `table`, and a
-method `mask(batch)`. `table` names an embedding table [sizes.vocab_size, ...] that nothing but a look-up of
-batch["tokens"] reads, or is None: clients then hold the rows of their own tokens alone. Its parameters hold `experts`, a tree of [L, E, ...], at the top, and routers in modules named
-`router`. Without a budget it runs its own experts; with one, those of the budget.
+with the attributes `sizes`, `num_layers` (of mixtures of experts), `num_experts`, `top_k`, `expert` and
+`table`, and a method `mask(batch)`. `table` names an embedding table [sizes.vocab_size, ...] that nothing
+but a look-up of batch["tokens"] reads, or is None: clients then hold the rows of their own tokens alone. Its
+parameters hold `experts`, a tree of [L, E, ...], at the top, and routers in modules named `router`. Without
+a budget it runs its own experts; with one, those of the budget.
 """
 
 from collections.abc import Callable
@@ -64,8 +65,8 @@ class MoeModel(NamedTuple):
 
     Attributes:
       init: key -> (Params, frozen parameters).
-      apply: (params, frozen, batch, budget, training) -> ModelOutput; of `params` the router and the shared part
-        are read, experts are the budget's.
+      apply: (params, frozen, batch, budget, training) -> ModelOutput; of `params` the router and the shared
+        part are read, experts are the budget's.
       expert: computes one expert.
       mask: batch -> bool [B, T], the real tokens.
       num_layers: L, mixtures of experts.
@@ -97,8 +98,8 @@ def build_model(config: ConfigDict, sizes: ModelSizes, example: Any) -> MoeModel
       example: shapes of a batch.
 
     Raises:
-      InputError: an unknown family or precision, a size below one, top_k above the experts, or what the family
-        refuses.
+      InputError: an unknown family or precision, a size below one, top_k above the experts, or what the
+        family refuses.
     """
     check_sizes(config)
     module = families[config.family](config, sizes)

@@ -62,10 +62,9 @@ def frozen_paths(paths: list[tuple[str, ...]], frozen: str) -> set[tuple[str, ..
     except re.error as error:
         raise InputError("model.frozen", frozen, f"is no regular expression: {error}", "mend it") from None
     if not found:
-        raise InputError(
-            "model.frozen", frozen, "is found in no parameter's path",
-            f"paths are such as {', '.join('/'.join(path) for path in paths[:3])}; experts are always trained",
-        )  # fmt: skip
+        known = ", ".join("/".join(path) for path in paths[:3])
+        remedy = f"paths are such as {known}; experts are always trained"
+        raise InputError("model.frozen", frozen, "is found in no parameter's path", remedy)
     return found
 
 

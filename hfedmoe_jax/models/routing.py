@@ -47,9 +47,9 @@ def assign(
     """Returns the gates over all experts, and each token's top-k among those that may run.
 
     With every expert these are equations (1)-(2). Otherwise the softmax is taken over the experts of
-    `layer.forward`: a token keeps its own experts where they run, goes to its best other one where not, and its
-    weights are renormalised (`fl.forward=active`). A layer in which none runs gives weight zero: the residual
-    connection alone passes.
+    `layer.forward`: a token keeps its own experts where they run, goes to its best other one where not, and
+    its weights are renormalised (`fl.forward=active`). A layer in which none runs gives weight zero: the
+    residual connection alone passes.
 
     Args:
       logits: router outputs [N, E].

@@ -25,8 +25,8 @@ class Task(NamedTuple):
     """A task as pure functions.
 
     Attributes:
-      prepare: (tokenizer, texts, labels int [D], data config) -> (rows, a tree of arrays [N, ...]; the index of
-        each one's document [N]). Each text has at least one row, in the order of the texts.
+      prepare: (tokenizer, texts, labels int [D], data config) -> (rows, a tree of arrays [N, ...]; the index
+        of each one's document [N]). Each text has at least one row, in the order of the texts.
       num_outputs: (label names, vocabulary size) -> outputs of the model's head.
       loss: (output, batch) -> (mean loss in nats; what it is a mean over: examples, or tokens).
       score: (output, batch, weight float [B]) -> `Ratio` by name; an example of weight 0 does not count,

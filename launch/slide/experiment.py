@@ -27,8 +27,8 @@ from launch.slide.report import (
     title,
 )
 from launch.slide.sweeps import (
-    COLUMNS,
     Study,
+    columns,
     latency_saved,
     mean,
     monte_carlo,
@@ -45,9 +45,6 @@ from slide_jax.scenario import read_scenario, write_allocation, write_scenario
 from slide_jax.settings import ALL, check_config, sample_drop
 from slide_jax.solvers import SOLVERS, solve
 from slide_jax.verification import verify
-
-MOST_USERS = {"milp": 2000}
-"""Users up to which `solver=all` includes a solver whose time grows faster than linearly in them."""
 
 SCENARIO_USERS = 10_000
 """Users up to which a cell is written to scenario.json; larger files are unwieldy to edit."""
@@ -125,7 +122,7 @@ def run_study(config: ConfigDict, problem: Problem) -> Study:
 
 def write_metrics(study: Study, workdir: pathlib.Path) -> None:
     """Writes metrics.csv and TensorBoard events, a row a point of the sweeps."""
-    with MetricWriter(workdir, COLUMNS, resume_after=None, index="point") as writer:
+    with MetricWriter(workdir, columns(), resume_after=None, index="point") as writer:
         for number, row in enumerate(study.rows, 1):
             writer.write(number, row)
 
@@ -144,23 +141,24 @@ def solve_all(config: ConfigDict, problem: Problem) -> list[Solution]:
 
     The exact optimum and DAI are always among them, because every result is reported relative to both.
     """
-    requested = SOLVERS if config.solver == ALL else dict.fromkeys(["exact", "dai", config.solver])
-    options = {
-        "exact": {"left_over": config.left_over},
-        "relaxed": {"left_over": config.left_over},
-        "dai": {"left_over": config.left_over},
-        "milp": {"time_limit_s": config.milp.time_limit_s},
-        "random_order": {"seed": config.seed},
+    requested = (
+        list(SOLVERS) if config.solver == ALL else list(dict.fromkeys(["exact", "dai", config.solver]))
+    )
+    available = {
+        "left_over": config.left_over,
+        "time_limit_s": config.milp.time_limit_s,
+        "seed": config.seed,
     }
     solutions = []
     for solver in requested:
-        most = MOST_USERS.get(solver, np.inf)
+        most = SOLVERS[solver].max_users
         if config.solver == ALL and problem.num_users > most:
             solutions.append(Solution(solver, None, f"skipped: more than {most:,} users"))
             continue
-        allocation = solve(problem, solver, **options.get(solver, {}))
+        options = {name: available[name] for name in SOLVERS[solver].options}
+        allocation = solve(problem, solver, **options)
         if allocation.solve_s <= MOST_S_TO_REPEAT:
-            allocation = solve(problem, solver, **options.get(solver, {}))
+            allocation = solve(problem, solver, **options)
         check_feasible(problem, allocation)
         solutions.append(Solution(solver, allocation))
     return solutions
@@ -168,8 +166,8 @@ def solve_all(config: ConfigDict, problem: Problem) -> list[Solution]:
 
 def check_feasible(problem: Problem, allocation: Allocation) -> None:
     """Raises a `RuntimeError` for an allocation that violates a constraint: it must not be reported."""
-    solved = download_then_infer(problem) if allocation.solver == "dai" else problem
-    violations = verify(solved, allocation)
+    judged = download_then_infer(problem) if SOLVERS[allocation.solver].download_first else problem
+    violations = verify(judged, allocation)
     if violations:
         more = f" and {len(violations) - 1} more" if len(violations) > 1 else ""
         raise RuntimeError(f"the solver {allocation.solver} violates a constraint: {violations[0]}{more}")
@@ -192,7 +190,11 @@ def summarize(
         "bandwidth_hz": float(problem.bandwidth_hz),
         "reasons": {REASONS[code]: int(count) for code, count in enumerate(counts) if code and count},
         "served": {name: found.throughput for name, found in allocations.items()},
-        "gap": {name: best - found.throughput for name, found in allocations.items() if name != "dai"},
+        "gap": {
+            name: best - found.throughput
+            for name, found in allocations.items()
+            if not SOLVERS[name].download_first
+        },
         "upper_bound": {name: found.upper_bound for name, found in allocations.items()},
         "mean_latency_s": {name: mean(found.latency_s) for name, found in allocations.items()},
         "bandwidth_used_hz": {name: found.bandwidth_used_hz for name, found in allocations.items()},

@@ -16,21 +16,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFor
 from launch.run import figures
 from launch.run.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, FigureEntry, column, finish
 from launch.slide.sweeps import Row, Study, UserTimeline
-from slide_jax.experiment import METHODS, Latencies
+from slide_jax.experiment import Latencies
+from slide_jax.solvers import SOLVERS, sweep_solvers
 
 Rows = Sequence[Row]
 
-NAMES = {
-    "exact": "SLIDE, exact",
-    "relaxed": "SLIDE, relaxed and rounded",
-    "milp": "SLIDE, 0/1 programme",
-    "dai": "download, then infer (exact)",
-    "best_channel_first": "SLIDE, best channel first",
-    "random_order": "SLIDE, random order",
-    "earliest_deadline_first": "SLIDE, earliest deadline first",
-    "proportional_share": "SLIDE, proportional share",
-    "equal_share": "SLIDE, equal share",
-}
 LOOKS = {
     "exact": {"color": BLUE, "marker": "o", "linewidth": 2.4},
     "dai": {"color": ORANGE, "marker": "s", "linewidth": 2.4},
@@ -40,10 +30,11 @@ LOOKS = {
     "proportional_share": {"color": AMBER, "marker": "P"},
     "equal_share": {"color": SKY, "marker": "X"},
 }
-"""Styles of the curves of the sweeps. `relaxed` is left out: its curve would coincide with `exact`."""
+HIDDEN = "relaxed"
+"""The one solver without a curve in the sweeps: it would lie under that of `exact`."""
 
 OWN_LOOK = {"color": "black", "marker": "*", "linestyle": "--"}
-"""Style of the methods that a user added."""
+"""Of solvers that a user added."""
 
 PUBLISHED_SAVING = 0.325
 PUBLISHED_GAIN = (0.4, 0.6)
@@ -188,7 +179,7 @@ def gap(served: dict[str, np.ndarray]) -> Figure:
     lost = {
         method: 1 - counts[some] / best[some]
         for method, counts in served.items()
-        if method not in ("exact", "dai")
+        if method != "exact" and not SOLVERS[method].download_first
     }
     order = sorted(lost, key=lambda method: lost[method].mean() if some.any() else 0.0, reverse=True)
     for place, method in enumerate(order if some.any() else []):
@@ -220,7 +211,7 @@ def _loss_bar(axes: Axes, place: int, lost: np.ndarray) -> None:
 
 def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.5, width_ratios=[3, 2])
-    _served(left, rows, x, [*LOOKS, *(method for method in METHODS if method not in NAMES)])
+    _served(left, rows, x, _curves())
     _gained(right, rows, x)
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figures.from_zero(right)
@@ -229,9 +220,15 @@ def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
     return figure
 
 
+def _curves() -> list[str]:
+    """Returns the solvers that sweeps draw: those of `LOOKS` in its order, then those that a user added."""
+    order = {name: place for place, name in enumerate(LOOKS)}
+    return sorted(set(sweep_solvers()) - {HIDDEN}, key=lambda name: (order.get(name, len(order)), name))
+
+
 def _name(method: str) -> str:
-    """Returns the label of a curve; a method that a user added has its own name."""
-    return NAMES.get(method, f"SLIDE, {method.replace('_', ' ')}")
+    """Returns the label of a curve; a solver without a label goes by its name."""
+    return SOLVERS[method].label or f"SLIDE, {method.replace('_', ' ')}"
 
 
 def _served(axes: Axes, rows: Rows, x: np.ndarray, methods: Sequence[str]) -> None:

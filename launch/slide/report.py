@@ -11,6 +11,7 @@ from launch.slide.figures import PUBLISHED_GAIN, PUBLISHED_SAVING
 from launch.slide.sweeps import Row, Study, UserTimeline, mean, nearest
 from slide_jax.problem import Allocation, Problem
 from slide_jax.settings import model_names
+from slide_jax.solvers import SOLVERS
 
 SAME_USERS = "Latency of the same users with the same spectrum"
 
@@ -50,7 +51,7 @@ def solver_table(solutions: Sequence[Solution], problem: Problem) -> Comparison:
                 f"{allocation.throughput:,}",
                 "-" if math.isnan(latency) else f"{latency:.2f} s",
                 f"{allocation.bandwidth_used_hz / spectrum:.1%}" if spectrum > 0 else "-",
-                "-" if solver == "dai" else f"{best - allocation.throughput:,}",
+                "-" if SOLVERS[solver].download_first else f"{best - allocation.throughput:,}",
                 "-" if math.isnan(bound) else f"{bound:,.0f}",
                 f"{1e3 * allocation.solve_s:,.1f}",
             )

@@ -14,17 +14,18 @@ from ml_collections import ConfigDict
 from launch.run.progress import Progress
 from slide_jax.baselines import dai
 from slide_jax.exact import exact
-from slide_jax.experiment import METHODS, Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
+from slide_jax.experiment import Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
 from slide_jax.latency import timeline
 from slide_jax.problem import Allocation, Problem
 from slide_jax.provisioning import rate_of
 from slide_jax.sampling import Setting
 from slide_jax.settings import read_models_of, read_setting
+from slide_jax.solvers import sweep_solvers
 
 INTERVAL = 1.96
 """Half-width of a 95% confidence interval, in standard errors of the mean."""
 
-COLUMNS = (
+QUANTITIES = (
     "bandwidth_hz",
     "patience",
     "users",
@@ -35,11 +36,15 @@ COLUMNS = (
     "latency_saved_ci95",
     "users_gained",
     "users_gained_ci95",
-    *(f"served_{method}{what}" for method in METHODS for what in ("", "_ci95")),
 )
-"""Columns of metrics.csv after `point`: setting, gain of SLIDE over DAI, users served by each method."""
+"""Columns of metrics.csv after `point`: the setting, and what SLIDE gains over DAI."""
 
 Row = Mapping[str, Any]
+
+
+def columns() -> tuple[str, ...]:
+    """Returns the columns of metrics.csv after `point`: `QUANTITIES`, then users served by solver."""
+    return (*QUANTITIES, *(f"served_{name}{what}" for name in sweep_solvers() for what in ("", "_ci95")))
 
 
 class Study(NamedTuple):
@@ -107,7 +112,7 @@ def monte_carlo(config: ConfigDict) -> Study:
     with Progress(len(settings) + 1, "points") as progress:
         results = {}
         for setting in settings:
-            results[setting] = run_sweep([setting], *drawn, tuple(METHODS), config.setting.rate_model, count)
+            results[setting] = run_sweep([setting], *drawn, sweep_solvers(), config.setting.rate_model, count)
             progress.update(len(results))
         latencies = sample_latencies(plain, *drawn, config.setting.rate_model)
         progress.update(len(settings) + 1)

@@ -29,17 +29,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.admission import TOLERANCE, admit
+from slide_jax.allocation import allocate
 from slide_jax.device import inference_energy
-from slide_jax.exact import run, settle
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import duration, least_rate, prefix_bits, suffix_flop
 from slide_jax.problem import Allocation, Problem, Users
 from slide_jax.provisioning import SERVED, bandwidth_of, clock_of, is_admissible, provision, rate_of
-
-HALVINGS = 60
+from slide_jax.roots import bisect
 
 USERS_AT_ONCE = 64
 """Of L^2 slopes each: what stays in a cache."""
@@ -63,7 +64,7 @@ def layer_clocks(problem: Problem) -> LayerClocks:
 
     Never fewer than `exact`. `verify`, which knows one clock, does not apply.
     """
-    result = run(decide_layer_clocks, problem)
+    result = compute_in_float64(decide_layer_clocks, problem)
     bound = float(result.allocation.throughput)
     allocation = dataclasses.replace(result.allocation, upper_bound=bound, solver="layer_clocks")
     return result._replace(allocation=allocation)
@@ -97,7 +98,7 @@ def decide_layer_clocks(hull: Hull, problem: Problem) -> LayerClocks:
 
     rate, model = lax.map(of_user, users, batch_size=USERS_AT_ONCE)
     bandwidth = bandwidth_of(rate, users, rate_model)
-    need = provision(hull, catalogue, users, rate_model)
+    need = provision(hull, problem)
     # A rate that the channel carries only with clocks of their own is no reason to refuse any more.
     need = need._replace(
         model=jnp.where(bandwidth < jnp.inf, model, -1),
@@ -105,7 +106,7 @@ def decide_layer_clocks(hull: Hull, problem: Problem) -> LayerClocks:
         reason=jnp.where(bandwidth < jnp.inf, SERVED, need.reason),
     )
     served = admit(bandwidth, problem.bandwidth_hz)
-    allocation = settle(hull, problem, need, served, bandwidth)
+    allocation = allocate(hull, problem, need, served, bandwidth)
 
     chosen = jnp.where(served, need.model, 0)
     layer_bits, layer_flop = (
@@ -131,13 +132,13 @@ def decide_layer_clocks(hull: Hull, problem: Problem) -> LayerClocks:
 
 
 def cheapest_clocks(
-    cycles: Float[Array, " L"],
-    arrival_s: Float[Array, " L"],
-    deadline_s: Float[Array, ""],
-    f_min_hz: Float[Array, ""],
-    f_max_hz: Float[Array, ""],
-    kappa_j_per_hz2_cycle: Float[Array, ""],
-    static_power_w: Float[Array, ""],
+    cycles: Float[ArrayLike, " L"],
+    arrival_s: Float[ArrayLike, " L"],
+    deadline_s: Float[ArrayLike, ""],
+    f_min_hz: Float[ArrayLike, ""],
+    f_max_hz: Float[ArrayLike, ""],
+    kappa_j_per_hz2_cycle: Float[ArrayLike, ""],
+    static_power_w: Float[ArrayLike, ""],
 ) -> tuple[Float[Array, " L"], Bool[Array, ""]]:
     """Returns the clocks [Hz] of least energy that end by the deadline, and whether f_max allows them.
 
@@ -176,20 +177,14 @@ def _least_rate(layer_bits, layer_flop, user: Users):
     clock = clock_of(jnp.sum(layer_flop), user)
     one_clock = least_rate(layer_bits, layer_flop, slack_s, clock * user.flop_per_cycle)
 
-    def enough(rate):
+    def excess_energy(rate):
         clocks, in_time = _clocks_at(layer_bits, layer_flop, rate, user)
-        return in_time & (_energy(clocks, layer_flop, user) <= user.energy_j * (1 + TOLERANCE))
-
-    def halve(_, bracket):
-        low, high = bracket
-        middle = low + (high - low) / 2
-        fits = enough(middle)
-        return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
+        excess = _energy(clocks, layer_flop, user) - user.energy_j * (1 + TOLERANCE)
+        return jnp.where(in_time, excess, jnp.inf)
 
     possible = (clock > 0) & (one_clock < jnp.inf)
-    low = jnp.where(possible, fastest, 0.0)
-    high = jnp.where(possible, jnp.where(enough(low), low, one_clock), 0.0)
-    _, rate = lax.fori_loop(0, HALVINGS, halve, (low, high))
+    low, high = jnp.where(possible, fastest, 0.0), jnp.where(possible, one_clock, 0.0)
+    rate = jnp.where(excess_energy(low) <= 0, low, bisect(excess_energy, low, high))
     return jnp.where(possible, rate, jnp.inf)
 
 

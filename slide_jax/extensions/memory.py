@@ -19,10 +19,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.admission import TOLERANCE
-from slide_jax.exact import decide, run
+from slide_jax.exact import decide_exact
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import duration, least_rate, prefix_bits
 from slide_jax.problem import Allocation, Catalogue, Problem, Users
@@ -35,7 +37,7 @@ def streaming_memory(problem: Problem) -> Allocation:
     Never fewer than `exact`, which asks for room for the whole model; `verify` judges it with `memory_bits`
     infinite, `peak_memory` says what the buffer holds.
     """
-    allocation = run(decide_streaming_memory, problem)
+    allocation = compute_in_float64(decide_streaming_memory, problem)
     bound = float(allocation.throughput)
     return dataclasses.replace(allocation, upper_bound=bound, solver="streaming_memory")
 
@@ -47,16 +49,16 @@ def decide_streaming_memory(hull: Hull, problem: Problem) -> Allocation:
     unlimited = dataclasses.replace(
         users, memory_bits=jnp.full_like(users.memory_bits, jnp.inf), allowed=admissible & fits
     )
-    allocation = decide(hull, dataclasses.replace(problem, users=unlimited))
+    allocation = decide_exact(hull, dataclasses.replace(problem, users=unlimited))
     kept_out = (allocation.reason == NOT_ADMISSIBLE) & jnp.any(admissible, axis=1)
     return dataclasses.replace(allocation, reason=jnp.where(kept_out, NO_MEMORY, allocation.reason))
 
 
 def peak_memory(
-    layer_bits: Float[Array, "L ..."],
-    layer_flop: Float[Array, "L ..."],
-    rate_bps: Float[Array, "..."],
-    speed_flop_s: Float[Array, "..."],
+    layer_bits: Float[ArrayLike, "L ..."],
+    layer_flop: Float[ArrayLike, "L ..."],
+    rate_bps: Float[ArrayLike, "..."],
+    speed_flop_s: Float[ArrayLike, "..."],
 ) -> Float[Array, "..."]:
     """Returns the most bits that are received and not yet freed, at any time.
 

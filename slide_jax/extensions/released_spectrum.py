@@ -39,7 +39,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from slide_jax.errors import InputError
-from slide_jax.exact import exact, in_float64
+from slide_jax.exact import exact
+from slide_jax.float64 import to_float64
 from slide_jax.milp import PairNeeds, least_bandwidth_by_model
 from slide_jax.problem import Allocation, Problem
 from slide_jax.provisioning import CROWDED_OUT, SERVED
@@ -96,7 +97,7 @@ def released_spectrum(problem: Problem) -> ReleasedSpectrum:
     if problem.rate_model != "linear":
         remedy = "make it linear, or use `exact`"
         raise InputError("rate_model", problem.rate_model, "bits must be areas of spectrum and time", remedy)
-    problem = in_float64(problem)
+    problem = to_float64(problem)
     static, needs = exact(problem), least_bandwidth_by_model(problem)
     spectrum = float(problem.bandwidth_hz)
     possible = np.isfinite(needs.bandwidth_hz)
@@ -107,7 +108,7 @@ def released_spectrum(problem: Problem) -> ReleasedSpectrum:
     answers = (_insert(pieces, constant, spectrum), _by_deadline(pieces, spectrum))
     models = max(answers, key=len)
     download, received_s = _schedule({k: pieces[k, i] for k, i in models.items()}, spectrum)
-    allocation = _settle(problem, static, needs, models, received_s, pieces, _bound(pieces, spectrum))
+    allocation = _allocate(problem, static, needs, models, received_s, pieces, _bound(pieces, spectrum))
     return ReleasedSpectrum(allocation, download)
 
 
@@ -209,7 +210,7 @@ def _schedule(pieces: dict[int, Piece], spectrum_hz: float) -> tuple[Download, d
     return Download(user.astype(np.int32), begin, end), received
 
 
-def _settle(problem, static, needs, models, received_s, pieces, bound) -> Allocation:
+def _allocate(problem, static, needs, models, received_s, pieces, bound) -> Allocation:
     users, catalogue = problem.users, problem.catalogue
     model = np.full(problem.num_users, -1, np.int32)
     bandwidth, frequency = np.zeros((2, problem.num_users))

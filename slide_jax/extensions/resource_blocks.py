@@ -8,11 +8,13 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from slide_jax.admission import TOLERANCE, admit
+from slide_jax.allocation import allocate
 from slide_jax.errors import InputError
-from slide_jax.exact import run, settle
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
 from slide_jax.problem import Allocation, Problem
 from slide_jax.provisioning import provision
@@ -30,16 +32,16 @@ def resource_blocks(problem: Problem, block_hz: float) -> Allocation:
     """
     if not 0 < block_hz < float("inf"):
         raise InputError("block_hz", block_hz, "must be a finite number above 0", "give hertz, e.g. 180e3")
-    allocation = run(decide_resource_blocks, problem, np.float64(block_hz))
+    allocation = compute_in_float64(decide_resource_blocks, problem, np.float64(block_hz))
     bound = float(allocation.throughput)
     return dataclasses.replace(allocation, upper_bound=bound, solver="resource_blocks")
 
 
-def decide_resource_blocks(hull: Hull, problem: Problem, block_hz: Float[Array, ""]) -> Allocation:
+def decide_resource_blocks(hull: Hull, problem: Problem, block_hz: Float[ArrayLike, ""]) -> Allocation:
     """`resource_blocks` as a pure function of float64 arrays: under `jit`, and `vmap` over drops."""
-    need = provision(hull, problem.catalogue, problem.users, problem.rate_model)
+    need = provision(hull, problem)
     # An exact fit is a fit, of a user into its blocks and of the blocks into the spectrum.
     blocks = jnp.ceil(need.bandwidth_hz / block_hz * (1 - TOLERANCE))
     available = jnp.floor(problem.bandwidth_hz / block_hz * (1 + TOLERANCE))
     need = need._replace(bandwidth_hz=blocks * block_hz)
-    return settle(hull, problem, need, admit(blocks, available), need.bandwidth_hz)
+    return allocate(hull, problem, need, admit(blocks, available), need.bandwidth_hz)

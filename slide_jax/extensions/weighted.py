@@ -14,14 +14,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from slide_jax.admission import TOLERANCE, first_of
+from slide_jax.allocation import allocate_least
 from slide_jax.baselines import admit_in_order
 from slide_jax.errors import InputError
-from slide_jax.exact import run
-from slide_jax.milp import decide_needs, pack, settle_users
+from slide_jax.float64 import compute_in_float64
+from slide_jax.milp import pack
 from slide_jax.problem import Allocation, Problem
+from slide_jax.provisioning import provision
 
 
 class WeightedAllocation(NamedTuple):
@@ -32,7 +35,9 @@ class WeightedAllocation(NamedTuple):
     bound: float
 
 
-def weighted(problem: Problem, weights: Float[Array, " K"], time_limit_s: float = 60.0) -> WeightedAllocation:
+def weighted(
+    problem: Problem, weights: Float[ArrayLike, " K"], time_limit_s: float = 60.0
+) -> WeightedAllocation:
     """Returns the allocation that serves the largest sum of weights.
 
     `value` reaches `bound` to 1e-6 of the largest weight, HiGHS' tolerance, unless time runs out first.
@@ -46,7 +51,7 @@ def weighted(problem: Problem, weights: Float[Array, " K"], time_limit_s: float 
       InputError: weights of the wrong shape, negative or not finite; a time limit that is not above 0.
     """
     weights = _checked(problem, weights)
-    need, spectrum = run(decide_needs, problem), float(problem.bandwidth_hz)
+    need, spectrum = compute_in_float64(provision, problem), float(problem.bandwidth_hz)
     fits = np.flatnonzero(need.bandwidth_hz <= spectrum * (1 + TOLERANCE))
     packing = pack(weights[fits], need.bandwidth_hz[fits], fits, spectrum, time_limit_s)
     served = np.zeros(problem.num_users, bool)
@@ -57,7 +62,7 @@ def weighted(problem: Problem, weights: Float[Array, " K"], time_limit_s: float 
     return _result(problem, weights, need, served, min(packing.bound, fractional))
 
 
-def weighted_greedy(problem: Problem, weights: Float[Array, " K"]) -> WeightedAllocation:
+def weighted_greedy(problem: Problem, weights: Float[ArrayLike, " K"]) -> WeightedAllocation:
     """Returns the better of two answers: the most weight per bandwidth first, or the heaviest user alone.
 
     It serves at least half of the largest sum of weights: those who fit first and the first who does not are
@@ -66,13 +71,13 @@ def weighted_greedy(problem: Problem, weights: Float[Array, " K"]) -> WeightedAl
     Args, Raises: as in `weighted`.
     """
     weights = _checked(problem, weights)
-    need = run(decide_needs, problem)
+    need = compute_in_float64(provision, problem)
     served, bound = _greedy(weights, need.bandwidth_hz, float(problem.bandwidth_hz))
     return _result(problem, weights, need, served, bound)
 
 
 def fractional_bound(
-    weights: Float[Array, " K"], bandwidth_hz: Float[Array, " K"], spectrum_hz: Float[Array, ""]
+    weights: Float[ArrayLike, " K"], bandwidth_hz: Float[ArrayLike, " K"], spectrum_hz: Float[ArrayLike, ""]
 ) -> Float[Array, ""]:
     """Returns the most weight that can be served if users may be served in part: the bound of the relaxation.
 
@@ -97,7 +102,7 @@ def fractional_bound(
 
 
 def greedy_choice(
-    weights: Float[Array, " K"], bandwidth_hz: Float[Array, " K"], spectrum_hz: Float[Array, ""]
+    weights: Float[ArrayLike, " K"], bandwidth_hz: Float[ArrayLike, " K"], spectrum_hz: Float[ArrayLike, ""]
 ) -> Bool[Array, " K"]:
     """Returns whom `weighted_greedy` serves, given what each user needs."""
     fits = bandwidth_hz <= spectrum_hz * (1 + TOLERANCE)
@@ -129,7 +134,7 @@ def _greedy(weights, bandwidth_hz, spectrum_hz):
 def _result(problem, weights, need, served, bound) -> WeightedAllocation:
     value = float(weights[served].sum())
     # Sums of the same weights in another order may differ in the last place.
-    return WeightedAllocation(settle_users(problem, need, served), value, max(bound, value))
+    return WeightedAllocation(allocate_least(problem, need, served), value, max(bound, value))
 
 
 def _checked(problem: Problem, weights) -> np.ndarray:

@@ -1,18 +1,21 @@
 """What a round costs, against sums worked out by hand from the device profiles."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from hfedmoe_jax.accounting import account_round, enter, open_ledger
 from hfedmoe_jax.algorithms import RoundMetrics
-from hfedmoe_jax.client import DROPPED_OUT, NONFINITE, OK, OVER_BUDGET, ClientReport
+from hfedmoe_jax.cost import ModelCost
 from hfedmoe_jax.devices import NO_SCORING, DeviceProfile, ScoringPasses
-from hfedmoe_jax.models import ModelCost
+from hfedmoe_jax.reports import DROPPED_OUT, NONFINITE, OK, OVER_BUDGET, ClientReport
 
 STEPS, EXPERTS = 2, 4
 COST = ModelCost(
     num_experts=EXPERTS,
     shared_parameter_bytes=1000,
+    frozen_bytes=10**9,  # does not travel
     shared_training_bytes=0,
     expert_parameter_bytes=250,
     expert_training_bytes=0,
@@ -47,7 +50,10 @@ def seconds(profile, experts_sent, sends=True):
 
 
 def account(status, uploaded, profiles, scoring=NO_SCORING, personal=False):
-    return account_round(round_metrics(status, uploaded), profiles, COST, STEPS, scoring, personal)
+    algorithm = SimpleNamespace(
+        scoring=scoring, personal=personal, upload_bytes=lambda sent: 1000 + 250 * np.asarray(sent)
+    )
+    return account_round(round_metrics(status, uploaded), profiles, COST, STEPS, algorithm)
 
 
 def test_the_slowest_client_decides_how_long_a_round_takes():

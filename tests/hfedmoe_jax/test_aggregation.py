@@ -10,7 +10,7 @@ from masked_oracle import bits
 from ml_collections import ConfigDict
 
 from hfedmoe_jax import aggregation as a
-from hfedmoe_jax import running_mean as m
+from hfedmoe_jax.aggregation import running_mean as m
 from hfedmoe_jax.bank import ExpertRows
 from hfedmoe_jax.models import Params
 
@@ -45,7 +45,7 @@ def one_population(clients, seed, layers=3, experts=4, tau=0.1):
 
 def uploads(p):
     return [
-        a.Upload(p["usage"][c], p["importance"][c], p["trained"][c], p["sizes"][c])
+        a.Upload(p["usage"][c], p["importance"][c], p["trained"][c], p["trained"][c] * 1, p["sizes"][c])
         for c in range(len(p["sizes"]))
     ]
 
@@ -94,13 +94,14 @@ def stacked_weights(p, section):
     return jax.tree.map(lambda *x: np.stack(x), *each)
 
 
-def streamed(p, groups=None, by_row=False, weights=None, block=BLOCK):
+def streamed(p, groups=None, by_row=False, weights=None, block=BLOCK, changes=False):
     """The streaming mean over groups of clients, each summed apart, as on devices of its own.
 
     Args:
       groups: numbers of clients; by default all on one device.
       by_row: as a client of a budget sends its experts, and rows of its table.
       block: clients of a chunk.
+      changes: they send what they changed instead of parameters.
     """
     start, clients = start_of(p), len(p["sizes"])
     weights = stacked_weights(p, ConfigDict(dict(tau=p["tau"]))) if weights is None else weights
@@ -120,7 +121,10 @@ def streamed(p, groups=None, by_row=False, weights=None, block=BLOCK):
             if by_row:
                 params, trained, token = as_rows(p, members)
             dominant = (p["usage"][members] >= p["tau"]) & p["trained"][members] & real[:, None, None]
-            mean = add_block(mean, start, m.Contribution(params, trained, token, own, dominant), unit)
+            if changes:
+                params = jax.tree.map(lambda x: x - np.float32(7), params)
+            given = m.Contribution(params, trained, token, own, dominant)
+            mean = add_block(mean, None if changes else start, given, unit)
         sums.append(mean)
     mean = merge(jax.tree.map(lambda *x: jnp.stack(x), *sums))
     change = finalize(mean, start)
@@ -225,15 +229,48 @@ def test_consistency_is_the_share_of_the_union(p):
     np.testing.assert_allclose(a.routing_consistency(dominant, took_part), expected, **TOLERANCE)
 
 
-@given(populations(), st.randoms(use_true_random=False), st.integers(1, 3), st.booleans())
+@given(populations(), st.randoms(use_true_random=False), st.integers(1, 3), st.booleans(), st.booleans())
 @settings(max_examples=30)
-def test_order_grouping_devices_and_rows_do_not_change_a_bit(p, random, devices, one_by_one):
+def test_order_grouping_devices_and_rows_do_not_change_a_bit(p, random, devices, one_by_one, changes):
     """The server's sums are exact, however the clients are dealt out and whatever they leave out."""
     order = list(range(len(p["sizes"])))
     random.shuffle(order)
     groups = [order[device::devices] for device in range(devices)]
-    one, other = streamed(p), streamed(p, groups, by_row=True, block=1 if one_by_one else BLOCK)
+    block = 1 if one_by_one else BLOCK
+    one, other = streamed(p), streamed(p, groups, by_row=True, block=block, changes=changes)
     assert bits(one[:2]) == bits(other[:2])
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3))
+@settings(max_examples=20)
+def test_routers_may_be_weighed_expert_by_expert(seed, clients):
+    """A column of the router, its expert's row, has the mean by its own weights; without any it stays."""
+    rng, layers, experts, width = np.random.default_rng(seed), 2, 4, 3
+    p = one_population(clients, seed, layers, experts)
+    old, new = (
+        rng.standard_normal((*n, layers, width, experts)).astype(np.float32) for n in ((), (clients,))
+    )
+    weight = rng.random((clients, layers, experts)).astype(np.float32) * (
+        rng.random((clients, layers, experts)) < 0.6
+    )
+    start = start_of(p)._replace(router={"r": old})
+    everybody = list(range(clients))
+    weights = stacked_weights(p, ConfigDict(dict(tau=p["tau"])))._replace(router=weight)
+    given_clients = m.Contribution(
+        parameters(p, everybody)._replace(router={"r": new}),
+        everyone(p, everybody),
+        None,
+        weights,
+        p["trained"],
+    )
+    mean = add_block(m.mean_init(start, router_rows=True), start, given_clients, unit_of(p["sizes"].max()))
+    change = finalize(merge(jax.tree.map(lambda x: x[None], mean)), start).router["r"]
+    total = weight.astype(np.float64).sum(axis=0)[:, None]
+    terms = np.einsum("cle,clde->lde", weight.astype(np.float64), new.astype(np.float64) - old)
+    expected = np.divide(
+        terms, total, out=np.zeros_like(terms), where=np.broadcast_to(total > 0, terms.shape)
+    )
+    np.testing.assert_allclose(change, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])

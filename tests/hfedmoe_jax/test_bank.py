@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,31 +12,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_oracle import bits
 
-from hfedmoe_jax.bank import BankLayout
+from hfedmoe_jax.bank import BankLayout, as_floats, as_they_were, read
+from hfedmoe_jax.experts import flat
+from hfedmoe_jax.mesh import ALONE
 
 LAYERS, HELD, WIDTH = 2, 3, 2
 EXPERTS = LAYERS * HELD
 ADAM = optax.adam(0.1)
-# (tier, experts that a round touches): fewer rows than experts, and a row for each.
-SIZES = [(2, 4), (3, 3), (1, 5), (6, 6), (4, 12)]
+jitted_read = jax.jit(read)
+SIZES = [1, 3, 4, 6, 12]
+"""Experts that a round touches: fewer rows than experts, and a row for each."""
 
 
 @functools.cache
-def bank_of(tier, touched):
+def bank_of(touched):
     """Returns a layout and its operations, compiled once."""
-    layout = BankLayout(LAYERS, HELD, tier, touched)
+    layout = BankLayout(LAYERS, HELD, touched, ADAM, ALONE)
+    rules = layout.rules(None, touched, True)
 
-    def step(bank, expert, gradient, trained):
-        return layout.update(bank, expert, layout.read(bank, expert), gradient, trained, ADAM)
+    def step(bank, expert, gradient, reached):
+        row = bank.row[expert]
+        weights = rules.reread(bank.rows, None, row, expert)
+        rows = rules.write(bank.rows, (), row, expert, weights, gradient, reached)
+        return bank._replace(rows=rows)
 
-    return (
-        layout,
-        jax.jit(lambda start: layout.open(start, ADAM)),
-        jax.jit(layout.enter),
-        jax.jit(step),
-        jax.jit(layout.rows_of),
-        jax.jit(layout.read_any),
-    )
+    return layout, *map(jax.jit, (layout.open, layout.enter, step, layout.rows_of))
 
 
 def start_of(seed=0):
@@ -44,8 +45,9 @@ def start_of(seed=0):
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def row_of(tree, row):
-    return jax.tree.map(lambda x: np.asarray(x)[row], tree)
+def on_host(tree, rows):
+    """Returns rows of arrays; nothing is compiled."""
+    return jax.tree.map(lambda x: np.asarray(x)[np.asarray(rows)], tree)
 
 
 def expert_of(start, expert):
@@ -60,23 +62,27 @@ def adam_step(gradient, state, weights):
 
 @st.composite
 def rounds(draw):
-    """Draws a layout's sizes and the experts of each batch, no more than its tier and rows allow."""
-    tier, touched = draw(st.sampled_from(SIZES))
+    """Draws a number of rows, and the experts of each batch, no more than that in all."""
+    touched = draw(st.sampled_from(SIZES))
     allowed = draw(st.permutations(range(EXPERTS)))[:touched]
-    batches = draw(st.lists(st.lists(st.sampled_from(allowed), max_size=tier, unique=True), max_size=3))
-    return tier, touched, batches
+    return touched, draw(st.lists(st.lists(st.sampled_from(allowed), unique=True), max_size=3))
 
 
 @given(rounds(), st.integers(0, 2**16))
 @settings(max_examples=40)
 def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, seed):
-    """Rows enter once and in order; an update moves one row, if it trained; `rows_of` finds them again."""
-    tier, touched, batches = drawn
-    layout, open_bank, enter, step, rows_of, read_any = bank_of(tier, touched)
+    """Rows enter once and in order; a step moves one row, if a token came; `rows_of` finds them again."""
+    touched, batches = drawn
+    layout, open_bank, enter, step, rows_of = bank_of(touched)
     start, rng = start_of(seed), np.random.default_rng(seed)
     bank = open_bank(start)
     held: dict = {}
     order = list(range(EXPERTS)) if layout.every else []
+
+    def own(expert):
+        """An expert's weights and optimizer state."""
+        return on_host(bank.rows, bank.row[expert])
+
     for batch in batches:
         active = np.zeros((LAYERS, HELD), bool)
         active.reshape(-1)[batch] = True
@@ -85,33 +91,33 @@ def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, seed):
         order += [expert for expert in sorted(batch) if expert not in order]
         kept = np.asarray(before.row) < layout.num_rows
         np.testing.assert_array_equal(np.asarray(bank.row)[kept], np.asarray(before.row)[kept])
-        assert bits(bank.state) == bits(before.state)
+        assert bits(bank.rows.state) == bits(before.rows.state)
+        expected = np.where(active, np.asarray(bank.row).reshape(LAYERS, HELD), -1)
+        np.testing.assert_array_equal(layout.rows_for(bank, active), expected)
         for expert in sorted(batch):
             weights, state = held.get(expert, (expert_of(start, expert), ADAM.init(expert_of(start, expert))))
-            assert bits(layout.read(bank, expert)) == bits(weights)
+            assert bits(own(expert).weights) == bits(weights)
             gradient = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), weights)
-            trained = bool(rng.random() < 0.7)
-            others = [other for other in order if other != expert]
-            rest = bits([layout.read(bank, other) for other in others])
-            row = int(bank.row[expert])
-            other_rows = [index for index in range(layout.num_rows) if index != row]
-            states = bits(row_of(bank.state, other_rows))
-            bank = step(bank, np.int32(expert), gradient, np.bool_(trained))
-            assert bits([layout.read(bank, other) for other in others]) == rest
-            assert bits(row_of(bank.state, other_rows)) == states
-            held[expert] = adam_step(gradient, state, weights) if trained else (weights, state)
-            own = layout.read(bank, expert), row_of(bank.state, row)
-            if trained:
-                jax.tree.map(
-                    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), own, held[expert]
+            reached = bool(rng.random() < 0.7)
+            others = np.delete(np.arange(layout.num_rows), int(bank.row[expert]))
+            rest = bits(on_host(bank.rows, others))
+            unmoved = bits(own(expert))
+            bank = step(bank, np.int32(expert), gradient, np.bool_(reached))
+            assert bits(on_host(bank.rows, others)) == rest
+            if reached:
+                weights, state = adam_step(gradient, state, weights)
+                chex.assert_trees_all_close(
+                    tuple(own(expert)), (weights, as_floats(state)), rtol=1e-5, atol=1e-6
                 )
-                held[expert] = own
+                weights = own(expert).weights
             else:
-                assert bits(own) == bits(held[expert])
+                assert bits(own(expert)) == unmoved
+            held[expert] = weights, state
     assert int(bank.count) == len(order)
+    readable = layout.readable(bank, start, routed=True)
     for expert in range(EXPERTS):  # of those that never entered the global weights
-        expected = layout.read(bank, expert) if expert in order else expert_of(start, expert)
-        assert bits(read_any(bank, start, expert)) == bits(expected)
+        expected = own(expert).weights if expert in order else expert_of(start, expert)
+        assert bits(jitted_read(readable, expert)) == bits(expected)
     trained = np.zeros((LAYERS, HELD), bool)
     trained.reshape(-1)[list(held)] = rng.random(len(held)) < 0.7
     rows = rows_of(bank, trained)
@@ -119,28 +125,44 @@ def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, seed):
     assert rows.count == len(owners)
     assert np.asarray(rows.expert).tolist() == owners + [EXPERTS] * (layout.num_rows - len(owners))
     for owner, row in zip(owners, np.asarray(rows.row).tolist(), strict=False):
-        assert bits(row_of(bank.weights, row)) == bits(held[owner][0])
-    size = jax.tree.leaves(bank.weights)[0].shape[0]
-    assert np.all((np.asarray(rows.row) >= 0) & (np.asarray(rows.row) < size))
+        assert bits(on_host(bank.rows.weights, row)) == bits(held[owner][0])
+    assert np.all((np.asarray(rows.row) >= 0) & (np.asarray(rows.row) < layout.num_rows))
 
 
-@pytest.mark.parametrize(("tier", "touched"), SIZES)
-def test_arrays_have_a_row_for_each_expert_that_a_round_touches(tier, touched):
-    layout = BankLayout(LAYERS, HELD, tier, touched)
-    bank = jax.eval_shape(lambda start: layout.open(start, ADAM), start_of())
+@pytest.mark.parametrize("touched", SIZES)
+def test_arrays_have_a_row_for_each_expert_that_a_round_touches(touched):
+    layout = BankLayout(LAYERS, HELD, touched, ADAM, ALONE)
+    bank = jax.eval_shape(layout.open, start_of())
     rows = min(max(touched, 2), EXPERTS)  # two at least, see `BankLayout`
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(bank.state)} == {rows}
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(bank.weights)} == {rows}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves((bank.rows, layout.tape(bank)))} == {rows}
     trained = jax.eval_shape(layout.rows_of, bank, jax.ShapeDtypeStruct((LAYERS, HELD), bool))
-    assert trained.expert.shape == trained.row.shape == (rows,)
-    slots = jax.eval_shape(layout.slots, jax.ShapeDtypeStruct((LAYERS, HELD), bool))
-    assert slots.expert.shape == (min(max(tier, 2), EXPERTS),)
-    assert layout.slots(None).expert.shape == (EXPERTS,)
+    chex.assert_shape([trained.expert, trained.row], (rows,))
 
 
 def test_a_client_that_selects_nothing_brings_nothing():
-    layout, open_bank, enter, *_ = bank_of(2, 4)
+    layout, open_bank, enter, *_ = bank_of(4)
     bank = open_bank(start_of())
     assert layout.enter(bank, start_of(), None) is bank
     assert bits(enter(bank, start_of(), np.zeros((LAYERS, HELD), bool))) == bits(bank)
-    assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(bank.weights))
+    assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(bank.rows.weights))
+
+
+def test_an_adjustment_sees_what_belongs_to_its_expert():
+    """A gradient twice as large, less what the context has for the expert."""
+    layout = BankLayout(LAYERS, HELD, EXPERTS, optax.sgd(1.0), ALONE)
+    start, context = jax.tree.map(jnp.asarray, start_of(1)), (flat(start_of(2)),)
+
+    def adjust(gradient, weights, offset, expert):
+        return jax.tree.map(lambda g, o: 2 * g - o[expert], gradient, offset)
+
+    rules, rows = layout.rules(adjust, EXPERTS, True), layout.open(start).rows
+    weights, gradient = (expert_of(start_of(seed), 4) for seed in (1, 3))
+    after = rules.write(rows, context, 4, 4, weights, gradient, True)
+    expected = jax.tree.map(lambda w, g, o: w - (2 * g - o), weights, gradient, expert_of(start_of(2), 4))
+    chex.assert_trees_all_close(on_host(after.weights, 4), expected, rtol=1e-6)
+
+
+def test_counters_come_back_from_floats():
+    state = (jnp.int32(2**24), jnp.uint8(7), jnp.bfloat16(1.5))
+    chex.assert_trees_all_equal_dtypes(as_floats(state), (jnp.float32(0), jnp.float32(0), jnp.bfloat16(0)))
+    chex.assert_trees_all_equal(as_they_were(as_floats(state), state), state)

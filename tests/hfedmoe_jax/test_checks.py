@@ -15,7 +15,12 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("field", "registry", "rule", "message"),
     [
-        ("fl.gating_rule", gating_rules, lambda upload, _: upload.usage, r"shape \(2, 3\).*shape \(\)$"),
+        (
+            "fl.gating_rule",
+            gating_rules,
+            lambda upload, _: upload.usage[0],
+            r"shape \(3,\).*an expert, shape \(2, 3\), or one in all$",
+        ),
         (
             "fl.expert_rule",
             expert_rules,
@@ -28,6 +33,11 @@ def test_a_rule_returns_as_many_weights_as_it_should(monkeypatch, field, registr
     monkeypatch.setitem(registry._parts, "mine", rule)
     with pytest.raises(InputError, match=rf"^{field}='mine': returns an array of {message}"):
         check_config(config_with(field, "mine"))
+
+
+def test_gating_rules_may_weigh_by_expert(monkeypatch):
+    monkeypatch.setitem(gating_rules._parts, "mine", lambda upload, _: upload.usage)
+    check_config(config_with("fl.gating_rule", "mine"))
 
 
 def config_with(field, value):
@@ -97,6 +107,8 @@ def test_values_at_the_edge_of_their_range_are_accepted(field, value):
         *(("mesh.experts", value, "does not divide model.num_experts=3") for value in (0, 2, 6)),
         ("data.validation_fraction", 0.0, "no validation split"),
         ("fl.algorithm", "fedavgg", "did you mean 'fedavg'?"),
+        ("task.name", "classify", "did you mean 'classification'?"),
+        ("model.family", "swtch", "did you mean 'switch'?"),
         ("fl.score", "randm", "did you mean 'random'?"),
         ("fl.expert_rule", "dominnt", "did you mean 'dominant'?"),
         ("fl.gating_rule", "men", "did you mean 'mean'?"),

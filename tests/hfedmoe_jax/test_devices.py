@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from hfedmoe_jax import devices as d
+from hfedmoe_jax.cost import ModelCost
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import ModelCost
 
 COST = ModelCost(
     num_experts=16,
     shared_parameter_bytes=1000,
+    frozen_bytes=70,
     shared_training_bytes=5000,
     expert_parameter_bytes=100,
     expert_training_bytes=350,
@@ -35,8 +36,8 @@ def test_budget_is_the_most_experts_that_fit(spare, forward):
 
 
 def test_the_routed_forward_holds_all_experts():
-    assert d.memory_needed(COST, 3, "routed") == 5000 + 16 * 100 + 3 * 350
-    assert d.memory_needed(COST, 3, "active") == 5000 + 3 * 450
+    assert d.memory_needed(COST, 3, "routed") == 70 + 5000 + 16 * 100 + 3 * 350
+    assert d.memory_needed(COST, 3, "active") == 70 + 5000 + 3 * 450
 
 
 def test_a_device_too_small_says_by_how_much():
@@ -59,10 +60,10 @@ def test_fractions_below_one_expert_or_outside_the_range_are_refused(fraction):
 
 
 def test_round_cost_adds_download_compute_and_upload():
-    counted = dict(assignments=100.0, trained_assignments=25.0, uploaded_experts=3.0)
+    counted = dict(assignments=100.0, trained_assignments=25.0, bytes_up=1300.0)
     cost = d.round_cost(profile(1e9), COST, 5, **counted, scoring=d.NO_SCORING)
     assert cost.bytes_down == 1000 + 1600
-    assert cost.bytes_up == 1000 + 300
+    assert cost.bytes_up == 1300
     flop = 5 * (3 * 1e6 + (100 + 50) * 10)
     np.testing.assert_allclose(cost.compute_s, flop / 1e9)
     np.testing.assert_allclose(cost.time_s, 8 * 2600 / 16e6 + flop / 1e9 + 8 * 1300 / 8e6)

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,13 @@ from compilations import compilations
 from masked_oracle import bits
 from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config
 
-from hfedmoe_jax import COLUMNS, Experiment, FederatedData, InputError, make_mesh
-from hfedmoe_jax.client import STATUS_NAMES
-from hfedmoe_jax.data import Examples
+from hfedmoe_jax import Experiment, FederatedData, InputError, make_mesh
+from hfedmoe_jax.data import take
 from hfedmoe_jax.devices import memory_needed
+from hfedmoe_jax.evaluation import predict
 from hfedmoe_jax.experiment import COHORT_STREAM
-from hfedmoe_jax.models import open_controls
+from hfedmoe_jax.mesh import ALONE
+from hfedmoe_jax.reports import STATUS_NAMES
 
 CLIENTS, COHORT, ROUNDS = 6, 3, 5
 RARE, LONER = VOCABULARY - 1, 3  # a token that only one client has
@@ -44,20 +46,20 @@ ALL = LAYERS * EXPERTS
 def tiny_data() -> FederatedData:
     """Returns six clients' random passages; client c has 6 + c of them and holds two more out."""
     sizes = [6 + client for client in range(CLIENTS)]
-    tokens, labels = tiny_batches(1, sum(sizes) + 2 * CLIENTS)
+    train = tiny_batches(1, sum(sizes) + 2 * CLIENTS)
     owner = np.concatenate([np.repeat(np.arange(CLIENTS), sizes), np.repeat(np.arange(CLIENTS), 2)])
-    tokens = np.where(tokens == RARE, RARE - 1, tokens)
-    tokens[owner == LONER, 0] = RARE
     held = np.arange(len(owner)) >= sum(sizes)
 
-    def others(seed, count):
-        tokens, labels = tiny_batches(seed, count)
-        return Examples(np.where(tokens == RARE, RARE - 1, tokens), labels)
+    def without_rare(rows):
+        return rows | {"tokens": np.where(rows["tokens"] == RARE, RARE - 1, rows["tokens"])}
+
+    train = without_rare(train)
+    train["tokens"][owner == LONER, 0] = RARE
 
     return FederatedData(
-        train=Examples(tokens, labels),
-        validation=others(2, 10),
-        test=others(3, 11),
+        train=train,
+        validation=without_rare(tiny_batches(2, 10)),
+        test=without_rare(tiny_batches(3, 11)),
         client_train=tuple(np.flatnonzero((owner == c) & ~held) for c in range(CLIENTS)),
         client_holdout=tuple(np.flatnonzero((owner == c) & held) for c in range(CLIENTS)),
         label_names=tuple("abc")[:CLASSES],
@@ -93,15 +95,22 @@ def run(experiment):
     return rows, params, state
 
 
+def data_of(experiment, number):
+    """Returns what the cohort of a round brings."""
+    return experiment.client_data(number, experiment.cohort(number))
+
+
 def equal(one, other) -> bool:
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
 
 
-def test_every_round_has_a_row_and_some_an_evaluation(run):
+def test_every_round_has_a_row_and_some_an_evaluation(experiment, run):
     rows, params, state = run
-    evaluated = {name for name in COLUMNS if name.startswith(("validation_", "client_accuracy_"))}
+    columns = set(experiment.columns)
+    evaluated = {name for name in columns if name.startswith(("validation_", "client_accuracy_"))}
+    assert {"train_accuracy", "validation_accuracy", "client_accuracy_worst10"} < columns
     for number, row in enumerate(rows, start=1):
-        expected = set(COLUMNS) if number in (2, 4, 5) else set(COLUMNS) - evaluated
+        expected = columns if number in (2, 4, 5) else columns - evaluated
         assert set(row) == expected
         assert row["round"] == number
         assert all(np.isfinite(value) for value in row.values())
@@ -112,7 +121,7 @@ def test_every_round_has_a_row_and_some_an_evaluation(run):
 def test_every_program_compiles_once_in_a_run(experiment, run):
     """A tier's program takes its first round's server state and every later one alike."""
     sizes = {name: program._cache_size() for name, program in experiment.algorithm.programs.items()}
-    del sizes["settle"]  # which all engines share
+    del sizes["settle"]  # not needed by so few clients
     assert sizes == {"tier 4": 1, "open": 1, "finish": 1}
 
 
@@ -147,13 +156,13 @@ def test_totals_are_the_sums_of_the_rows(run):
 
 def test_clients_drop_out_by_chance_and_are_counted(experiment, run):
     rows, _, _ = run
-    dropped = [int((~experiment.client_data(number).available).sum()) for number in range(1, ROUNDS + 1)]
+    dropped = [int((~data_of(experiment, number).available).sum()) for number in range(1, ROUNDS + 1)]
     assert [row["clients_dropped_out"] for row in rows] == dropped
     assert 0 < sum(dropped) < COHORT * ROUNDS
-    available = np.stack([experiment.client_data(number).available for number in range(500)])
+    available = np.stack([data_of(experiment, number).available for number in range(500)])
     assert abs((~available).mean() - 0.3) < 0.05
     certain = build(fl__dropout_probability=0.0)
-    assert all(certain.client_data(number).available.all() for number in range(50))
+    assert all(data_of(certain, number).available.all() for number in range(50))
 
 
 def test_a_cohort_is_sampled_without_replacement_from_seed_and_round_alone(experiment, run):
@@ -165,7 +174,7 @@ def test_a_cohort_is_sampled_without_replacement_from_seed_and_round_alone(exper
     # Round 40 without the rounds before it, after a run and before one.
     np.testing.assert_array_equal(fresh.cohort(40), cohorts[39])
     assert any((other.cohort(n) != cohorts[n - 1]).any() for n in range(1, 60))
-    jax.tree.map(np.testing.assert_array_equal, fresh.client_data(40), experiment.client_data(40))
+    jax.tree.map(np.testing.assert_array_equal, data_of(fresh, 40), data_of(experiment, 40))
 
 
 def test_another_seed_gives_another_run(experiment, run):
@@ -177,33 +186,45 @@ def test_another_seed_gives_another_run(experiment, run):
     assert not equal(state.best.shared["embed"], experiment.init().best.shared["embed"])
     assert other.step(state)[1]["train_loss"] != run[0][0]["train_loss"]
     for number in range(1, 20):
-        one, two = experiment.client_data(number), other.client_data(number)
+        one, two = data_of(experiment, number), data_of(other, number)
         for client in np.intersect1d(one.client, two.client):
-            assert (one.tokens[one.client == client] != two.tokens[two.client == client]).any()
+            mine = (each.batch["tokens"][each.client == client] for each in (one, two))
+            assert np.any(np.not_equal(*mine))
 
 
 def test_client_data_hold_what_the_cohort_brings(experiment):
-    data, members = experiment.client_data(3), experiment.cohort(3)
+    data, members = data_of(experiment, 3), experiment.cohort(3)
     np.testing.assert_array_equal(data.client, members)
     assert data.size.max() <= 1
     np.testing.assert_array_equal(data.size * 16, 6 + members)
-    assert data.tokens.shape == (COHORT, 3, 4, TOKENS) and data.labels.shape == (COHORT, 3, 4)
+    chex.assert_shape(data.batch["tokens"], (COHORT, 3, 4, TOKENS))
+    chex.assert_shape(data.batch["labels"], (COHORT, 3, 4))
     for index, member in enumerate(members):
-        own = experiment.data.train.tokens[experiment.data.client_train[member]]
-        assert all((own == row).all(axis=1).any() for row in data.tokens[index].reshape(-1, TOKENS))
+        own = experiment.data.train["tokens"][experiment.data.client_train[member]]
+        brought = data.batch["tokens"][index].reshape(-1, TOKENS)
+        assert all((own == row).all(axis=1).any() for row in brought)
+    # Places of a block: the third member, none, the first.
+    placed = experiment.client_data(3, members, np.array([2, -1, 0]))
+    for part, values in zip(jax.tree.leaves(placed), jax.tree.leaves(data), strict=True):
+        np.testing.assert_array_equal(part, np.stack([values[2], np.zeros_like(values[0]), values[0]]))
 
 
 def make_quality(experiment):
-    """Returns (params, tokens, labels) -> accuracy and loss, one example at a time."""
-    model = experiment.model
-    controls = open_controls(model.num_layers, model.num_experts)
-    answer = jax.jit(lambda params, tokens: model.apply(params, tokens[None], controls, training=False)[0][0])
+    """Returns (params, rows) -> accuracy and loss, one example at a time."""
 
-    def quality(params, tokens, labels):
-        logits = np.array([answer(params, row) for row in tokens], np.float64)
+    @jax.jit
+    def answer(params, tokens):
+        batch = {"tokens": tokens[None]}
+        return predict(experiment.model, params, experiment.frozen, batch, False, ALONE).output[0]
+
+    def quality(params, rows):
+        labels, logits = rows["labels"], np.array([answer(params, row) for row in rows["tokens"]], np.float64)
         chances = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
         loss = -np.mean([np.log(row[label]) for row, label in zip(chances, labels, strict=True)])
-        return float(np.mean(logits.argmax(axis=-1) == labels)), pytest.approx(loss, rel=1e-3)
+        return {
+            "accuracy": float(np.mean(logits.argmax(axis=-1) == labels)),
+            "loss": pytest.approx(loss, rel=1e-3),
+        }
 
     return quality
 
@@ -214,19 +235,19 @@ def test_the_end_of_a_run(experiment, run):
     other = jax.tree.map(lambda x: jnp.asarray(x) * 1.5, params[0])
     outcome = experiment.finish(state._replace(best=other))
     data, quality = experiment.data, make_quality(experiment)
-    assert (outcome.final.accuracy, outcome.final.loss) == quality(params[-1], *data.test)
-    assert (outcome.best.accuracy, outcome.best.loss) == quality(other, *data.test)
-    assert outcome.best.loss != outcome.final.loss
+    assert outcome.final.scores == quality(params[-1], data.test)
+    assert outcome.best.scores == quality(other, data.test)
+    assert outcome.best.scores["loss"] != outcome.final.scores["loss"]
     for client, held in enumerate(data.client_holdout):
-        own, _ = quality(params[-1], data.train.tokens[held], data.train.labels[held])
-        assert outcome.client_accuracy[client] == pytest.approx(own)
+        own = quality(params[-1], take(data.train, held))
+        assert outcome.client_scores[client] == pytest.approx(own["accuracy"])
     assert outcome.client_spread[0] == pytest.approx(rows[-1]["client_accuracy_mean"])
     np.testing.assert_allclose(outcome.expert_load.sum(axis=-1), 1)
     members = experiment.cohort(ROUNDS)
     np.testing.assert_array_equal(outcome.usage_before, state.server.records.usage[members])
     assert outcome.usage_after.shape == outcome.usage_before.shape == (COHORT, LAYERS, EXPERTS)
-    answer = np.bincount(data.train.labels).argmax()
-    assert experiment.majority_accuracy() == np.mean(data.test.labels == answer)
+    answer = np.bincount(data.train["labels"]).argmax()
+    assert experiment.baseline == np.mean(data.test["labels"] == answer)
 
 
 def test_personal_models_judge_their_own_examples_and_take_turns_at_the_validation():
@@ -238,22 +259,22 @@ def test_personal_models_judge_their_own_examples_and_take_turns_at_the_validati
     head["classes"]["bias"] = jnp.eye(CLASSES)[answers]
     params = params._replace(shared={**params.shared, "head": head})
     quality, accuracy = experiment.judge(params)
-    own = [np.mean(data.train.labels[rows] == answer)
+    own = [np.mean(data.train["labels"][rows] == answer)
            for rows, answer in zip(data.client_holdout, answers, strict=True)]  # fmt: skip
     np.testing.assert_allclose(accuracy, own)
     turns = answers[np.arange(10) // 4 % CLIENTS]  # batches of four
     order = np.random.default_rng([0, COHORT_STREAM]).permutation(10)
-    assert quality.accuracy == np.mean(data.validation.labels[order] == turns)
+    assert quality.scores["accuracy"] == np.mean(data.validation["labels"][order] == turns)
 
 
 def test_the_best_model_is_that_of_the_best_validation_accuracy(experiment, run):
     rows, params, state = run
     scores = {row["round"]: row.get("validation_accuracy", -1) for row in rows}
-    assert state.best_accuracy == max(scores.values())
+    assert state.best_score == max(scores.values())
     assert state.best_round == max(scores, key=scores.get)  # the first of equals
     assert equal(state.best, params[int(state.best_round) - 1])
     level, *_ = experiment.step(experiment.init())
-    level = level._replace(best_accuracy=np.float64(scores[2]), best_round=np.int64(7))
+    level = level._replace(best_score=np.float64(scores[2]), best_round=np.int64(7))
     before = jax.tree.map(np.array, level.best)
     after, row, _ = experiment.step(level)
     assert row["validation_accuracy"] == scores[2] and after.best_round == 7
@@ -268,7 +289,7 @@ def test_a_loss_that_is_not_finite_is_named_and_its_update_dropped(experiment):
     state = state._replace(server=server._replace(params=server.params._replace(shared=shared)))
     total = 0
     for number in range(1, ROUNDS + 1):
-        data = experiment.client_data(number)
+        data = data_of(experiment, number)
         fails = bool(data.available[data.client == LONER].any())
         state, row, failures = experiment.step(state)
         assert row["clients_nonfinite"] == fails == len(failures)
@@ -322,7 +343,7 @@ for devices, experts, chunk in ((2, 2, 1), (8, 2, 2)):
         state, row, _ = experiment.step(state)
         results.append([row, state.server.records.usage.tolist()])
     sizes = {name: program._cache_size() for name, program in experiment.algorithm.programs.items()}
-    del sizes["settle"]
+    del sizes["settle"]  # not needed
     assert set(sizes.values()) == {1}
 print(json.dumps(results))
 """

@@ -1,22 +1,22 @@
 """The population engine against Python loops."""
 
-from types import SimpleNamespace
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_oracle import bits
 
 from hfedmoe_jax import population as p
+from hfedmoe_jax.aggregation.sums import Fixed, add_terms, fixed_zeros, from_fixed, merge_over_devices, settle
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import ModelCost
-from hfedmoe_jax.sums import Fixed, add_terms, fixed_zeros, from_fixed, merge_over_devices, settle
+from hfedmoe_jax.mesh import BY_CLIENT, REPLICATED, make_mesh
+from hfedmoe_jax.schedule import BLOCK, NOBODY, plan_blocks
 
 WIDTH = 4
-ONE_DEVICE = p.make_mesh(jax.devices()[:1])
+ONE_DEVICE = make_mesh(jax.devices()[:1])
 
 
 def visit(offset, member):
@@ -36,13 +36,13 @@ def members_of(size):
 def members_at(population, members):
     """Returns a block's members; a place without one has weight zero, as in a round."""
     values, weights = p.stack_members(population, members)
-    return values, weights * (members.reshape(-1) != p.NOBODY)
+    return values, weights * (members.reshape(-1) != NOBODY)
 
 
 def run(program, population, chunk, tiers=None, mesh=ONE_DEVICE):
     """Streams a population through a program; returns the sum, the outputs and the blocks."""
     size = len(population[0])
-    blocks = p.plan_blocks(np.zeros(size, int) if tiers is None else tiers, mesh, chunk)
+    blocks = plan_blocks(np.zeros(size, int) if tiers is None else tiers, mesh, chunk)
     sums, outputs = no_sums(), []
     for block in blocks:
         data = p.put_members(mesh, members_at(population, block.members))
@@ -59,7 +59,7 @@ def no_sums():
 @pytest.fixture(scope="module")
 def programs():
     """Streaming sums by chunk, compiled once."""
-    return {chunk: p.stream(visit, add, ONE_DEVICE, chunk, p.EVERYWHERE, p.BY_CLIENT) for chunk in (1, 3, 24)}
+    return {chunk: p.stream(visit, add, ONE_DEVICE, chunk, REPLICATED, BY_CLIENT) for chunk in (1, 3, 24)}
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 41])
@@ -99,14 +99,14 @@ def test_one_program_of_one_size_serves_any_population(programs):
     before = programs[1]._cache_size()
     for size in (16, 4096):
         total, outputs, blocks = run(programs[1], population := members_of(size), 1)
-        assert {block.members.shape for block in blocks} == {(1, p.BLOCK)}
+        assert {block.members.shape for block in blocks} == {(1, BLOCK)}
         assert outputs.shape == (size,)
         exact = np.sum(population[1][:, None] * (population[0].astype(np.float64) + 0.5), axis=0)
         np.testing.assert_allclose(from_fixed(total), exact, rtol=1e-5)
     assert programs[1]._cache_size() == max(before, 1)
     shapes = (
-        jax.ShapeDtypeStruct((p.BLOCK, WIDTH), jnp.float32),
-        jax.ShapeDtypeStruct((p.BLOCK,), jnp.float32),
+        jax.ShapeDtypeStruct((BLOCK, WIDTH), jnp.float32),
+        jax.ShapeDtypeStruct((BLOCK,), jnp.float32),
     )
     lowered = programs[1].lower(no_sums(), jnp.float32(0), shapes, jax.ShapeDtypeStruct((1,), jnp.int32))
     memory = lowered.compile().memory_analysis()
@@ -114,71 +114,47 @@ def test_one_program_of_one_size_serves_any_population(programs):
 
 
 def test_members_are_mapped_without_sums():
-    mapped = p.map_members(lambda offset, x: ((), x**2 + offset), ONE_DEVICE, 2, p.EVERYWHERE)
+    mapped = p.map_members(lambda offset, x: ((), x**2 + offset), ONE_DEVICE, 2, REPLICATED)
     values = np.arange(21.0, dtype=np.float32)
-    blocks = p.plan_blocks(np.zeros(21, int), ONE_DEVICE, 2)
+    blocks = plan_blocks(np.zeros(21, int), ONE_DEVICE, 2)
     outputs = mapped(jnp.float32(1), ((block, p.stack_members(values, block.members)) for block in blocks))
     np.testing.assert_array_equal(outputs, values**2 + 1)
-
-
-def mesh_of(processes):
-    """A stand-in for a mesh with one device along "clients" for each process named."""
-    devices = [[SimpleNamespace(process_index=index)] for index in processes]
-    return SimpleNamespace(devices=np.array(devices, dtype=object))
-
-
-@given(
-    st.lists(st.integers(1, 3), min_size=1, max_size=60),
-    st.sampled_from([(0,), (0, 0, 0), (0, 0, 1, 1), (0, 1, 2)]),
-    st.integers(1, 20),
-    st.randoms(use_true_random=False),
-    st.booleans(),
-)
-def test_every_member_has_one_place_in_a_block_of_its_tier(tiers, processes, chunk, random, by_host):
-    tiers, mesh = np.array(tiers), mesh_of(processes)
-    hosts = np.array([random.choice(processes) for _ in tiers])
-    blocks = p.plan_blocks(tiers, mesh, chunk, hosts if by_host else None)
-    size = p.block_size(chunk)
-    assert size % chunk == 0 and size >= p.BLOCK
-    seen = []
-    for block in blocks:
-        assert block.members.shape == (len(processes), size)
-        for device, (row, count) in enumerate(zip(block.members, block.count, strict=True)):
-            assert (row[:count] != p.NOBODY).all() and (row[count:] == p.NOBODY).all()
-            assert set(tiers[row[:count]].tolist()) <= {block.tier}
-            if by_host:
-                assert set(hosts[row[:count]].tolist()) <= {processes[device]}
-            seen += row[:count].tolist()
-        assert block.count.sum() > 0
-    assert sorted(seen) == list(range(len(tiers)))
-    assert [block.tier for block in blocks] == sorted((block.tier for block in blocks), reverse=True)
-    if not by_host and len(set(processes)) == 1:  # dealt out evenly
-        on_device = sum(block.count for block in blocks)
-        assert on_device.max() - on_device.min() <= 1
-
-
-def test_empty_places_are_those_of_chunks_that_run():
-    """Five members on two devices: chunks of two and one on the first, of two on the second."""
-    blocks = p.plan_blocks(np.zeros(5, int), mesh_of((0, 0)), 2)
-    assert p.empty_places(blocks, 2) == pytest.approx(1 / 6)
-    assert p.empty_places(blocks, 1) == 0
 
 
 def test_experts_have_to_divide_the_devices():
     for experts in (0, 2):
         with pytest.raises(InputError, match=rf"mesh\.experts={experts}: does not divide the 1 devices"):
-            p.make_mesh(jax.devices()[:1], experts)
+            make_mesh(jax.devices()[:1], experts)
 
 
-@pytest.mark.parametrize(
-    ("platform", "limit", "chunk"),
-    [("cpu", None, 1), ("gpu", 2**20, 1), ("gpu", 2**24, 8), ("tpu", 2**40, 64), ("gpu", None, 64)],
-)
-def test_the_chunk_fills_half_of_the_memory(platform, limit, chunk):
-    """A client takes 1 MiB here; 16 GiB where a backend does not say."""
-    cost = ModelCost(8, 0, 2**19, 2**15, 2**15, 0.0, 0.0)
-    stats = None if limit is None else {"bytes_limit": limit}
-    device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
-    mesh = SimpleNamespace(local_devices=[device], shape={"clients": 1, "experts": 1})
-    assert p.chunk_size(0, cost, mesh) == chunk
-    assert p.chunk_size(3, cost, mesh) == (1 if platform == "cpu" else 3)
+def store_of(size):
+    """Returns a store, and its states as a dictionary of arrays by member."""
+    store = p.StateStore(ONE_DEVICE, size)
+    state = {"a": jnp.arange(2.0), "b": jnp.int32(7)}
+    return store, store.open(state), {member: state for member in range(size)}
+
+
+@given(st.lists(st.lists(st.integers(0, 4), unique=True, max_size=4), max_size=4))
+@settings(max_examples=20)
+def test_a_store_is_a_dictionary_of_the_members_states(blocks):
+    """Rounds of any members, in blocks of four; NOBODY in the places that are left."""
+    store, states, expected = store_of(5)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(states)} == {8}  # one shape for most numbers of devices
+    for number, members in enumerate(blocks):
+        places = np.array(members + [NOBODY] * (4 - len(members)))
+        rows = jax.tree.map(np.asarray, store.gather(states, places))
+        for place, member in enumerate(members):
+            found = jax.tree.map(lambda x, i=place: x[i], rows)
+            chex.assert_trees_all_equal(found, jax.tree.map(np.asarray, expected[member]))
+        fresh = jax.tree.map(lambda x, n=number: np.asarray(x + 100 * n + 1, x.dtype), rows)
+        expected |= {m: jax.tree.map(lambda x, i=i: x[i], fresh) for i, m in enumerate(members)}
+        states = store.scatter(states, places, p.put_members(ONE_DEVICE, fresh))
+    for member, state in expected.items():
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda x, m=member: np.asarray(x[m]), states), jax.tree.map(np.asarray, state)
+        )
+
+
+def test_a_store_of_nothing_is_nothing():
+    store = p.StateStore(ONE_DEVICE, 5)
+    assert store.open(()) == store.gather((), np.arange(4)) == store.scatter((), np.arange(4), ()) == ()

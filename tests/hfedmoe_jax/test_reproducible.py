@@ -2,17 +2,18 @@
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
 from masked_oracle import bits
-from test_algorithms import MODEL, build, cohort, step
-from tiny import TOKENS, tiny_config, tiny_model, tiny_params
+from test_algorithms import MODEL, build, step
+from tiny import tiny_algorithm, tiny_cohort, tiny_config, tiny_model, tiny_params
 
-from hfedmoe_jax.algorithms import build_algorithm
-from hfedmoe_jax.client import ClientData
-from hfedmoe_jax.engines import Clients
-from hfedmoe_jax.population import IN_FLIGHT, make_mesh, stack_members
+from hfedmoe_jax.algorithms import Portion
+from hfedmoe_jax.client import Broadcast
+from hfedmoe_jax.mesh import make_mesh
+from hfedmoe_jax.population import IN_FLIGHT, put_members, stack_members
 
 BUDGETS = (1, 2, 3, 5, 6)  # of each client
 ROUNDS = 2
@@ -23,13 +24,13 @@ ACTIVE = {"fl__forward": "active", "importance__refresh": "previous"}
 def rounds(chunk: int, tiers: int, **fields):
     """Returns the state after each round as host arrays, and each round's metrics."""
     config, _, algorithm = build(chunk, BUDGETS, budget__tiers=tiers, **fields)
-    data = cohort(config, range(len(BUDGETS)))._replace(budget=np.int32(BUDGETS))
+    data = tiny_cohort(config, range(len(BUDGETS)), BUDGETS)
     state, results = algorithm.init(tiny_params(**MODEL)), []
     for number in range(ROUNDS):
         state, metrics = step(algorithm, state, data, jax.random.key(number))
         results.append((jax.tree.map(np.array, state), metrics))
     sizes = {name: program._cache_size() for name, program in algorithm.programs.items()}
-    del sizes["settle"]  # which all engines share
+    del sizes["settle"]  # not needed by so few clients
     assert set(sizes.values()) == {1} and len(sizes) == tiers + 2  # a program a tier, and two more
     return results
 
@@ -44,14 +45,14 @@ def test_tiers_do_not_change_a_bit(tiers, fields):
 
 def test_clients_side_by_side_train_as_one_at_a_time():
     one, many = rounds(1, 1), rounds(3, 1)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, many)
+    chex.assert_trees_all_close(one, many, rtol=1e-5, atol=1e-5)
 
 
 def test_a_round_from_a_copy_of_the_state_gives_the_same_bits():
     """As after a restart: the second round from host arrays."""
     (first, _), (last, last_metrics) = rounds(3, 1)
     config, _, algorithm = build(3, BUDGETS, budget__tiers=1)
-    data = cohort(config, range(len(BUDGETS)))._replace(budget=np.int32(BUDGETS))
+    data = tiny_cohort(config, range(len(BUDGETS)), BUDGETS)
     fresh = algorithm.init(first.params)._replace(records=first.records)
     state, metrics = step(algorithm, fresh, data, jax.random.key(1))
     assert bits((state.params, state.records, metrics)) == bits((last.params, last.records, last_metrics))
@@ -72,25 +73,16 @@ HEAVY = {
 def lowered(num_clients: int, tier: int):
     """Returns a tier's program, not yet compiled, for the first block of a cohort of all clients."""
     config = tiny_config(**HEAVY, fl__clients=num_clients, fl__clients_per_round=num_clients)
-    model = tiny_model(config)
     budgets = np.where(np.arange(num_clients) % 2, 4, 16).astype(np.int32)
-    mesh = make_mesh(jax.devices()[:1])
-    algorithm = build_algorithm(config, model, Clients(budgets, 40), mesh, 1)
+    algorithm = tiny_algorithm(config, budgets, table_rows=40)
     blocks = [block for block in algorithm.plan(np.arange(num_clients)) if block.tier == tier]
     assert sum(int(block.count.sum()) for block in blocks) == num_clients // 2
     (shape,) = {block.members.shape for block in blocks}
-    fl, members = config.fl, shape[1]
-    data = ClientData(
-        np.zeros(members, np.int32),
-        np.zeros((members, fl.local_steps, fl.batch_size, TOKENS), np.int32),
-        np.zeros((members, fl.local_steps, fl.batch_size), np.int32),
-        np.ones(members, np.float32),
-        np.full(members, tier, np.int32),
-        np.ones(members, bool),
-    )
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    data = tiny_cohort(config, [0] * shape[1], [tier])
+    params, _ = jax.eval_shape(tiny_model(config).init, jax.random.key(0))
     sums = jax.eval_shape(algorithm.programs["open"])
-    return algorithm.programs[f"tier {tier}"].lower(sums, (params, jax.random.key(0)), data, blocks[0].count)
+    broadcast = Broadcast(params, {}, (), jax.random.key(0))
+    return algorithm.programs[f"tier {tier}"].lower(sums, broadcast, data, blocks[0].count)
 
 
 @functools.cache
@@ -123,19 +115,19 @@ def crowd():
     budgets = tuple(np.resize(BUDGETS[:3], COHORT).tolist())
     config, _, algorithm = build(1, budgets, budget__tiers=3, fl__local_steps=1)
     state = algorithm.init(tiny_params(**MODEL))
-    waits, held = [], []
+    waits, held, mesh = [], [], make_mesh(jax.devices()[:1])
 
     def portions(blocks, data):
         for block in blocks:
             held.append(sum(x.nbytes for x in jax.live_arrays()))
-            yield algorithm.portion(block, stack_members(data, block.members))
+            clients = block.members.reshape(-1)
+            yield Portion(block, clients, put_members(mesh, stack_members(data, block.members)))
 
     def run(size):
         nonlocal state
         waits.clear(), held.clear()
-        data = cohort(config, [0] * size)._replace(
-            client=np.arange(size, dtype=np.int32), budget=np.int32(budgets[:size])
-        )
+        data = tiny_cohort(config, [0] * size, budgets)
+        data = data._replace(client=np.arange(size, dtype=np.int32), budget=np.int32(budgets[:size]))
         blocks = algorithm.plan(np.arange(size))
         with pytest.MonkeyPatch.context() as patch:
             fetch = jax.device_get

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from hfedmoe_jax import scoring as r
-from hfedmoe_jax.budgeted import Seen
 from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import own_choice
+from hfedmoe_jax.models import Routing, own_choice
 from hfedmoe_jax.scores import routing_importance, score_rules, units_of
 
 LAYERS, EXPERTS = 2, 3
@@ -32,14 +31,14 @@ def batch(seed):
     own = own_choice(gates, MASK.reshape(-1), 1)
     sent = jnp.sum(own, axis=1)
     return (
-        Seen(gates, own, sent, sent),
+        Routing(gates, own, sent, sent, jnp.zeros(LAYERS, jnp.int32), jnp.zeros(LAYERS)),
         rng.standard_normal((LAYERS, EXPERTS)).astype(np.float32),
         rng.random((LAYERS, EXPERTS)).astype(np.float32),
     )
 
 
 def scored(seed, first=True):
-    return r.Batch(batch(seed)[0], MASK, KEY, jnp.array(first))
+    return r.SeenBatch(batch(seed)[0], MASK, KEY, jnp.array(first))
 
 
 def contributions(evidence, importance):
@@ -102,7 +101,7 @@ def test_a_refusal_says_what_works_instead(score, refresh, forward, remedy):
 
 
 def test_only_gradient_norms_and_a_closed_forward_cost_passes():
-    assert scoring("gradient_norm", "step").passes(7) == ScoringPasses(7, shared=1, experts=2)
+    assert scoring("gradient_norm", "step").passes(7) == ScoringPasses(7, shared=2, experts=3)
     assert scoring("contributions", "previous").passes(7) == NO_SCORING
     assert scoring("information_bottleneck", "round").passes(7) == NO_SCORING
     assert scoring("frequency", "previous", "active").passes(7) == ScoringPasses(1, shared=1, experts=0)

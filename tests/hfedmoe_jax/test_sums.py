@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfedmoe_jax import sums as s
+from hfedmoe_jax.aggregation import sums as s
 
 LARGE = 150.0  # times MOST_TERMS is below the largest sum, 2^15
 TERMS = s.MOST_TERMS

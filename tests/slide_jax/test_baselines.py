@@ -12,9 +12,11 @@ from slide_oracles import best_throughput, fits_memory, least_bandwidth
 from slide_strategies import CORNERS, random_problem
 
 from slide_jax import baselines
-from slide_jax.exact import exact, in_float64
+from slide_jax.exact import exact
+from slide_jax.float64 import to_float64
 from slide_jax.hull import convex_hull
 from slide_jax.problem import RATE_MODELS
+from slide_jax.solvers import solve
 from slide_jax.verification import verify
 
 ORDERS = {
@@ -54,7 +56,7 @@ def in_turn(needs, order, spectrum):
 def test_every_baseline_is_feasible_and_none_beats_the_optimum(name):
     for corner, rate_model in CASES:
         problem = drawn(corner, rate_model)
-        allocation = getattr(baselines, name)(problem)
+        allocation = solve(problem, name)
         assert verify(problem, allocation) == [], (corner, rate_model)
         assert allocation.throughput <= best_throughput(problem), (corner, rate_model)
         assert allocation.solver == name and np.isnan(allocation.upper_bound)
@@ -69,7 +71,7 @@ def test_every_baseline_serves_all_when_there_is_spectrum_to_spare(name, seed):
     assert possible.any()
     # However small a share is of the sum, it is enough.
     plenty = dataclasses.replace(problem, bandwidth_hz=np.float64(1e6 * needs[possible].sum()))
-    np.testing.assert_array_equal(getattr(baselines, name)(plenty).served, possible)
+    np.testing.assert_array_equal(solve(plenty, name).served, possible)
 
 
 @pytest.mark.parametrize("name", ORDERS)
@@ -79,7 +81,7 @@ def test_ordered_baselines_are_a_loop_over_the_sorted_users(name):
             problem = drawn("none", rate_model, seed, users=7)
             needs = least_bandwidth(problem).min(axis=1)
             expected = in_turn(needs, np.argsort(ORDERS[name](problem)), problem.bandwidth_hz)
-            allocation = getattr(baselines, name)(problem)
+            allocation = solve(problem, name)
             np.testing.assert_array_equal(allocation.served, expected)
             np.testing.assert_allclose(allocation.bandwidth_hz[expected], needs[expected], rtol=1e-9)
 
@@ -89,8 +91,8 @@ def test_random_order_depends_on_its_seed_alone_and_leaves_no_user_who_fits():
     needs = least_bandwidth(problem).min(axis=1)
     found = set()
     for seed in range(12):
-        allocation = baselines.random_order(problem, seed)
-        again = baselines.random_order(problem, seed)
+        allocation = solve(problem, "random_order", seed=seed)
+        again = solve(problem, "random_order", seed=seed)
         np.testing.assert_array_equal(allocation.served, again.served)
         left = problem.bandwidth_hz - allocation.bandwidth_used_hz
         assert not np.any(needs[~allocation.served] <= left * (1 - 1e-9))
@@ -125,7 +127,7 @@ def test_equal_users_share_equally():
     need = exact(problem).bandwidth_hz.max()
     assert need > 0
     for spectrum, served in ((5 * need, 5), (5 * need * (1 - 1e-6), 4), (need / 2, 0)):
-        shared = baselines.equal_share(dataclasses.replace(problem, bandwidth_hz=np.float64(spectrum)))
+        shared = solve(dataclasses.replace(problem, bandwidth_hz=np.float64(spectrum)), "equal_share")
         assert shared.throughput == served
         if served:
             np.testing.assert_allclose(shared.bandwidth_hz[shared.served], spectrum / served, rtol=1e-12)
@@ -136,7 +138,7 @@ def test_the_most_users_are_served_who_share_equally():
         for seed in range(4):
             problem = drawn(corner, rate_model, seed)
             needs = least_bandwidth(problem).min(axis=1)
-            allocation = baselines.equal_share(problem)
+            allocation = solve(problem, "equal_share")
             expected = most_by_share(needs, np.ones(len(needs)), problem.bandwidth_hz)
             assert allocation.throughput == len(expected), (corner, rate_model, seed)
 
@@ -149,7 +151,7 @@ def test_proportional_share_follows_the_loads():
         bits = problem.catalogue.layer_bits.sum(axis=1)[needs.argmin(axis=1)]
         load = bits / (users.spectral_efficiency_bps_hz * (users.deadline_s - users.start_s))
         who = most_by_share(needs.min(axis=1), load, problem.bandwidth_hz)
-        allocation = baselines.proportional_share(problem)
+        allocation = solve(problem, "proportional_share")
         assert set(np.flatnonzero(allocation.served)) == set(who)
         share = problem.bandwidth_hz * load[who] / load[who].sum()
         np.testing.assert_allclose(allocation.bandwidth_hz[who], share, rtol=1e-9)
@@ -195,7 +197,7 @@ def test_a_batch_of_drops_is_decided_drop_by_drop():
     spectra = np.float64(problem.bandwidth_hz) * np.array([0.5, 1.0, 2.0])
     with jax.enable_x64(True):
         hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
-        problem = in_float64(problem)
+        problem = to_float64(problem)
 
         def served(spectrum, key):
             drop = dataclasses.replace(problem, bandwidth_hz=spectrum)
@@ -210,5 +212,7 @@ def test_a_batch_of_drops_is_decided_drop_by_drop():
     for drop, spectrum in enumerate(spectra):
         alone = dataclasses.replace(problem, bandwidth_hz=spectrum)
         for name in decide:
-            np.testing.assert_array_equal(batch[name][drop], getattr(baselines, name)(alone).served)
-        np.testing.assert_array_equal(batch["random_order"][drop], baselines.random_order(alone, drop).served)
+            np.testing.assert_array_equal(batch[name][drop], solve(alone, name).served)
+        np.testing.assert_array_equal(
+            batch["random_order"][drop], solve(alone, "random_order", seed=drop).served
+        )

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from slide_strategies import CORNERS, RATE_MODELS, random_problem, with_layers
 
 from slide_jax import provisioning
-from slide_jax.exact import decide, exact, run
+from slide_jax.exact import decide_exact, exact
+from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import convex_hull
 from slide_jax.leftover import LEFT_OVER
 from slide_jax.problem import Labels, Users
@@ -308,7 +310,7 @@ def test_another_problem_of_the_same_shape_compiles_nothing():
 
     def traced(hull, problem, **options):
         traces.append(options)
-        return decide(hull, problem, **options)
+        return decide_exact(hull, problem, **options)
 
     labels = itertools.count()
     for seed in range(10):
@@ -316,11 +318,20 @@ def test_another_problem_of_the_same_shape_compiles_nothing():
             name = f"a{next(labels)}"
             other = Labels((name,) * 3, (name, name), (name,) * 5)
             problem = dataclasses.replace(problem_of(seed), labels=other)
-            run(traced, problem, left_over=left_over)
+            compute_in_float64(traced, problem, left_over=left_over)
             with jax.enable_x64(True):
-                run(traced, problem, left_over=left_over)
-                run(traced, in_single(problem), left_over=left_over)
+                compute_in_float64(traced, problem, left_over=left_over)
+                compute_in_float64(traced, in_single(problem), left_over=left_over)
     assert [options["left_over"] for options in traces] == list(LEFT_OVER)
+
+
+def assert_same_columns(allocation, column):
+    """Compares integers exactly and numbers to 1e-9."""
+    names = (*INTEGERS, "bandwidth_hz", "frequency_hz", "latency_s", "energy_j")
+    expected = {name: getattr(allocation, name) for name in names}
+    found = {name: column(name) for name in names}
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -338,17 +349,14 @@ def test_drops_at_once_are_drops_one_at_a_time(rate_model, left_over):
 
     def one(users, bandwidth_hz):
         problem = dataclasses.replace(drops[0], users=users, bandwidth_hz=bandwidth_hz)
-        return decide(hull, problem, left_over)
+        return decide_exact(hull, problem, left_over)
 
     with jax.enable_x64(True):
         together = jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(users, spectra))
     assert len(set(together.served.sum(axis=1).tolist())) > 1
     for drop, problem in enumerate(drops):
         alone = exact(problem, left_over)
-        for name in INTEGERS:
-            np.testing.assert_array_equal(getattr(together, name)[drop], getattr(alone, name))
-        for name in ("bandwidth_hz", "frequency_hz", "latency_s", "energy_j"):
-            np.testing.assert_allclose(getattr(together, name)[drop], getattr(alone, name), rtol=1e-9)
+        assert_same_columns(alone, lambda name, drop=drop: getattr(together, name)[drop])
 
 
 @pytest.mark.parametrize(
@@ -360,9 +368,6 @@ def test_users_in_overlapping_blocks(users, corner, left_over, monkeypatch):
     whole = exact(problem, left_over)
     monkeypatch.setattr(provisioning, "BLOCK", 4)
     # Another function, so that what was compiled with other blocks is not taken.
-    in_blocks = run(lambda hull, problem: decide(hull, problem, left_over), problem)
+    in_blocks = compute_in_float64(lambda hull, problem: decide_exact(hull, problem, left_over), problem)
     assert 0 < whole.throughput < users
-    for name in INTEGERS:
-        np.testing.assert_array_equal(getattr(in_blocks, name), getattr(whole, name))
-    for name in ("bandwidth_hz", "frequency_hz", "latency_s", "energy_j"):
-        np.testing.assert_allclose(getattr(in_blocks, name), getattr(whole, name), rtol=1e-9)
+    assert_same_columns(whole, lambda name: getattr(in_blocks, name))

@@ -121,6 +121,7 @@ def relaxed_value(weights, needs, spectrum):
         (["a", "b", "c"], "weights"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_weights_that_cannot_be_are_refused(solver, weights, field):
     with pytest.raises(InputError, match=field):
         solver(drawn(users=3), np.array(weights))

@@ -54,7 +54,7 @@ layers_in_whole_numbers = st.integers(1, 7).flatmap(
 
 
 def hull_of(bits, flop):
-    return convex_hull([bits], [flop])
+    return convex_hull(np.array([bits], float), np.array([flop], float))
 
 
 def points(bits, flop):

@@ -3,6 +3,7 @@
 import functools
 from fractions import Fraction
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,8 +114,7 @@ def test_gradients_under_vmap():
     axes = (1, 1, 0, 0, 0)
     one = jax.grad(latency, tuple(range(5)))
     apart_from_each_other = jax.jit(jax.vmap(one, axes, axes))(bits, flop, rate, speed, start)
-    for ours, expected in zip(together, apart_from_each_other, strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-12)
+    chex.assert_trees_all_close(tuple(together), tuple(apart_from_each_other), rtol=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -186,6 +186,7 @@ def test_nobody_served_and_nothing_to_send(left_over):
 
 
 @pytest.mark.parametrize("name", ["minmax", "", None, 3])
+@pytest.mark.usefixtures("unchecked_types")
 def test_an_unknown_policy_is_refused(name):
     with pytest.raises(InputError, match="left_over"):
         exact(problems_of("none", "linear")[0], left_over=name)

@@ -75,7 +75,7 @@ def test_packing_is_the_best_of_all_subsets(entries, spectrum):
         taken = np.array(taken, bool)
         if bandwidth[taken].sum() <= spectrum and len(set(user[taken])) == taken.sum():
             best = max(best, value[taken].sum())
-    packing = pack(value, bandwidth, user, spectrum)
+    packing = pack(value, bandwidth, user.astype(int), spectrum)
     assert value[packing.chosen].sum() == pytest.approx(best)
     assert packing.bound == pytest.approx(best, rel=1e-5)
     assert bandwidth[packing.chosen].sum() <= spectrum * (1 + 1e-12)

@@ -22,8 +22,8 @@ EXTENSIONS = {
     "released_spectrum": lambda problem: released_spectrum(problem).allocation,
     "resource_blocks": lambda problem: resource_blocks(problem, 1e5),
     "streaming_memory": streaming_memory,
-    "weighted": lambda problem: weighted(problem, []).allocation,
-    "weighted_greedy": lambda problem: weighted_greedy(problem, []).allocation,
+    "weighted": lambda problem: weighted(problem, np.zeros(0)).allocation,
+    "weighted_greedy": lambda problem: weighted_greedy(problem, np.zeros(0)).allocation,
 }
 
 

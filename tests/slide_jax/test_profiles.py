@@ -279,6 +279,7 @@ def test_model_of_a_scenario_file():
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.usefixtures("unchecked_types")
 def test_models_survive_json_whatever_the_integers_were(name):
     model = to_model(any_profile(name), np.float32(8), np.int32(4))
     assert json.loads(json.dumps(model)) == model
@@ -287,17 +288,20 @@ def test_models_survive_json_whatever_the_integers_were(name):
     assert sum(layer["flop"] for layer in model["layers"]) == 4 * result.flop
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_narrow_integers_do_not_overflow():
     assert profile("llama3_8b", sequence_length=np.int16(8192)) == profile("llama3_8b", sequence_length=8192)
 
 
 @pytest.mark.parametrize("bits", [0, -8, float("nan"), float("inf"), True, "16", None])
+@pytest.mark.usefixtures("unchecked_types")
 def test_precisions_that_cannot_be_are_refused(bits):
     with pytest.raises(InputError, match=r"^bits_per_parameter=.*must be above 0"):
         to_model(profile("lstm"), bits_per_parameter=bits)
 
 
 @pytest.mark.parametrize("batch", [0, -1, 1.5, float("nan"), True, "2"])
+@pytest.mark.usefixtures("unchecked_types")
 def test_batches_that_cannot_be_are_refused(batch):
     with pytest.raises(InputError, match=r"^batch_size=.*at least 1"):
         to_model(profile("lstm"), batch_size=batch)
@@ -313,6 +317,7 @@ def test_unknown_names_are_refused_with_the_nearest():
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.usefixtures("unchecked_types")
 def test_sizes_that_cannot_be_are_refused(name):
     for size in inspect.signature(PROFILES[name]).parameters:
         if size not in ("accuracy", "task", "experts_kept"):

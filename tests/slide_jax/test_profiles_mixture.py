@@ -63,6 +63,7 @@ def test_a_user_downloads_the_experts_it_keeps(kept):
     assert (full.layers[0], full.layers[-1]) == (part.layers[0], part.layers[-1])
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_one_number_of_experts_holds_for_every_layer():
     one = switch_classifier(**TASK, **MODEL, accuracy=0.5, experts_kept=2)
     per_layer = switch_classifier(**TASK, **MODEL, accuracy=0.5, experts_kept=np.full(3, 2, np.int8))

@@ -28,9 +28,7 @@ def double_precision():
         yield
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def provision(hull, catalogue, users, rate_model):
-    return provisioning.provision(hull, catalogue, users, rate_model)
+provision = jax.jit(provisioning.provision)
 
 
 @functools.partial(jax.jit, static_argnums=5)
@@ -44,7 +42,7 @@ def bandwidth_by(deadline_s, hull, users, model, frequency_hz, rate_model):
 
 
 def need_of(problem):
-    need = provision(hull_of(problem), problem.catalogue, problem.users, problem.rate_model)
+    need = provision(hull_of(problem), problem)
     return jax.tree.map(np.asarray, need)
 
 

@@ -1,8 +1,8 @@
 """Needs of many users and drops: in blocks, under `vmap`, from one program, and their gradients."""
 
 import dataclasses
-import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +20,11 @@ def double_precision():
         yield
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def provision(hull, catalogue, users, rate_model):
-    return provisioning.provision(hull, catalogue, users, rate_model)
+provision = jax.jit(provisioning.provision)
 
 
 def need_of(problem):
-    need = provision(hull_of(problem), problem.catalogue, problem.users, problem.rate_model)
+    need = provision(hull_of(problem), problem)
     return jax.tree.map(np.asarray, need)
 
 
@@ -44,7 +42,7 @@ def test_overlapping_blocks_change_nothing(users, corner, monkeypatch):
     hull, rate_model = hull_of(problem), problem.rate_model
 
     def everything(users):
-        need = provisioning.provision(hull, problem.catalogue, users, rate_model)
+        need = provisioning.provision(hull, dataclasses.replace(problem, users=users))
         chosen = (need.model, need.frequency_hz)
         least = provisioning.bandwidth_by(users.deadline_s * 0.9, hull, users, *chosen, rate_model)
         return need, least, provisioning.outcome(hull, users, *chosen, 1e6 + least, rate_model)
@@ -52,9 +50,8 @@ def test_overlapping_blocks_change_nothing(users, corner, monkeypatch):
     whole = jax.jit(lambda users: everything(users))(problem.users)
     monkeypatch.setattr(provisioning, "BLOCK", 4)
     in_blocks = jax.jit(lambda users: everything(users))(problem.users)
-    for ours, expected in zip(jax.tree.leaves(in_blocks), jax.tree.leaves(whole), strict=True):
-        assert ours.dtype == expected.dtype
-        np.testing.assert_allclose(ours, expected, rtol=1e-15)
+    chex.assert_trees_all_equal_shapes_and_dtypes(in_blocks, whole)
+    chex.assert_trees_all_close(in_blocks, whole, rtol=1e-15)
 
 
 @pytest.mark.parametrize("count", range(10))
@@ -86,12 +83,11 @@ def test_drops_are_mapped():
     problems = list(problems_of("clock limits", "linear", 6))
     users = jax.tree.map(lambda *columns: np.stack(columns), *(problem.users for problem in problems))
     # The drops share a catalogue.
-    hull, catalogue = hull_of(problems[0]), problems[0].catalogue
-    mapped = jax.vmap(lambda users: provision(hull, catalogue, users, "linear"))(users)
+    hull, shared = hull_of(problems[0]), problems[0]
+    mapped = jax.vmap(lambda users: provision(hull, dataclasses.replace(shared, users=users)))(users)
     for drop, problem in enumerate(problems):
-        one = provision(hull, catalogue, problem.users, "linear")
-        for ours, expected in zip(mapped, one, strict=True):
-            np.testing.assert_array_equal(ours[drop], expected)
+        one = provision(hull, dataclasses.replace(shared, users=problem.users))
+        chex.assert_trees_all_equal(jax.tree.map(lambda column, drop=drop: column[drop], mapped), one)
 
 
 @pytest.mark.parametrize("rate_model", RATE_MODELS)
@@ -115,9 +111,8 @@ def test_gradients_agree_with_finite_differences(rate_model):
 
     def needs(scales):
         scaled = {name: columns[name] * scales[name] for name in names}
-        bandwidth = provision(
-            hull, problem.catalogue, dataclasses.replace(users, **scaled), rate_model
-        ).bandwidth_hz
+        changed = dataclasses.replace(problem, users=dataclasses.replace(users, **scaled))
+        bandwidth = provision(hull, changed).bandwidth_hz
         return jnp.where(jnp.isfinite(bandwidth), bandwidth, 0.0)
 
     ones = {name: np.ones(USERS) for name in names}

@@ -152,6 +152,7 @@ def test_sizes_are_counts_times_bits():
         (EMBEDDING_FIRST, True, "uniform_bits=True"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_bad_input_is_refused_by_name(parameters, bits, message):
     with pytest.raises(InputError) as error:
         quantise(make(), parameters, bits)

@@ -13,9 +13,10 @@ from slide_oracles import best_throughput
 from slide_strategies import CORNERS, problems, random_problem
 
 from slide_jax.errors import InputError
-from slide_jax.exact import _jitted, exact, in_float64
+from slide_jax.exact import exact
+from slide_jax.float64 import _jitted, to_float64
 from slide_jax.hull import convex_hull
-from slide_jax.relaxed import TAU, certificate, decide, relax, relaxed, relaxed_from, rounded
+from slide_jax.relaxed import TAU, certificate, decide_relaxed, relax, relaxed, relaxed_from, rounded
 from slide_jax.verification import verify
 
 SPECTRUM_HZ = 1e7
@@ -173,7 +174,7 @@ def test_fractions_themselves_can_be_differentiated():
 @jax.jit
 def solve_batch(hull, problem, spectra):
     def solve(spectrum_hz):
-        answer = decide(hull, dataclasses.replace(problem, bandwidth_hz=spectrum_hz))
+        answer = decide_relaxed(hull, dataclasses.replace(problem, bandwidth_hz=spectrum_hz))
         return answer.model, answer.upper_bound
 
     return jax.vmap(solve)(spectra)
@@ -181,7 +182,7 @@ def solve_batch(hull, problem, spectra):
 
 @pytest.mark.parametrize("corner", CORNERS)
 def test_drops_in_a_batch_are_solved_as_one_by_one_and_without_nan(corner):
-    problem = in_float64(random_problem(np.random.default_rng(0), 5, 3, 4, "linear", corner))
+    problem = to_float64(random_problem(np.random.default_rng(0), 5, 3, 4, "linear", corner))
     hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
     spectra = np.array([0.3, 1.0, 3.0]) * problem.bandwidth_hz
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slide_jax.channel import Cell
-from slide_jax.exact import decide, exact
+from slide_jax.exact import decide_exact, exact
 from slide_jax.hull import convex_hull
 from slide_jax.problem import RATE_MODELS, Catalogue
 from slide_jax.sampling import Setting, sample_problem
@@ -252,7 +252,7 @@ def test_a_drop_is_solved_where_it_is_drawn():
 
     @jax.jit
     def served(key):
-        return decide(hull, sample_problem(key, Setting(users=COUNT), CATALOGUE, COUNT)).model
+        return decide_exact(hull, sample_problem(key, Setting(users=COUNT), CATALOGUE, COUNT)).model
 
     for seed in range(3):
         with jax.enable_x64(True):

@@ -10,7 +10,8 @@ import pytest
 from slide_strategies import CORNERS, random_problem
 
 from slide_jax.errors import InputError
-from slide_jax.exact import exact, in_float64
+from slide_jax.exact import exact
+from slide_jax.float64 import to_float64
 from slide_jax.latency import latency, least_rate
 from slide_jax.rates import linear_bandwidth, linear_rate, shannon_bandwidth, shannon_rate
 from slide_jax.relaxed import relaxed_from
@@ -196,7 +197,7 @@ def test_no_corner_makes_nan(corner):
 
 
 def test_single_precision_callers_get_the_same():
-    problem = in_float64(random_problem(np.random.default_rng(0), 5, 3, 4))
+    problem = to_float64(random_problem(np.random.default_rng(0), 5, 3, 4))
     double = shadow_price(problem)
     with jax.enable_x64(False):
         assert shadow_price(problem) == double

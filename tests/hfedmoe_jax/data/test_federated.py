@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfedmoe_jax.data import from_json, load_federated
+from hfedmoe_jax import data as d
+from hfedmoe_jax.data import from_json, num_rows
 from hfedmoe_jax.data.federated import cut_holdout, split_documents
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.tasks import classification
 
 TOPICS = {
     "animals": "cat dog horse mouse tiger whale heron otter",
@@ -34,6 +36,10 @@ def corpus_file(write_rows):
     return write_rows(topic_rows(24))
 
 
+def load_federated(config):
+    return d.load_federated(config, classification.prepare)
+
+
 def read_back(data, tokens):
     """Returns the text of passages; `bpe` loses nothing."""
     tokenizer = from_json(data.tokenizer_json)
@@ -48,6 +54,8 @@ def error_of(config):
 
 
 def same(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
     if isinstance(one, tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return np.array_equal(one, other)
@@ -105,13 +113,13 @@ def test_the_whole_way(make_config, corpus_file, name, tokenizer):
     assert data.duplicates_removed == 0
     assert data.vocab_size == from_json(data.tokenizer_json).get_vocab_size() <= 300
     for examples in (data.train, data.validation, data.test):
-        assert examples.tokens.dtype == examples.labels.dtype == np.int32
-        assert examples.tokens.shape == (len(examples.labels), 8)
-        assert (examples.tokens[:, 0] == 2).all() and examples.tokens.max() < data.vocab_size
-        assert set(examples.labels.tolist()) == {0, 1, 2}
+        assert examples["tokens"].dtype == examples["labels"].dtype == np.int32
+        assert examples["tokens"].shape == (len(examples["labels"]), 8)
+        assert (examples["tokens"][:, 0] == 2).all() and examples["tokens"].max() < data.vocab_size
+        assert set(examples["labels"].tolist()) == {0, 1, 2}
     assert len(data.client_train) == len(data.client_holdout) == len(data.client_names) == 4
     rows = np.concatenate([*data.client_train, *data.client_holdout])
-    assert sorted(rows.tolist()) == list(range(len(data.train.labels)))
+    assert sorted(rows.tolist()) == list(range(num_rows(data.train)))
     assert all((np.diff(part) > 0).all() for part in data.client_train + data.client_holdout)
 
 
@@ -119,18 +127,18 @@ def test_no_document_is_in_two_places(make_config, corpus_file):
     # Every text starts with a number that is its own within its label.
     config = make_config(train_path=corpus_file, tokenizer="bpe", seq_len=200)
     data = load_federated(config)
-    assert len(data.train.labels) + len(data.validation.labels) + len(data.test.labels) == 72
+    assert num_rows(data.train) + num_rows(data.validation) + num_rows(data.test) == 72
     places = [
-        data.train.tokens[np.sort(np.r_[mine, held])]
+        data.train["tokens"][np.sort(np.r_[mine, held])]
         for mine, held in zip(data.client_train, data.client_holdout, strict=True)
     ]
-    texts = [read_back(data, tokens) for tokens in (*places, data.validation.tokens, data.test.tokens)]
+    texts = [read_back(data, tokens) for tokens in (*places, data.validation["tokens"], data.test["tokens"])]
     everything = [text for place in texts for text in place]
     assert len(everything) == 72
     assert sorted(everything) == sorted(row["text"] for row in topic_rows(24))
     words = {label: set(words.split()) for label, words in TOPICS.items()}
     for examples in (data.train, data.validation, data.test):
-        for text, label in zip(read_back(data, examples.tokens), examples.labels, strict=True):
+        for text, label in zip(read_back(data, examples["tokens"]), examples["labels"], strict=True):
             assert set(text.split()[1:]) <= words[data.label_names[label]]
 
 
@@ -140,10 +148,10 @@ def test_passages_of_a_document_stay_together(make_config, write_rows):
     data = load_federated(
         make_config(train_path=path, tokenizer="bpe", seq_len=12, partition={"name": "iid"})
     )
-    assert len(data.train.labels) > 60
+    assert num_rows(data.train) > 60
     owner = {}
     for place, parts in enumerate(data.client_train + data.client_holdout):
-        for text in read_back(data, data.train.tokens[parts]):
+        for text in read_back(data, data.train["tokens"][parts]):
             for row in rows:
                 if len(text) > 6 and text in row["text"]:
                     assert owner.setdefault(row["text"], place) == place
@@ -165,13 +173,17 @@ def test_equal_configs_give_equal_data(make_config, corpus_file):
 def test_hosts_have_their_own_clients_passages_and_no_others(make_config, corpus_file, hosts):
     data = load_federated(make_config(train_path=corpus_file))
     parts = [data.of_host(host, hosts) for host in range(hosts)]
-    assert sum(len(part.train.labels) for part in parts) == len(data.train.labels)
+    assert sum(num_rows(part.train) for part in parts) == num_rows(data.train)
     for client, (train, held) in enumerate(zip(data.client_train, data.client_holdout, strict=True)):
         for host, part in enumerate(parts):
             mine = host == client % hosts
             for rows, own in ((train, part.client_train[client]), (held, part.client_holdout[client])):
-                np.testing.assert_array_equal(part.train.tokens[own], data.train.tokens[rows if mine else []])
-                np.testing.assert_array_equal(part.train.labels[own], data.train.labels[rows if mine else []])
+                np.testing.assert_array_equal(
+                    part.train["tokens"][own], data.train["tokens"][rows if mine else []]
+                )
+                np.testing.assert_array_equal(
+                    part.train["labels"][own], data.train["labels"][rows if mine else []]
+                )
 
 
 def test_the_seed_moves_partition_and_holdout(make_config, corpus_file):
@@ -184,7 +196,7 @@ def test_the_seed_moves_partition_and_holdout(make_config, corpus_file):
         return [{*mine, *held} for mine, held in zip(data.client_train, data.client_holdout, strict=True)]
 
     one, other = load(0, clients=3), load(1, clients=3)
-    assert np.array_equal(one.train.labels, other.train.labels)
+    assert np.array_equal(one.train["labels"], other.train["labels"])
     assert own(one) != own(other)
     one, other = load(0, clients=1), load(1, clients=1)
     assert own(one) == own(other)
@@ -205,10 +217,10 @@ def test_duplicates_go_and_the_test_set_comes_first(make_config, write_rows):
     data = load_federated(config)
     # rows[0] thrice and rows[13] once are in the test set; rows 1, 2 and 5 come twice.
     assert data.duplicates_removed == 7
-    assert read_back(data, data.test.tokens) == [rows[0]["text"], rows[13]["text"], "unseen"]
-    assert data.test.labels.tolist() == [0, 1, 2]
-    assert len(data.train.labels) + len(data.validation.labels) == 34
-    rest = read_back(data, np.r_[data.train.tokens, data.validation.tokens])
+    assert read_back(data, data.test["tokens"]) == [rows[0]["text"], rows[13]["text"], "unseen"]
+    assert data.test["labels"].tolist() == [0, 1, 2]
+    assert num_rows(data.train) + num_rows(data.validation) == 34
+    rest = read_back(data, np.r_[data.train["tokens"], data.validation["tokens"]])
     assert not {rows[0]["text"], rows[13]["text"]} & set(rest)
 
 
@@ -230,7 +242,7 @@ def test_natural_clients(make_config, write_rows):
     assert data.client_names == ("user0 (+2 more)", "user1 (+1 more)")
     for client, parity in ((0, {0, 2, 4}), (1, {1, 3})):
         rows = np.r_[data.client_train[client], data.client_holdout[client]]
-        numbers = {int(text.split()[0]) % 5 for text in read_back(data, data.train.tokens[rows])}
+        numbers = {int(text.split()[0]) % 5 for text in read_back(data, data.train["tokens"][rows])}
         assert numbers == parity
     assert error_of(make_config(clients=6, **fields)).field == "fl.clients"
     assert load_federated(make_config(clients=11, train_path=path)).client_names[:2] == (
@@ -242,7 +254,7 @@ def test_natural_clients(make_config, write_rows):
 def test_a_client_of_one_document(make_config, write_rows):
     path = write_rows(topic_rows(4))
     data = load_federated(make_config(clients=6, train_path=path, seq_len=200))
-    assert len(data.train.labels) == 6
+    assert num_rows(data.train) == 6
     for mine, held in zip(data.client_train, data.client_holdout, strict=True):
         assert mine.tolist() == held.tolist() and len(mine) == 1
 
@@ -251,9 +263,9 @@ def test_rare_labels_and_empty_texts(make_config, write_rows):
     rows = [*topic_rows(6), {"text": "", "label": "rare"}, {"text": "only one", "label": "unique"}]
     data = load_federated(make_config(train_path=write_rows(rows)))
     assert data.label_names == ("animals", "food", "rare", "sky", "unique")
-    assert set(data.train.labels.tolist()) == set(range(5))
-    assert set(data.test.labels.tolist()) == set(data.validation.labels.tolist()) == {0, 1, 3}
-    assert data.train.tokens[data.train.labels == 2].tolist() == [[2, 0, 0, 0, 0, 0, 0, 0]]
+    assert set(data.train["labels"].tolist()) == set(range(5))
+    assert set(data.test["labels"].tolist()) == set(data.validation["labels"].tolist()) == {0, 1, 3}
+    assert data.train["tokens"][data.train["labels"] == 2].tolist() == [[2, 0, 0, 0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -302,6 +314,6 @@ def test_bbc_news_by_default(make_config):
     data = load_federated(make_config(clients=20, source="bbc_news", vocab_size=8192, seq_len=64))
     assert data.duplicates_removed == 98
     assert data.vocab_size == 8192 and len(data.label_names) == 5
-    assert 10_000 < len(data.train.labels) < 15_000
-    shares = [len(examples.labels) / len(data.train.labels) for examples in (data.validation, data.test)]
+    assert 10_000 < num_rows(data.train) < 15_000
+    shares = [len(examples["labels"]) / num_rows(data.train) for examples in (data.validation, data.test)]
     assert all(0.15 < share < 0.3 for share in shares)

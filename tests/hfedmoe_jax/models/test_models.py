@@ -1,183 +1,170 @@
-"""The whole model: parameter groups, the controls of a client, both dispatches, its cost."""
+"""The Switch encoder as a `MoeModel`: against the dense oracle, under budgets, with parameters frozen."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config, tiny_model, tiny_params
+from dense_switch import Controls, dense_switch
+from tiny import TOKENS, VOCABULARY, tiny_batches, tiny_config, tiny_frozen, tiny_model, tiny_params
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import (
-    build_model,
-    merge_params,
-    model_cost,
-    open_controls,
-    split_params,
-    tree_bytes,
-)
-from hfedmoe_jax.optimizers import build_optimizer, per_expert
+from hfedmoe_jax.experts import open_budget
+from hfedmoe_jax.models import Params, families, merge_params, split_params, tree_bytes
+from hfedmoe_jax.models.family import ModelSizes
+
+LAYERS, EXPERTS = 2, 3
+TOP_2 = {"model__top_k": 2}
 
 
-def jitted(model):
-    """The model with `apply` compiled once a shape."""
-    return model._replace(apply=jax.jit(model.apply, static_argnums=3))
+@functools.cache
+def applied(training=True, **fields):
+    """Returns (params, tokens, forward, multiplier) -> ModelOutput, compiled once; all experts by default."""
+    model, frozen = tiny_model(tiny_config(**fields)), tiny_frozen(**fields)
+
+    @jax.jit
+    def apply(params, tokens, forward=None, multiplier=None, bias=None):
+        budget = open_budget(params.experts, EXPERTS)
+        layers = budget.layers._replace(forward=forward, bias=bias)
+        if multiplier is not None:
+            layers = layers._replace(multiplier=multiplier)
+        return model.apply(params, frozen, {"tokens": tokens}, budget._replace(layers=layers), training)
+
+    return apply
 
 
-@pytest.fixture(scope="module")
-def model():
-    return jitted(tiny_model(tiny_config(model__top_k=2)))
+def assert_like_the_oracle(out, params, tokens, controls, factor, **fields):
+    logits, layers = dense_switch(params, {}, tokens, controls, tiny_config(**fields).model, factor)
+    real = tokens.reshape(-1) != 0
+    chex.assert_trees_all_close(
+        (out.output, out.routing.gates[:, real]), (logits, layers.gates[:, real]), rtol=1e-4, atol=1e-5
+    )
+    found = out.routing.own, out.routing.sent, out.routing.kept
+    chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (found, (layers.own, layers.sent, layers.kept))))
 
 
-@pytest.fixture(scope="module")
-def params():
-    return tiny_params(model__top_k=2)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_outputs_are_those_of_the_dense_oracle(top_k, training):
+    """With few slots in training and more in evaluation; all experts open, and some."""
+    fields = {"model__top_k": top_k, "model__capacity_factor": 0.5, "model__eval_capacity_factor": 1.0}
+    params, tokens = tiny_params(**fields), tiny_batches(1, 4)["tokens"]
+    ones = jnp.ones((LAYERS, EXPERTS))
+    for forward in (ones > 0, jnp.array([[True, False, True], [False, False, True]])):
+        out = applied(training, **fields)(params, tokens, forward, ones * 0.7)
+        controls = Controls(forward, ones > 0, ones * 0.7)
+        factor = 0.5 if training else 1.0
+        assert_like_the_oracle(out, params, tokens, controls, factor, **fields)
+        assert not training or np.sum(out.routing.kept) < np.sum(out.routing.sent)
+        slots = max(1, int(np.ceil(factor * tokens.size * top_k / EXPERTS)))
+        np.testing.assert_array_equal(out.routing.slots, slots * np.sum(forward, axis=1))
 
 
-def test_groups_have_the_promised_axes_and_merge_back(model, params):
-    layers, experts = model.num_layers, model.num_experts
-    assert all(leaf.shape[:2] == (layers, experts) for leaf in jax.tree.leaves(params.experts))
-    assert [leaf.shape for leaf in jax.tree.leaves(params.router)] == [(layers, 8, experts)]
-    merged = merge_params(params)
-    again = split_params(merged)
-    jax.tree.map(np.testing.assert_array_equal, again, params)
+def test_a_module_runs_its_own_experts_without_a_budget():
+    config, params = tiny_config(), tiny_params()
+    tokens = tiny_batches(1, 4)["tokens"]
+    module = families["switch"](config.model, ModelSizes(3, VOCABULARY, TOKENS))
+    variables = merge_params({"experts": params.experts}, params.router, params.shared)
+    own = jax.jit(module.apply)({"params": variables}, {"tokens": tokens})
+    chex.assert_trees_all_close(own, applied()(params, tokens), rtol=1e-6)
+
+
+def test_padding_does_not_reach_the_logits():
+    tokens = np.random.default_rng(2).integers(1, VOCABULARY, (3, 5)).astype(np.int32)
+    padded = np.pad(tokens, [(0, 0), (0, TOKENS - 5)])
+    params, apply = tiny_params(**TOP_2), applied(**TOP_2)
+    short, long = apply(params, tokens), apply(params, padded)
+    np.testing.assert_allclose(long.output, short.output, rtol=1e-4, atol=1e-5)
+    assert not np.asarray(long.routing.own)[:, (padded == 0).reshape(-1)].any()
+    np.testing.assert_array_equal(long.routing.sent, short.routing.sent)
+
+
+def test_closed_experts_serve_no_token():
+    params, tokens = tiny_params(**TOP_2), tiny_batches(5, 4)["tokens"]
+    forward = jnp.array([[True, False, False], [False, False, False]])
+    out = applied(**TOP_2)(params, tokens, forward)
+    np.testing.assert_array_equal(np.asarray(out.routing.sent) > 0, forward)
+    assert np.all(np.isfinite(out.output))
+    # Weights of closed experts do not matter at all.
+    poisoned = jax.tree.map(lambda w: jnp.where(forward[..., None, None], w, jnp.nan), params.experts)
+    again = applied(**TOP_2)(params._replace(experts=poisoned), tokens, forward)
+    np.testing.assert_array_equal(out.output, again.output)
+
+
+def test_multiplier_zero_removes_an_expert():
+    fields = {"model__top_k": 3}  # every token uses every expert
+    params, tokens = tiny_params(**fields), tiny_batches(6, 2)["tokens"]
+    multiplier = jnp.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    without = applied(**fields)(params, tokens, None, multiplier)
+    zeroed = params._replace(experts=jax.tree.map(lambda w: w * multiplier[..., None, None], params.experts))
+    expected = applied(**fields)(zeroed, tokens)
+    np.testing.assert_allclose(without.output, expected.output, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_moves_tokens_between_experts():
+    params, tokens = tiny_params(), tiny_batches(7, 4)["tokens"]
+    out = applied()(params, tokens, bias=jnp.array([[0.0, 100.0, 0.0], [0.0, 0.0, 100.0]]))
+    real = np.count_nonzero(tokens)
+    np.testing.assert_array_equal(out.routing.sent, [[0, real, 0], [0, 0, real]])
+
+
+def test_groups_have_the_promised_axes_and_merge_back():
+    params = tiny_params(**TOP_2)
+    chex.assert_tree_shape_prefix(params.experts, (LAYERS, EXPERTS))
+    assert [leaf.shape for leaf in jax.tree.leaves(params.router)] == [(LAYERS, 8, EXPERTS)]
+    merged = merge_params({"experts": params.experts}, params.router, params.shared)
+    again, frozen = split_params(merged)
+    chex.assert_trees_all_equal(again, params)
+    assert not frozen
     assert tree_bytes(merged) == sum(tree_bytes(group) for group in params)
 
 
-def test_both_dispatches_give_the_same_model(params):
-    tokens, _ = tiny_batches(1, 4)
-    outputs = []
-    for dispatch in ("dense", "capacity"):
-        config = tiny_config(model__top_k=2)
-        model = jitted(build_model(config.model, CLASSES, VOCABULARY, TOKENS, dispatch))
-        outputs.append(model.apply(params, tokens, open_controls(2, 3), True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *outputs)
+FROZEN = [
+    ("embed", {("embed",)}),
+    ("head/norm/scale$", {("head", "norm", "scale")}),
+    ("^(position|blocks/router)", {("position",), ("blocks", "router", "kernel")}),
+]
 
 
-def test_padding_does_not_reach_the_logits(model, params):
-    tokens = np.random.default_rng(2).integers(1, VOCABULARY, (3, 5)).astype(np.int32)
-    padded = np.pad(tokens, [(0, 0), (0, TOKENS - 5)])
-    controls = open_controls(model.num_layers, model.num_experts)
-    short, _ = model.apply(params, tokens, controls, True)
-    long, routing = model.apply(params, padded, controls, True)
-    np.testing.assert_allclose(long, short, rtol=1e-4, atol=1e-5)
-    assert not np.asarray(routing.chosen)[:, (padded == 0).reshape(-1)].any()
+@pytest.mark.parametrize(("pattern", "paths"), FROZEN)
+def test_parameters_are_frozen_by_their_paths(pattern, paths):
+    params, everything = tiny_params(), tiny_params()
+    merged = merge_params({"experts": params.experts}, params.router, params.shared)
+    params, frozen = split_params(merged, pattern)
+    names = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen)}
+    assert names == paths
+    again = Params(params.experts, *merge_both(params, frozen))
+    chex.assert_trees_all_equal(again, everything)
 
 
-def test_unselected_experts_get_exactly_zero_gradient_and_routers_do_not(model, params):
-    tokens, labels = tiny_batches(3, 4)
-    backward = jnp.array([[True, False, False], [False, True, False]])
-    controls = open_controls(2, 3)._replace(backward=backward)
-
-    def loss(params, controls):
-        logits, _ = model.apply(params, tokens, controls, True)
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-    gradient = jax.jit(jax.grad(loss))(params, controls)
-    for leaf in jax.tree.leaves(gradient.experts):
-        np.testing.assert_array_equal(np.asarray(leaf)[~np.asarray(backward)], 0)
-        assert np.all(np.any(np.asarray(leaf)[np.asarray(backward)] != 0, axis=(-1, -2)))
-    assert np.all(np.any(np.asarray(jax.tree.leaves(gradient.router)[0]) != 0, axis=1))
-    # Forward is untouched by `backward`.
-    assert loss(params, controls) == loss(params, open_controls(2, 3))
+def merge_both(params, frozen):
+    """Returns routers and shared parameters with the frozen ones back among them."""
+    merged = merge_params(params.router, params.shared, frozen)
+    again, _ = split_params({"experts": (), **merged})
+    return again.router, again.shared
 
 
-def test_a_constant_expert_has_the_gradient_of_a_constant(model, params):
-    """Closing an expert's backward equals freezing its output at the value it has."""
-    tokens, _ = tiny_batches(4, 2)
-    closed = open_controls(2, 3)._replace(backward=jnp.zeros((2, 3), bool))
-
-    def logits_sum(shared, controls):
-        return jnp.sum(model.apply(params._replace(shared=shared), tokens, controls, True)[0])
-
-    gradient = jax.jit(jax.grad(logits_sum))
-    direct, full = gradient(params.shared, closed), gradient(params.shared, open_controls(2, 3))
-    difference = [
-        float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (direct, full)), strict=True)
-    ]
-    assert max(difference) > 1e-4  # the path through the experts is gone
-    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(direct["head"]))  # the others are not
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [("(", "regular expression"), ("experts", "no parameter's path"), ("Embed", "such as")],
+)
+def test_patterns_that_freeze_nothing_are_refused(pattern, problem):
+    with pytest.raises(InputError, match=rf"model\.frozen=.*{problem}"):
+        tiny_model(tiny_config(model__frozen=pattern))
 
 
-def test_closed_experts_serve_no_token(model, params):
-    tokens, _ = tiny_batches(5, 4)
-    forward = jnp.array([[True, False, False], [False, False, False]])
-    logits, routing = model.apply(params, tokens, open_controls(2, 3)._replace(forward=forward), True)
-    served = np.asarray(routing.chosen).any(axis=1)
-    np.testing.assert_array_equal(served, forward)
-    assert np.all(np.isfinite(logits))
-    # Weights of closed experts do not matter at all.
-    poisoned = params._replace(
-        experts=jax.tree.map(
-            lambda w: jnp.where(forward[..., None, None], w, jnp.float32(1e6)), params.experts
-        )
-    )
-    again, _ = model.apply(poisoned, tokens, open_controls(2, 3)._replace(forward=forward), True)
-    np.testing.assert_array_equal(logits, again)
-
-
-def test_multiplier_zero_removes_an_expert(params):
-    model = jitted(tiny_model(tiny_config(model__top_k=3)))  # every token uses every expert
-    tokens, _ = tiny_batches(6, 2)
-    multiplier = jnp.array([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
-    without, _ = model.apply(params, tokens, open_controls(2, 3)._replace(multiplier=multiplier), True)
-    zeroed = params._replace(experts=jax.tree.map(lambda w: w * multiplier[..., None, None], params.experts))
-    expected, _ = model.apply(zeroed, tokens, open_controls(2, 3), True)
-    np.testing.assert_allclose(without, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_cost_counts_the_real_arrays():
-    config = tiny_config(model__width=32, model__hidden=64, model__num_heads=4)
-    model = tiny_model(config)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(per_expert(build_optimizer(config.client, "adam", "client")).init, params)
-    cost = model_cost(config.model, params, state, batch_size=4, seq_len=TOKENS)
-    expert_numbers = 2 * 32 * 64
-    assert cost.expert_parameter_bytes == 4 * expert_numbers
-    assert cost.num_experts * cost.expert_parameter_bytes + cost.shared_parameter_bytes == tree_bytes(params)
-    slots = 4 * TOKENS  # capacity factor 3 with 3 experts
-    adam_bytes = 4 * (2 * expert_numbers + 1)  # two moments and a step count
-    assert cost.expert_training_bytes == 4 * expert_numbers + adam_bytes + 4 * slots * (32 + 2 * 64)
-
-
-def test_activations_follow_precision_and_remat():
-    """[N, D] is 32 x 16, the attention maps are 2 x 4 x 2 x 8 x 8, an expert has 32 slots."""
-    sizes = dict(model__width=16, model__hidden=64, model__num_layers=3)
-
-    def activations(**fields):
-        config = tiny_config(**sizes, **fields)
-        params = jax.eval_shape(tiny_model(config).init, jax.random.key(0))
-        state = jax.eval_shape(per_expert(build_optimizer(config.client, "sgd", "client")).init, params)
-        cost = model_cost(config.model, params, state, batch_size=4, seq_len=TOKENS)
-        held = 2 * cost.shared_parameter_bytes + tree_bytes(state.rest)
-        expert = cost.expert_parameter_bytes + tree_bytes(state.experts) // cost.num_experts
-        return cost.shared_training_bytes - held, cost.expert_training_bytes - expert
-
-    layer, expert = 9 * 32 * 16 + 2 * 4 * 2 * 8 * 8, 32 * (16 + 2 * 64)
-    assert activations() == (4 * 3 * layer, 4 * expert)
-    assert activations(model__precision="bfloat16") == (2 * 3 * layer, 2 * expert)
-    assert activations(model__remat=True) == (4 * (3 * 3 * 32 * 16 + layer), 4 * 32 * 16)
-
-
-def test_activation_estimate_is_near_what_autodiff_stores():
-    config = tiny_config(model__width=64, model__hidden=128, model__num_heads=4, model__capacity_factor=1.0)
-    config.data.seq_len = 32
-    model = build_model(config.model, CLASSES, VOCABULARY, 32)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(per_expert(build_optimizer(config.client, "sgd", "client")).init, params)
-    cost = model_cost(config.model, params, state, batch_size=16, seq_len=32)
-    tokens = jax.ShapeDtypeStruct((16, 32), jnp.int32)
-    controls = open_controls(model.num_layers, model.num_experts)
-
-    def residuals(params, tokens):
-        return jax.vjp(lambda p: model.apply(p, tokens, controls, True)[0], params)[1]
-
-    stored = tree_bytes(jax.eval_shape(residuals, params, tokens)) - tree_bytes(params)
-    activations = (
-        cost.shared_training_bytes - 2 * cost.shared_parameter_bytes
-        + cost.num_experts * (cost.expert_training_bytes - cost.expert_parameter_bytes)
-    )  # fmt: skip
-    assert 0.5 < activations / stored < 2
+def test_clients_may_hold_rows_of_a_table_that_is_trained():
+    """The same outputs with the rows of the batch's tokens alone; a frozen table is whole on the device."""
+    params, tokens = tiny_params(), tiny_batches(8, 4)["tokens"]
+    model = tiny_model(tiny_config())
+    assert model.table == "embed" and tiny_model(tiny_config(model__frozen="embed")).table is None
+    used, index = np.unique(tokens, return_inverse=True)
+    assert used[0] == 0  # padding stays padding
+    rows = params._replace(shared=params.shared | {"embed": params.shared["embed"][used]})
+    compact = applied()(rows, index.reshape(tokens.shape).astype(np.int32))
+    np.testing.assert_array_equal(compact.output, applied()(params, tokens).output)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +175,7 @@ def test_activation_estimate_is_near_what_autodiff_stores():
         ("precision", "bfloat", "did you mean 'bfloat16'"),
         ("num_layers", 0, "positive"),
         ("capacity_factor", 0.0, "e.g."),
+        ("family", "swich", "did you mean 'switch'"),
     ],
 )
 def test_impossible_models_are_refused(field, value, remedy):

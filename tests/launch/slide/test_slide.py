@@ -15,7 +15,7 @@ import tiny_run
 from launch.main import main, read_command
 from launch.run.writers import read_metrics
 from launch.slide import experiment
-from launch.slide.sweeps import COLUMNS
+from launch.slide.sweeps import columns
 from slide_jax.baselines import download_then_infer
 from slide_jax.errors import InputError
 from slide_jax.scenario import read_allocation, read_scenario
@@ -132,7 +132,7 @@ def test_the_gain_over_dai_is_that_of_the_same_users_at_the_same_spectrum(finish
 
 def test_metrics_have_a_row_a_point(finished):
     rows = read_metrics(finished.workdir / "metrics.csv")
-    assert [tuple(row) for row in rows] == [("point", *COLUMNS)] * 6
+    assert [tuple(row) for row in rows] == [("point", *columns())] * 6
     assert [row["point"] for row in rows] == list(range(1, 7))
     # The plain setting, which is a point of three sweeps, stands there once.
     plain, bandwidth, *rho, users = rows
@@ -264,7 +264,7 @@ def test_left_over_spectrum_is_handed_out(tmp_path):
 
 
 def test_slow_solvers_are_left_out_of_all_but_not_when_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "MOST_USERS", {"milp": 7})
+    monkeypatch.setitem(SOLVERS, "milp", SOLVERS["milp"]._replace(max_users=7))
     config, *_ = read_command(slide_run.arguments(tmp_path))
     problem = sample_drop(config)
     found = {solution.solver: solution for solution in experiment.solve_all(config, problem)}

@@ -7,7 +7,8 @@ from PIL import Image
 from launch.run import figures
 from launch.slide.figures import write_figures
 from launch.slide.sweeps import Study, UserTimeline
-from slide_jax.experiment import METHODS, Latencies
+from slide_jax.experiment import Latencies
+from slide_jax.solvers import sweep_solvers
 
 NAMES = (
     "timeline",
@@ -37,8 +38,8 @@ def make_study(points=4, drops=20, known=True) -> Study:
         row = {"bandwidth_hz": 1e8, "patience": 1.0, "users": 9, "rho": 0.6 if known else np.nan}
         row |= {"latency_saved": 0.3, "latency_saved_ci95": 0.01} if known else {"latency_saved": np.nan}
         row |= {"users_gained": 0.4, "users_gained_ci95": 0.02} if known else {"users_gained": np.nan}
-        for method in METHODS:
-            row |= {f"served_{method}": 5.0 * known, f"served_{method}_ci95": 0.1 if known else np.nan}
+        for solver in sweep_solvers():
+            row |= {f"served_{solver}": 5.0 * known, f"served_{solver}_ci95": 0.1 if known else np.nan}
         return [row | {name: value} for value in values]
 
     sweeps = {
@@ -47,7 +48,7 @@ def make_study(points=4, drops=20, known=True) -> Study:
         "users": rows("users", np.arange(1, points + 1)),
         "rho": rows("rho", np.geomspace(0.1, 3, points) if known else np.full(points, np.nan)),
     }
-    served = {method: random.integers(2, 6, drops) * known for method in METHODS}
+    served = {solver: random.integers(2, 6, drops) * known for solver in sweep_solvers()}
     served["exact"] = np.full(drops, 6 * known)
     dai_s = random.uniform(2, 8, (drops, 9)) if known else np.full((drops, 9), np.nan)
     return Study(sweeps, served, Latencies(dai_s, 0.6 * dai_s, 0.7 * np.ones_like(dai_s)))

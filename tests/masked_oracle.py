@@ -9,13 +9,15 @@ Axes: S steps, L layers, N tokens, E experts.
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tiny import CLASSES, TOKENS, VOCABULARY, tiny_config
+from dense_switch import Controls, dense_switch
+from tiny import tiny_config, tiny_frozen
 
-from hfedmoe_jax.models import Params, build_model, load_balancing_loss, open_controls, own_choice
+from hfedmoe_jax.models import Params, load_balancing_loss
 from hfedmoe_jax.optimizers import build_optimizer, per_expert
 from hfedmoe_jax.scores import (
     information_bottleneck_score,
@@ -32,7 +34,7 @@ class Look(NamedTuple):
 
     Attributes:
       gates, own: [L, N, E].
-      served: bool [L, E], experts that had room for a token.
+      sent, kept: int [L, E], tokens sent to each expert, and those it had room for.
       gradient: of all parameters.
       by_multiplier: [L, E].
     """
@@ -41,41 +43,38 @@ class Look(NamedTuple):
     cross_entropy: jax.Array
     gates: jax.Array
     own: jax.Array
-    served: jax.Array
+    sent: jax.Array
+    kept: jax.Array
     gradient: Params
     by_multiplier: jax.Array
 
 
 @functools.cache
-def make_look(dispatch: str = "capacity", **fields):
-    """Returns `look(params, tokens, labels, forward, backward, anchor, mu) -> Look`, compiled once.
+def make_look(**fields):
+    """Returns `look(params, frozen, batch, forward, backward, anchor, mu) -> Look`, compiled once.
 
     Args:
-      dispatch: how `apply` runs the experts.
       fields: of `tiny_config`.
     """
-    config = tiny_config(**fields)
-    model = build_model(config.model, CLASSES, VOCABULARY, TOKENS, dispatch)
+    config = tiny_config(**fields).model
 
-    def objective(params, multiplier, tokens, labels, forward, backward, anchor, mu):
-        controls = open_controls(model.num_layers, model.num_experts)
-        controls = controls._replace(forward=forward, backward=backward, multiplier=multiplier)
-        logits, routing = model.apply(params, tokens, controls, True)
-        mask = tokens.reshape(-1) != 0
-        own = own_choice(routing.gates, mask, model.top_k)
-        cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-        balance = config.model.load_balance * load_balancing_loss(routing.gates, own, mask)
-        away = sum(
-            jnp.sum((x - y) ** 2) for x, y in zip(*map(jax.tree.leaves, (params, anchor)), strict=True)
+    def objective(params, multiplier, frozen, batch, forward, backward, anchor, mu):
+        controls = Controls(forward, backward, multiplier)
+        logits, layers = dense_switch(
+            params, frozen, batch["tokens"], controls, config, config.capacity_factor
         )
-        loss = cross_entropy + balance
-        return loss + mu / 2 * away, (loss, cross_entropy, routing.gates, own, jnp.any(routing.kept, axis=1))
+        mask = batch["tokens"].reshape(-1) != 0
+        cross_entropy = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]))
+        balance = jnp.mean(load_balancing_loss(layers.gates, layers.own, mask))
+        loss = cross_entropy + config.load_balance * balance
+        away = optax.tree.norm(optax.tree.sub(params, anchor), squared=True)
+        return loss + mu / 2 * away, (loss, cross_entropy, *layers[1:])
 
     @jax.jit
-    def look(params, tokens, labels, forward, backward, anchor, mu):
-        multiplier = jnp.ones((model.num_layers, model.num_experts))
+    def look(params, frozen, batch, forward, backward, anchor, mu):
+        multiplier = jnp.ones((config.num_layers, config.num_experts))
         (_, told), gradients = jax.value_and_grad(objective, (0, 1), has_aux=True)(
-            params, multiplier, tokens, labels, forward, backward, anchor, mu
+            params, multiplier, frozen, batch, forward, backward, anchor, mu
         )
         return Look(*told, *gradients)
 
@@ -124,20 +123,13 @@ def score_of(name: str, config, seen: Look, units, contribution) -> np.ndarray:
 
 
 def local_round(
-    start: Params,
-    tokens,
-    labels,
-    budget: int,
-    score: str | None,
-    mu: float = 0.0,
-    dispatch="capacity",
-    **fields: Any,
+    start: Params, batches: dict, budget: int, score: str | None, mu: float = 0.0, **fields: Any
 ) -> Round:
-    """Trains one client; the arguments are those of `make_client` and `tiny_config`."""
+    """Trains one client on batches [S, B, ...]; the rest as for `make_client` and `tiny_config`."""
     config = tiny_config(**fields)
     model_fields = {name: value for name, value in fields.items() if name.startswith("model__")}
     client_fields = {name: value for name, value in fields.items() if name.startswith("client__")}
-    look = make_look(dispatch, **model_fields)
+    look, frozen = make_look(**model_fields), tiny_frozen(**model_fields)
     init, update = make_update(config.client.optimizer, **client_fields)
     refresh, active = config.importance.refresh, config.fl.forward == "active" and score is not None
     reads_contribution = score == "information_bottleneck" and config.importance.estimate == "gradient"
@@ -147,8 +139,9 @@ def local_round(
     known = past = eligible = None
 
     def looked(step, forward, backward):
-        seen = look(params, tokens[step], labels[step], forward, backward, start, mu)
-        return seen, units_of(seen.gates, seen.own, tokens[step] != 0, config.importance.unit)
+        batch = jax.tree.map(lambda x: x[step], batches)
+        seen = look(params, frozen, batch, forward, backward, start, mu)
+        return seen, units_of(seen.gates, seen.own, batch["tokens"] != 0, config.importance.unit)
 
     def scored(seen, units, contribution):
         return score_of(score, config, seen, units, contribution)
@@ -161,7 +154,7 @@ def local_round(
         past = np.asarray(routing_importance(units.gates, units.mask, config.importance.lam))
         known, eligible = scored(seen, units, past), asked(seen)
     rounds = []
-    for step in range(len(tokens)):
+    for step in range(len(batches["tokens"])):
         selected = everything
         if score and not active:
             seen, units = looked(step, everything, everything)
@@ -174,7 +167,7 @@ def local_round(
             selected = np.asarray(select(known, eligible, budget))
         ran = selected if active else everything
         seen, units = looked(step, ran, selected)
-        trained = selected & np.asarray(seen.served)
+        trained = selected & (np.asarray(seen.kept) > 0)
         params, state = update(seen.gradient, state, params, trained)
         rounds.append((trained, np.asarray(seen.cross_entropy), np.asarray(seen.gates), np.asarray(seen.own)))
         if not score:
@@ -215,3 +208,12 @@ def whole(update, start: Params) -> Params:
 def bits(tree: Any) -> list[bytes]:
     """Returns the bytes of every array of a tree."""
     return [np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def assert_near(one: Any, other: Any, share: float = 1e-5) -> None:
+    """Fails unless no two numbers differ by more than a share of the largest of their array (or of 0.01)."""
+    scale = jax.tree.map(lambda x: max(float(np.max(np.abs(x))), 0.01), other)
+    one, other = (
+        jax.tree.map(lambda x, s: np.asarray(x, np.float64) / s, tree, scale) for tree in (one, other)
+    )
+    chex.assert_trees_all_close(one, other, rtol=0, atol=share)

@@ -1,0 +1,74 @@
+"""Routing against loops over tokens."""
+
+import jax
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hfedmoe_jax.experts import LayerBudget
+from hfedmoe_jax.models import routing
+from hfedmoe_jax.models.routing import load_balancing_loss, own_choice
+
+assign = jax.jit(routing.assign, static_argnums=3)
+
+
+def budget_of(forward, bias=None):
+    return LayerBudget(np.int32(0), np.ones(len(forward), np.float32), forward, bias)
+
+
+@st.composite
+def layers(draw):
+    """Draws (router logits [N, E], forward [E], token mask [N], k)."""
+    tokens, experts = draw(st.sampled_from([(1, 1), (9, 3), (12, 5)]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    logits = rng.standard_normal((tokens, experts)).astype(np.float32)
+    forward = rng.random(experts) < 0.6
+    token_mask = rng.random(tokens) < 0.8
+    return logits, forward, token_mask, draw(st.integers(1, min(2, experts)))
+
+
+@given(layers(), st.booleans())
+def test_tokens_go_to_their_best_open_experts(layer, biased):
+    logits, forward, token_mask, k = layer
+    bias = np.linspace(-1, 2, len(forward), dtype=np.float32) if biased else None
+    gates, assignment = assign(logits, budget_of(forward, bias), token_mask, k)
+    logits = logits if bias is None else logits + bias
+    exact = np.exp(logits.astype(np.float64))
+    np.testing.assert_allclose(gates, exact / exact.sum(-1, keepdims=True), rtol=1e-5)
+    for token in range(len(logits)):
+        ranked = sorted(np.flatnonzero(forward), key=lambda e: -logits[token, e])[:k]
+        served = {
+            int(e): float(w)
+            for e, w in zip(assignment.expert[token], assignment.weight[token], strict=True)
+            if w > 0
+        }
+        if not token_mask[token]:
+            assert served == {}
+            continue
+        assert set(served) == {int(e) for e in ranked}
+        open_total = exact[token][forward].sum()
+        for expert, weight in served.items():
+            np.testing.assert_allclose(weight, exact[token, expert] / open_total, rtol=1e-5)
+
+
+@given(layers())
+def test_open_experts_leave_the_routing_of_the_paper(layer):
+    logits, forward, token_mask, k = layer
+    gates, assignment = assign(logits, budget_of(np.ones_like(forward)), token_mask, k)
+    taken = np.take_along_axis(np.asarray(gates), np.asarray(assignment.expert), axis=1)
+    np.testing.assert_array_equal(assignment.weight, np.where(token_mask[:, None], taken, 0))
+    chosen = np.asarray(own_choice(gates, token_mask, k))
+    assert set(chosen.sum(-1)[token_mask].tolist()) <= {k}
+    assert not chosen[~token_mask].any()
+    unasked = budget_of(forward)._replace(forward=None)
+    jax.tree.map(np.testing.assert_array_equal, (gates, assignment), assign(logits, unasked, token_mask, k))
+
+
+def test_load_balancing_is_one_when_even_and_the_number_of_experts_when_not():
+    even = np.full((1, 4, 4), 0.25, np.float32)
+    chosen = np.eye(4, dtype=bool)[None]
+    mask = np.ones(4, bool)
+    np.testing.assert_allclose(load_balancing_loss(even, chosen, mask), 1.0, rtol=1e-6)
+    one = np.zeros((1, 4, 4), np.float32)
+    one[..., 0] = 1
+    np.testing.assert_allclose(load_balancing_loss(one, one > 0, mask), 4.0, rtol=1e-6)
