@@ -3,6 +3,7 @@
 Axes: S local steps, B batch, T tokens, L MoE layers, E experts, H experts of a layer on this device.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -315,7 +316,7 @@ def gradient_norms(
         return put(norms, expert, optax.tree.norm(gradient), reached)
 
     rules = rules._replace(reread=lambda norms, bank, row, expert: rules.read(bank, expert), write=write)
-    budget = budget._replace(experts=budget.experts.replace(rules=rules))
+    budget = budget._replace(experts=dataclasses.replace(budget.experts, rules=rules))
     zeros = jnp.zeros(num_experts)
     (_, _, permit), pull, _ = jax.vjp(lambda tape: objective(tape, batch, budget), zeros, has_aux=True)
     (norms,) = pull((jnp.float32(1), zeros, jnp.zeros_like(permit)))

@@ -3,6 +3,7 @@
 Axes: B batch, T tokens, L layers, E experts, D model.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -68,7 +69,9 @@ def model_cost(
         rules = budget.experts.rules._replace(keep=keep)
         # All of them, as a selection: loops over experts then have a length that only the data know.
         every = jnp.ones((model.num_layers, model.num_experts), bool)
-        budget = Budget(budget.experts.replace(rules=rules), budget.layers._replace(forward=every))
+        budget = Budget(
+            dataclasses.replace(budget.experts, rules=rules), budget.layers._replace(forward=every)
+        )
         out = model.apply(rest, frozen, batch, budget, True)
         return task.loss(out.output, batch)[0] + jnp.mean(out.routing.balance)
 
@@ -103,7 +106,8 @@ def residual_bytes(pullback_of: Any, *arguments: Any) -> int:
     jaxpr = jax.make_jaxpr(lambda *args: jax.tree.leaves(pullback_of(*args)))(*arguments).jaxpr
     inputs = jaxpr.invars[-len(jax.tree.leaves(arguments[-1])) :]
     residuals = {jaxpr.outvars[i] for i in computed_from(jaxpr, inputs)}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in residuals)
+    avals: list[Any] = [v.aval for v in residuals]
+    return sum(aval.size * aval.dtype.itemsize for aval in avals)
 
 
 def product_flop(function: Any, *arguments: Any) -> float:

@@ -33,9 +33,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.extend.core import Literal
 from jaxtyping import Array, Bool, Float, Int
 
@@ -67,7 +67,7 @@ class Rules(NamedTuple):
     place: Place = ALONE
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Experts:
     """What every layer is given alike.
 
@@ -79,7 +79,7 @@ class Experts:
 
     bank: Any
     context: Any
-    rules: Rules = flax.struct.field(pytree_node=False)
+    rules: Rules = struct.field(pytree_node=False)
 
 
 class LayerBudget(NamedTuple):

@@ -34,11 +34,11 @@ class Place(NamedTuple):
 ALONE = Place()
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, experts: int = 1) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None, experts: int = 1) -> Mesh:
     """Returns a mesh with the axes `clients` and `experts`.
 
     Args:
-      devices: default all of all processes.
+      devices: JAX devices, default all of all processes.
       experts: over how many devices the experts of one client's model are spread.
 
     Raises:

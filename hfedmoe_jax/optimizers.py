@@ -4,7 +4,8 @@ The server's, for the experts of its round; a client's are rows of its `ExpertBa
 Axes: L MoE layers, E experts.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ class PerExpertState(NamedTuple):
 class PerExpertOptimizer(NamedTuple):
     """`init(params) -> state` and `update(gradients, state, params, trained) -> (params, state)`."""
 
-    init: callable
-    update: callable
+    init: Callable[..., Any]
+    update: Callable[..., Any]
 
 
 def per_expert(optimizer: optax.GradientTransformation) -> PerExpertOptimizer:
@@ -56,10 +57,10 @@ def per_expert(optimizer: optax.GradientTransformation) -> PerExpertOptimizer:
 
         experts = jax.tree.map(keep_untrained, optax.apply_updates(params.experts, updates), params.experts)
         expert_state = jax.tree.map(keep_untrained, stepped, state.experts)
-        rest = (params.router, params.shared)
+        rest: Any = (params.router, params.shared)
         updates, rest_state = optimizer.update((gradients.router, gradients.shared), state.rest, rest)
-        router, shared = optax.apply_updates(rest, updates)
-        return Params(experts, router, shared), PerExpertState(expert_state, rest_state)
+        rest = optax.apply_updates(rest, updates)
+        return Params(experts, *rest), PerExpertState(expert_state, rest_state)
 
     return PerExpertOptimizer(init, update)
 

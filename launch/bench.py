@@ -120,7 +120,7 @@ def run_suite(name: str, workdir: pathlib.Path, repeats: int, options: dict[str,
     if SUITES[name].devices:
         configure_devices(SUITES[name].devices)
     suite = importlib.import_module(SUITES[name].module)
-    record = {"suite": name, "command": command, "date": datetime.date.today().isoformat()}
+    record: dict[str, Any] = {"suite": name, "command": command, "date": datetime.date.today().isoformat()}
     record |= {"repeats": repeats, "versions": versions(), "tables": []}
     print(f"{name}, {record['date']}: medians of {repeats} repeats; ", end="")
     print(", ".join(map(" ".join, record["versions"].items())))

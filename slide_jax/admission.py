@@ -9,8 +9,7 @@ bandwidth: of users whose bandwidths spread from 1e-300 to 1e6 Hz it admits none
 
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 TOLERANCE = 1e-12
 """Relative tolerance of the spectrum constraint, so that an exact fit is not lost to rounding."""

@@ -1,8 +1,7 @@
 """Builds the `Allocation` once it is decided which users are served, and with which bandwidths."""
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Bool, Float
+from jaxtyping import ArrayLike, Bool, Float
 
 from slide_jax.admission import TOLERANCE
 from slide_jax.float64 import compute_in_float64

@@ -10,8 +10,7 @@ Signal Processing 13 (1996), the usual one of mobile edge computing; static powe
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from slide_jax.roots import root_tangent
 

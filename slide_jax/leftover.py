@@ -1,8 +1,7 @@
 """Shares out the spectrum that is left once everyone who is served has the least bandwidth that it needs."""
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from slide_jax.hull import Hull
 from slide_jax.problem import Problem

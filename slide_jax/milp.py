@@ -16,8 +16,7 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 from jax import lax
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE
 from slide_jax.allocation import allocate_least

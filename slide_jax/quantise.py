@@ -31,8 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import ArrayLike, Float, Int
 
 from slide_jax.errors import InputError
 from slide_jax.exact import exact

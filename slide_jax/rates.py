@@ -13,8 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import scipy.special
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 LN2 = math.log(2.0)
 

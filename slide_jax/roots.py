@@ -12,8 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import jaxopt
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 HALVINGS = 60
 

@@ -29,7 +29,9 @@ def load_hub(name: str, data_config: ConfigDict) -> tuple[Documents, Documents |
     Raises:
       InputError: no network, no such data set, no train split, or a column is missing.
     """
-    import datasets  # It takes a second to import, which the other sources need not pay.
+    # They take a second to import, which the other sources need not pay.
+    import datasets
+    import datasets.config
 
     # An offline mode that the user chose is left to the library, which names it in its error.
     is_silent = not (

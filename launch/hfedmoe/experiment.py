@@ -116,7 +116,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
             print("this run is finished: its results are written again; another --workdir starts a new one")
         elif restored:
             print(f"continuing after round {first} of {config.fl.rounds}")
-        writer = contextlib.nullcontext()
+        writer: Any = contextlib.nullcontext()
         if is_first_process():
             writer = MetricWriter(workdir, experiment.columns[1:], resume_after=first if restored else None)
         with writer, Progress(config.fl.rounds, "rounds", initial=first) as progress:

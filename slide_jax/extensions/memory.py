@@ -19,8 +19,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from slide_jax.admission import TOLERANCE
 from slide_jax.exact import decide_exact

@@ -8,8 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
 from slide_jax.admission import TOLERANCE, admit
 from slide_jax.allocation import allocate

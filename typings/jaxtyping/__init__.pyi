@@ -21,6 +21,7 @@ from typing import Any
 
 __all__ = [
     "Array",
+    "ArrayLike",
     "Bool",
     "Float",
     "Float32",
@@ -37,5 +38,6 @@ __all__ = [
 ]
 
 Array = Any
+ArrayLike = Any
 
 def __getattr__(name: str) -> Any: ...

@@ -1,5 +1,7 @@
 """The suite `population`, comparison with other packages on the same model, data and batches."""
 
+# pyright: reportMissingImports=false
+
 import contextlib
 import functools
 import importlib.util

@@ -10,6 +10,8 @@ measurement:
 The packages are optional, so they are imported where they are used; a missing one is an `InputError`.
 """
 
+# pyright: reportMissingImports=false
+
 import contextlib
 import functools
 import importlib.util

@@ -4,6 +4,8 @@ All tables except those of `launch.suites.population.scaling` are measured in th
 table take turns.
 """
 
+# pyright: reportMissingImports=false
+
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -6,6 +6,8 @@ PyTorch is optional, so it is imported where it is used.
 Axes: C clients, B batch, T tokens, N = B * T, E experts, S slots of an expert, D model, F hidden.
 """
 
+# pyright: reportMissingImports=false
+
 import contextlib
 import functools
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""An algorithm that a user writes: the server moves a bias of the routers towards equal use of the experts."""
+"""An algorithm that a user writes: the server moves a bias of the routers towards equal expert use."""
 
 import functools
 
