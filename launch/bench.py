@@ -3,13 +3,16 @@
     python -m launch.bench --suite=slide
     python -m launch.bench --suite=slide --workdir=DIR --repeats=3
     python -m launch.bench --suite=population --peers
+    python -m launch.bench --suite=checkouts --against=DIR --repeats=3
 
   --suite=NAME     what is measured:
                      slide       solvers and latency kernels, compared with NumPy and HiGHS
                      population  a federated round by chunk, cohort, budget and device
+                     checkouts   speed and memory of whole jobs, compared with another commit
   --workdir=DIR    directory of bench.json; by default runs/bench-NAME
   --repeats=N      repeats of each measurement, at least 3 (default 9)
   --peers          population: also compare with PyTorch, pfl-research and Flower (the extra `peers`)
+  --against=DIR    checkouts: directory of the other commit, e.g. made by `git worktree add DIR COMMIT`
 
 Exit codes: 0 done, 2 a mistake in the command (one line says which), 130 interrupted.
 """
@@ -36,20 +39,24 @@ class Suite(NamedTuple):
     """A value of `--suite`.
 
     Attributes:
-      module: has `measure(repeats) -> Iterator[Table]`.
-      peers: whether `--peers` is allowed: `measure(repeats, peers=True)` compares with optional packages.
+      module: has `measure(repeats, **options) -> Iterator[Table]`.
+      options: flags of its own that may be given, which `measure` then takes by name.
+      required: those of them that must be.
       devices: the most JAX devices that it uses; on a CPU each is a core. None: as JAX starts.
     """
 
     module: str
-    peers: bool = False
+    options: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
     devices: int | None = None
 
 
 SUITES = {
     "slide": Suite("launch.suites.slide.suite"),
-    "population": Suite("launch.suites.population.suite", peers=True, devices=16),
+    "population": Suite("launch.suites.population.suite", options=("peers",), devices=16),
+    "checkouts": Suite("launch.suites.checkouts", options=("against",), required=("against",)),
 }
+OPTIONS = ("peers", "against")
 LEAST_REPEATS = 3
 
 
@@ -63,7 +70,7 @@ def main(arguments: list[str]) -> int:
     )
 
 
-def read_arguments(arguments: list[str]) -> tuple[str, pathlib.Path, int, dict[str, bool]]:
+def read_arguments(arguments: list[str]) -> tuple[str, pathlib.Path, int, dict[str, Any]]:
     """Returns the suite, the work directory, the repeats and the suite's further options.
 
     Raises:
@@ -74,30 +81,36 @@ def read_arguments(arguments: list[str]) -> tuple[str, pathlib.Path, int, dict[s
     flags.DEFINE_string("workdir", None, "work directory", flag_values=given)
     flags.DEFINE_integer("repeats", 9, "repeats of each", flag_values=given)
     flags.DEFINE_bool("peers", False, "also other packages", flag_values=given)
+    flags.DEFINE_string("against", None, "another checkout", flag_values=given)
     try:
         _, *unexpected = given(["launch.bench", *arguments])
     except flags.Error as error:
         raise InputError("command", shlex.join(arguments), str(error), "see --help") from None
     if unexpected:
         raise InputError("argument", unexpected[0], "is no flag", "see --help")
-    check_flags(given)
+    options = {name: given[name].value for name in OPTIONS if given[name].value}
+    check_flags(given, options)
     workdir = pathlib.Path(given.workdir or pathlib.Path("runs", f"bench-{given.suite}"))
-    return given.suite, workdir, given.repeats, {"peers": True} if given.peers else {}
+    return given.suite, workdir, given.repeats, options
 
 
-def check_flags(given: flags.FlagValues) -> None:
+def check_flags(given: flags.FlagValues, options: dict[str, Any]) -> None:
     """Raises an `InputError` for values that no suite, or not this one, can use."""
     if given.suite not in SUITES:
         raise unknown_name("suite", given.suite, list(SUITES))
     if given.repeats < LEAST_REPEATS:
         problem = f"a median needs at least {LEAST_REPEATS}"
         raise InputError("repeats", given.repeats, problem, "give e.g. --repeats=9")
-    if given.peers and not SUITES[given.suite].peers:
-        problem = f"the suite {given.suite} always measures its peers"
-        raise InputError("peers", True, problem, "leave out --peers")
+    suite = SUITES[given.suite]
+    for name in options.keys() - set(suite.options):
+        raise InputError(
+            name, options[name], f"is no option of the suite {given.suite}", f"leave out --{name}"
+        )
+    for name in set(suite.required) - options.keys():
+        raise InputError(name, "", f"the suite {given.suite} needs it", f"give --{name}, see --help")
 
 
-def run_suite(name: str, workdir: pathlib.Path, repeats: int, options: dict[str, bool], command: str) -> None:
+def run_suite(name: str, workdir: pathlib.Path, repeats: int, options: dict[str, Any], command: str) -> None:
     """Measures a suite, prints each table as it is measured and writes all of them to bench.json."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Timing of calls that take turns, and the tables of their results."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,10 +56,12 @@ def time_together(repeats: int, **calls: Callable[[], Any]) -> dict[str, Timing]
             begun = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - begun)
-    return {
-        name: Timing(*(float(np.quantile(values, q)) for q in (0.5, 0.25, 0.75)))
-        for name, values in seconds.items()
-    }
+    return {name: Timing(*quartiles(values)) for name, values in seconds.items()}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, ...]:
+    """Returns the median, the lower and the upper quartile."""
+    return tuple(float(np.quantile(values, q)) for q in (0.5, 0.25, 0.75))
 
 
 def each_of(timing: Timing, count: float) -> Timing:

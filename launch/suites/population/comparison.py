@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import merge_params
+from hfedmoe_jax.models import Params, merge_params
 from launch.suites.population.peers import ARRANGEMENTS, require
 from launch.suites.population.rounds import LEARNING_RATE, SHARE, Rounds, Size
 from launch.suites.population.torch_step import Loop, Settings, Task
@@ -95,10 +96,10 @@ def peers_note(rows: Sequence[list], ours: Rounds, active: Rounds, fastest: str)
 
 def make_task(ours: Rounds) -> Task:
     """Returns the parameters, data and settings of a round of `ours`, for the peers."""
-    size, params = ours.size, jax.device_get(ours.params)
+    size = ours.size
     data = ours.client_data(np.arange(len(ours.budget)))
     return Task(
-        params=merge_params(params.router, params.shared) | {"experts": params.experts},
+        params=module_params(jax.device_get(ours.params)),
         tokens=data.batch["tokens"],
         labels=data.batch["labels"],
         num_examples=100 * data.size,  # all equal; the packages want integers
@@ -106,6 +107,11 @@ def make_task(ours: Rounds) -> Task:
         capacity=size.capacity,
         learning_rate=LEARNING_RATE,
     )
+
+
+def module_params(params: Params) -> dict[str, Any]:
+    """Returns parameters as the Flax module names them."""
+    return merge_params(params.router, params.shared) | {"experts": params.experts}
 
 
 def package_of(name: str) -> str:

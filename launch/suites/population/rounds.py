@@ -80,15 +80,21 @@ class Size(NamedTuple):
         return self.width, self.hidden, self.capacity
 
 
-def make_config(size: Size, **fields: Any) -> ConfigDict:
-    """Returns the config of a size with plain SGD; `fields` override it by section, `fl=dict(...)`."""
-    config = hfedmoe.get_config()
+def make_fields(size: Size) -> dict[str, dict[str, Any]]:
+    """Returns the config fields of a size with plain SGD, by section."""
     names = ("width", "hidden", "num_experts", "top_k", "num_layers", "num_heads", "precision")
-    config.model.update({name: getattr(size, name) for name in names})
-    config.data.update(vocab_size=size.vocab_size, seq_len=size.seq_len)
-    config.fl.update(algorithm="fedavg", local_steps=size.steps, batch_size=size.batch_size)
-    config.client.update(optimizer="sgd", learning_rate=LEARNING_RATE)
-    for section, values in fields.items():
+    return {
+        "model": {name: getattr(size, name) for name in names},
+        "data": dict(vocab_size=size.vocab_size, seq_len=size.seq_len),
+        "fl": dict(algorithm="fedavg", local_steps=size.steps, batch_size=size.batch_size),
+        "client": dict(optimizer="sgd", learning_rate=LEARNING_RATE),
+    }
+
+
+def make_config(size: Size, **fields: Any) -> ConfigDict:
+    """Returns the config of a size; `fields` override it by section, `fl=dict(...)`."""
+    config = hfedmoe.get_config()
+    for section, values in [*make_fields(size).items(), *fields.items()]:
         config[section].update(values)
     return config
 

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import tiny_run
 
 from hfedmoe_jax import load_federated
+from hfedmoe_jax.tasks import classification
 from launch.main import read_command
 from launch.run.writers import read_metrics
 
@@ -47,7 +48,8 @@ def test_every_kind_of_file_gives_the_same_data(tmp_path):
         path = tmp_path / f"train.{suffix}"
         write(path, [row | {"label": numbers[row["label"]]} for row in real_rows(48)])
         fields = {"data__client_column": "owner", "partition__name": "column"}
-        loaded.append(load_federated(read_command(tiny_run.arguments(tmp_path / "run", path, **fields))[0]))
+        config, *_ = read_command(tiny_run.arguments(tmp_path / "run", path, **fields))
+        loaded.append(load_federated(config, classification.prepare))
     assert loaded[0].label_names == ("2", "7", "10")
     assert set(loaded[0].client_names) == set(OWNERS)
     for other in loaded[1:]:

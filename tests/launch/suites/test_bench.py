@@ -85,7 +85,10 @@ def test_calls_take_turns_and_the_first_round_is_not_counted():
         (["--suite=slide", "--repeats=2"], "repeats=2"),
         (["--suite=slide", "--repeats=x"], "repeats"),
         (["--suite=slide", "extra"], "argument='extra'"),
-        (["--suite=slide", "--peers"], "peers=True: the suite slide always measures its peers"),
+        (["--suite=slide", "--peers"], "peers=True: is no option of the suite slide"),
+        (["--suite=population", "--against=."], "against='.': is no option of the suite population"),
+        (["--suite=checkouts"], "against='': the suite checkouts needs it"),
+        (["--suite=checkouts", "--against=configs"], "against='configs': has no launch/main.py"),
         (["--suite=slide", "--wordir=x"], "wordir"),
     ],
 )

@@ -6,25 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from selected_pass import make_pass
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.experts import Budget, Experts, flat, gradient_rules, open_layers
-from hfedmoe_jax.models import ModelSizes
-from hfedmoe_jax.models.switch import SwitchClassifier
+from hfedmoe_jax.models import ModelSizes, build_model, split_params
 from hfedmoe_jax.slots import expert_capacity
 from hfedmoe_jax.tasks import classification
 from launch.suites.population import peers
+from launch.suites.population.comparison import module_params
+from launch.suites.population.rounds import Size, make_config
 from launch.suites.population.torch_step import Settings, Task, flatten, make_train, torch_layout, views
 
 CLIENTS, STEPS, BATCH, TOKENS = 4, 2, 4, 8
-LAYERS, EXPERTS, HEADS = 2, 4, 2
-CAPACITY_FACTOR = 0.8  # some tokens find no slot
-LEARNING_RATE = 0.1
-SIZES = ModelSizes(num_outputs=3, vocab_size=20, seq_len=TOKENS)
-MODEL = SwitchClassifier(
-    SIZES, num_layers=LAYERS, width=8, num_heads=HEADS, hidden=12, num_experts=EXPERTS, top_k=1,
-    capacity_factor=CAPACITY_FACTOR, eval_capacity_factor=CAPACITY_FACTOR,
+SIZE = Size(
+    "tiny", width=8, hidden=12, num_experts=4, top_k=1, num_heads=2, vocab_size=20, seq_len=TOKENS,
+    batch_size=BATCH, steps=STEPS,
 )  # fmt: skip
+CONFIG = make_config(SIZE, model=dict(capacity_factor=0.8))  # some tokens find no slot
+NUM_CLASSES = 3
+LEARNING_RATE = 0.1
+BATCH_SHAPES = {"tokens": jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32)}
+MODEL = build_model(CONFIG.model, ModelSizes(NUM_CLASSES, SIZE.vocab_size, TOKENS), BATCH_SHAPES)
+EVERY = np.ones((SIZE.num_layers, SIZE.num_experts), bool)
+everything = jax.jit(make_pass(MODEL, classification, 0.01, active=False, tier=SIZE.all_experts, keep=True))
 
 EAGER = Settings(False, "mkl")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
@@ -39,52 +43,37 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def task() -> Task:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, SIZES.vocab_size, (CLIENTS, STEPS, BATCH, TOKENS)).astype(np.int32)
+    tokens = rng.integers(1, SIZE.vocab_size, (CLIENTS, STEPS, BATCH, TOKENS)).astype(np.int32)
     length = rng.integers(0, TOKENS + 1, (CLIENTS, STEPS, BATCH, 1))
     length[0, 0, 0] = 0  # a text of padding alone
-    params = MODEL.init(jax.random.key(0), {"tokens": tokens[0, 0]})["params"]
+    params = module_params(MODEL.init(jax.random.key(0))[0])
     # Every parameter away from zero, one and from what it is at the start, so that each one matters.
     leaves, tree = jax.tree.flatten(params)
     leaves = [np.asarray(leaf + 0.3 * rng.standard_normal(leaf.shape), np.float32) for leaf in leaves]
     return Task(
         params=jax.tree.unflatten(tree, leaves),
         tokens=np.where(np.arange(TOKENS) < length, tokens, 0),
-        labels=rng.integers(0, SIZES.num_outputs, (CLIENTS, STEPS, BATCH)).astype(np.int32),
+        labels=rng.integers(0, NUM_CLASSES, (CLIENTS, STEPS, BATCH)).astype(np.int32),
         num_examples=np.array([8.0, 3.0, 21.0, 1.0]),
-        num_heads=HEADS,
-        capacity=expert_capacity(BATCH * TOKENS, EXPERTS, 1, CAPACITY_FACTOR),
+        num_heads=SIZE.num_heads,
+        capacity=expert_capacity(BATCH * TOKENS, SIZE.num_experts, 1, CONFIG.model.capacity_factor),
         learning_rate=LEARNING_RATE,
     )
 
 
-@jax.jit
-def gradient(params, tokens, labels):
-    """Returns the cross-entropy of a batch, the routing, and the gradient of everything."""
-    experts, batch = flat(params["experts"]), {"tokens": tokens, "labels": labels}
-    rules = gradient_rules(LAYERS * EXPERTS)
-
-    def objective(rest, tape):
-        budget = Budget(Experts(experts, (), rules), open_layers(LAYERS, EXPERTS), tape)
-        out = MODEL.apply({"params": rest}, batch, budget)
-        cross_entropy, _ = classification.loss(out.output, batch)
-        total = cross_entropy + 0.01 * jnp.mean(out.routing.balance)
-        return (total, out.tape, out.permit), (cross_entropy, out.routing)
-
-    rest = {name: tree for name, tree in params.items() if name != "experts"}
-    zeros = jax.tree.map(jnp.zeros_like, experts)
-    _, pull, (cross_entropy, routing) = jax.vjp(objective, rest, zeros, has_aux=True)
-    rows = jnp.arange(LAYERS * EXPERTS, dtype=jnp.float32).reshape(LAYERS, EXPERTS)
-    slope, rows = pull((jnp.float32(1), zeros, rows))
-    of_experts = jax.tree.map(lambda row, array: row.reshape(array.shape), rows, params["experts"])
-    return cross_entropy, routing, slope | {"experts": of_experts}
+def train_pass(params, batch):
+    """Returns what `make_pass` returns, all experts trained."""
+    tokens, labels = batch
+    return everything(split_params(params)[0], {}, {"tokens": tokens, "labels": labels}, EVERY)
 
 
 def train_in_jax(params, tokens, labels):
     losses = []
     for batch in zip(tokens, labels, strict=True):
-        cross_entropy, _, slope = gradient(params, *batch)
+        found = train_pass(params, batch)
+        slope = module_params(found.gradient)
         params = jax.tree.map(lambda value, each: value - LEARNING_RATE * each, params, slope)
-        losses.append(float(cross_entropy))
+        losses.append(float(found.task_loss))
     return params, np.mean(losses)
 
 
@@ -104,7 +93,7 @@ def federated_averaging(task, rounds):
 
 
 def test_the_task_drops_tokens_and_pads(task):
-    _, routing, _ = gradient(task.params, task.tokens[0, 0], task.labels[0, 0])
+    routing = train_pass(task.params, (task.tokens[0, 0], task.labels[0, 0])).routing
     assert (task.tokens == 0).any() and (routing.kept < routing.sent).any()
 
 
