@@ -39,12 +39,12 @@ class ClientReports(NamedTuple):
 
 
 def client_trains(setting: Setting, rule: LocalRule, most_tiers: int) -> dict[int, Callable]:
-    """Returns `train` (see `make_client`) of each tier."""
+    """Returns `train` (see `make_client`) of each tier, of which there are at most `most_tiers`."""
     config, model = setting.config, setting.model
     optimizer = build_optimizer(config.client, config.client.optimizer, "client")
     tiers = [model.all_experts]
     if rule.score is not None:
-        tiers = choose_tiers(setting.budget, config.budget.tiers or most_tiers)
+        tiers = choose_tiers(setting.budget, most_tiers)
     place = place_of(setting.mesh, setting.chunk)
     return {
         tier: make_client(model, setting.task, optimizer, rule, config, tier, setting.table_rows, place)

@@ -100,7 +100,7 @@ class RoundPrograms:
 
         self._placed = on_mesh((specs, optimizer_specs(self._server, shapes), REPLICATED))
         sums = on_mesh(sums_specs)
-        trains = client_trains(setting, method.rule, default_tiers(setting.chunk))
+        trains = client_trains(setting, method.rule, config.budget.tiers or default_tiers(setting.chunk))
         self.train = {
             tier: stream(self._visit(train), self._merge, mesh, setting.chunk, broadcast, sums_specs)
             for tier, train in trains.items()

@@ -317,7 +317,7 @@ def doubled(config):
         state=lambda params: jnp.float32(3),
         transform=transform,
         step=advance,
-        upload_bytes=lambda params, sent: 7 * np.asarray(sent),
+        tensor_bytes=lambda tensor: 7,
     )
 
 
@@ -333,7 +333,8 @@ def test_a_method_transforms_updates_keeps_states_and_sums(monkeypatch):
     # The client that dropped out is as it was, and adds nothing.
     assert np.asarray(state.clients)[:CLIENTS].tolist() == [4, 3, 3, 4, 3]
     assert state.extra == 1 + 2 * 3 + 10 * 2 + 100 * 2
-    assert algorithm.upload_bytes(np.array([0, 3])).tolist() == [0, 21]
+    rest, one = (len(jax.tree.leaves(tree)) for tree in ((params.router, params.shared), params.experts))
+    assert algorithm.upload_bytes(np.array([0, 3])).tolist() == [7 * rest, 7 * (rest + 3 * one)]
     # The second round reads what the first has left.
     data = cohort(config, (3,))
     state, _ = step(algorithm, state, data)

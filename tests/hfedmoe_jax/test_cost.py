@@ -52,11 +52,12 @@ def test_flop_are_those_of_the_products(function, products):
     [
         (lambda x, w: x @ w, 0),  # arguments alone
         (lambda x, w: jnp.tanh(x @ w), 6),  # its output
-        (lambda x, w: jnp.sum(jnp.sin(x)) * jnp.sum(w), 6 + 2),  # the cosine, and both factors
+        (lambda x, w: jnp.sum(jnp.sin(x)) * jnp.sum(w), 1),  # of w, the batch here, its sum
+        (lambda w, x: jnp.sum(jnp.sin(x)) * jnp.sum(w), 9 + 1),  # the cosine, and the sum of the sines
         (lambda x, w: jax.checkpoint(lambda x, w: jnp.tanh(jnp.tanh(x @ w)))(x, w), 0),
     ],
 )
-def test_residuals_are_what_the_backward_pass_reads_and_nobody_gave(function, numbers):
+def test_residuals_are_what_the_backward_pass_reads_of_what_the_batch_led_to(function, numbers):
     assert residual_bytes(lambda x, w: jax.vjp(function, x, w)[1], X, W) == 4 * numbers
 
 
@@ -107,7 +108,7 @@ def test_activations_follow_batch_precision_and_remat():
     doubled = activations(batch_size=8)
     assert 1.9 * shared < doubled[0] < 2.1 * shared and doubled[1] == 2 * expert
     half = activations(model__precision="bfloat16")
-    assert half[0] < 0.8 * shared and half[1] == expert / 2
+    assert half[0] < 0.9 * shared and half[1] == expert / 2
     again = activations(model__remat=True)
     assert again[0] < 0.6 * shared and again[1] == 0
 

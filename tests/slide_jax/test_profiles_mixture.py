@@ -2,25 +2,31 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_config
 
-from hfedmoe_jax.models import build_model, model_cost
-from hfedmoe_jax.optimizers import build_optimizer, per_expert
+from hfedmoe_jax.cost import model_cost
+from hfedmoe_jax.models import ModelSizes, build_model
+from hfedmoe_jax.tasks import classification
 from slide_jax.errors import InputError
 from slide_jax.profiles import switch_classifier
 
 TASK = dict(num_classes=3, vocab_size=50, seq_len=9)
+BATCH = {
+    "tokens": jax.ShapeDtypeStruct((1, TASK["seq_len"]), "int32"),
+    "labels": jax.ShapeDtypeStruct((1,), "int32"),
+}
 MODEL = dict(num_layers=3, width=8, hidden=6, num_experts=5, top_k=2)
 
 
 def real(**sizes):
     """The config section and the parameter shapes of the real model."""
     config = tiny_config(**{f"model__{name}": size for name, size in (MODEL | sizes).items()})
-    model = build_model(config.model, *TASK.values())
-    return config, jax.eval_shape(model.init, jax.random.key(0))
+    model = build_model(config.model, ModelSizes(*TASK.values()), BATCH)
+    return config, model, jax.eval_shape(model.init, jax.random.key(0))[0]
 
 
 def count(tree) -> int:
@@ -29,7 +35,7 @@ def count(tree) -> int:
 
 @pytest.mark.parametrize("sizes", [{}, dict(num_layers=1, top_k=1), dict(hidden=16, num_experts=2)])
 def test_layers_hold_the_real_models_parameters(sizes):
-    _, params = real(**sizes)
+    *_, params = real(**sizes)
     result = switch_classifier(**TASK, **(MODEL | sizes), accuracy=0.5)
     embedding, *blocks, head = (layer.parameters for layer in result.layers)
     shared = params.shared
@@ -42,9 +48,8 @@ def test_layers_hold_the_real_models_parameters(sizes):
 
 @pytest.mark.parametrize("sizes", [{}, dict(num_layers=1, top_k=1), dict(width=16, num_experts=7)])
 def test_work_is_that_of_the_cost_model(sizes):
-    config, params = real(**sizes)
-    state = jax.eval_shape(per_expert(build_optimizer(config.client, "adam", "client")).init, params)
-    cost = model_cost(config.model, params, state, 1, TASK["seq_len"])
+    config, model, _ = real(**sizes)
+    cost = model_cost(model, classification, config.model, optax.sgd(1.0), BATCH)
     result = switch_classifier(**TASK, **(MODEL | sizes), accuracy=0.5)
     assignments = config.model.num_layers * TASK["seq_len"] * config.model.top_k
     assert result.flop == cost.shared_flop + assignments * cost.assignment_flop

@@ -9,7 +9,8 @@ import slide_run
 import tiny_run
 from slide_strategies import random_problem
 
-from launch import slide, slide_figures
+from launch.slide import experiment
+from launch.slide import figures as slide_figures
 from slide_jax.baselines import dai, decide_random_order, download_then_infer, serve_in_order
 from slide_jax.errors import InputError
 from slide_jax.exact import decide_exact, exact
@@ -43,11 +44,13 @@ def test_a_solver_in_a_file_of_the_user_is_in_table_sweeps_and_gap_figure(tmp_pa
     figures = []
     draw_gap = slide_figures.gap
     monkeypatch.setattr(slide_figures, "gap", lambda served: figures.append(draw_gap(served)) or figures[0])
-    monkeypatch.setattr(slide, "figure_texts", lambda *_: {"gap": ("Gap", "the one figure of this test")})
+    monkeypatch.setattr(
+        experiment, "figure_texts", lambda *_: {"gap": ("Gap", "the one figure of this test")}
+    )
     path, workdir = tmp_path / "undemanding.py", tmp_path / "run"
     path.write_text(USER_FILE)
     _, *arguments = slide_run.arguments(workdir)
-    screen = tiny_run.run_here([f"--config={path}:smoke", *arguments])
+    screen = tiny_run.run_main([f"--config={path}:smoke", *arguments])
     assert (screen.code, screen.err) == (0, "")
     table = screen.out.partition("Solvers\n")[2].partition("\n\n")[0].splitlines()
     assert table[-1].split()[0] == "undemanding_first"
