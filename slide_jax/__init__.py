@@ -1,7 +1,7 @@
 """Simultaneous model downloading and inference: who is served, with which model, spectrum and clock.
 
 The method is SLIDE (arXiv 2512.20946). `read_scenario` and `make_problem` give a `Problem`, `solve` and the
-`SOLVERS` an `Allocation`, `verify` judges it independently; `latency`, `sensitivity` and `relaxed` are the
+`SOLVERS` an `Allocation`, `verify` checks it independently; `latency`, `sensitivity` and `relaxed` are the
 differentiable side, `extensions` what goes beyond the paper.
 
 >>> import slide_jax

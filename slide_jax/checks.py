@@ -40,7 +40,7 @@ EXAMPLES = {
     "memory_bits": "bits, e.g. 8e9",
 }
 NUMBERS = tuple(field.name for field in dataclasses.fields(Users) if field.name not in ("task", "allowed"))
-"""The numbers that a user comes with."""
+"""The numeric fields of a user."""
 
 Path = Callable[[int], str]
 """Where the user wrote an entry, by its index."""
@@ -59,8 +59,8 @@ def make_problem(
 
     Args:
       models: as in a scenario file: name, task, accuracy and layers of bits and flop.
-      users: arrays of K numbers; a scalar stands for all users. `allowed` restricts the models that fit
-        the task, or says alone which will do where the task is -1.
+      users: arrays of K numbers; a scalar holds for all users. `allowed` restricts the models that fit the
+        task; where the task is -1 it alone says which models are admissible.
       bandwidth_hz: the downlink spectrum [Hz].
       rate_model: `linear` or `shannon`.
       tasks: the names that `users.task` counts; None: those of the models, by first appearance.
@@ -273,7 +273,7 @@ def first_repeated(names: Sequence[str]) -> tuple[int, int]:
 
 
 def shown(value: Any) -> Any:
-    """Returns what stands for a value in an error, which is one line: what is long, by its kind."""
+    """Returns a value as an error shows it; what would not fit on one line is replaced by its type."""
     long = len(value) > 80 if isinstance(value, str) else isinstance(value, list | tuple | Mapping)
     return f"<{type(value).__name__}>" if long else value
 

@@ -35,7 +35,7 @@ HIGHS_TOLERANCE = 1e-6
 
 
 class PairNeeds(NamedTuple):
-    """What every pair of model and user needs: least bandwidth [Hz], infinite if none will do, and clock."""
+    """For every pair of model and user the least bandwidth [Hz], infinite if none suffices, and the clock."""
 
     bandwidth_hz: Float[Array, "I K"]
     frequency_hz: Float[Array, "I K"]
@@ -122,7 +122,7 @@ def pack(
       value: of each choice, at least 0.
       bandwidth_hz: of each choice, within the spectrum.
       user: whose choice it is.
-      spectrum_hz: what there is.
+      spectrum_hz: the available spectrum.
       time_limit_s: as in `milp`.
 
     Raises:

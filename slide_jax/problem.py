@@ -100,7 +100,7 @@ class Users:
     """The users, their tasks, channels and devices.
 
     Attributes:
-      task: index of the task; -1 where `allowed` alone says which models will do.
+      task: index of the task; -1 where `allowed` alone says which models are admissible.
       min_accuracy: the least accuracy that the task needs.
       deadline_s: when the task must be finished, from time 0 [s].
       start_s: when download and device may begin [s].
@@ -142,7 +142,7 @@ class Users:
 class Problem:
     """Who wants what from whom, over which spectrum.
 
-    `read_scenario` and `make_problem` build it and refuse what cannot be; a pytree of drops
+    `read_scenario` and `make_problem` build it and refuse invalid values; a pytree of drops
     (a leading axis on every array but the catalogue's) is what the batched programs take.
 
     Attributes:

@@ -30,8 +30,8 @@ class Need(NamedTuple):
     """What a user needs to be served at the least bandwidth.
 
     Attributes:
-      model: index of the model; -1: none will do.
-      bandwidth_hz: the least [Hz]; infinite: none will do.
+      model: index of the model; -1: no model meets the constraints.
+      bandwidth_hz: the least [Hz]; infinite: no model meets the constraints.
       frequency_hz: the clock [Hz].
       reason: code of the constraint that stopped the model that came furthest; `SERVED` if none did.
     """
@@ -92,7 +92,7 @@ def is_admissible(
     task: Int[ArrayLike, ""],
     named: Bool[ArrayLike, "..."] | None,
 ) -> Bool[ArrayLike, "..."]:
-    """Returns for whom a model will do; `named` is its row of `named_by`."""
+    """Returns for which users a model is admissible; `named` is its row of `named_by`."""
     return (users.task == task) & (accuracy >= users.min_accuracy) if named is None else named
 
 

@@ -107,7 +107,7 @@ def lookup(config: Any, field: str) -> Any:
 
 
 def check_config(config: Any) -> None:
-    """Refuses a config that cannot be run; a scenario file is judged when it is read.
+    """Refuses a config that cannot be run; a scenario file is checked when it is read.
 
     Raises:
       InputError: the first field at fault, its value and what would do.

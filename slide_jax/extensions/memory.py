@@ -33,7 +33,7 @@ from slide_jax.provisioning import NO_MEMORY, NOT_ADMISSIBLE, by_blocks, clock_o
 def streaming_memory(problem: Problem) -> Allocation:
     """Returns an allocation that serves the most users when `memory_bits` has to hold the buffer alone.
 
-    Never fewer than `exact`, which asks for room for the whole model; `verify` judges it with `memory_bits`
+    Never fewer than `exact`, which asks for room for the whole model; `verify` checks it with `memory_bits`
     infinite, `peak_memory` says what the buffer holds.
     """
     allocation = compute_in_float64(decide_streaming_memory, problem)

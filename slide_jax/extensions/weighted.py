@@ -83,7 +83,7 @@ def fractional_bound(
     Args:
       weights: at least 0.
       bandwidth_hz: what each user needs, at least 0; users who need more than the spectrum count for nothing.
-      spectrum_hz: what there is.
+      spectrum_hz: the available spectrum.
 
     Source: Dantzig, "Discrete-variable extremum problems", Operations Research 5 (1957).
 

@@ -40,7 +40,7 @@ def profile(name: str, **sizes: Any) -> Profile:
       **sizes: arguments of its builder, e.g. `sequence_length` or `accuracy`.
 
     Raises:
-      InputError: an unknown name or size, a size that is missing or cannot be.
+      InputError: an unknown name or size, a size that is missing or invalid.
 
     >>> profile("gpt2", sequence_length=1024).layers[0]
     Layer(name='embedding', parameters=39383808, macs=0)
