@@ -29,7 +29,6 @@ Axes: N tokens, L layers, E experts of a layer, H experts of a layer on this dev
 R experts that run, S slots of an expert, D model.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -210,9 +209,11 @@ def mix_experts(
     return y_nd, tape, Served(permit, jnp.sum(sent, axis=(0, 1)), slots.kept, jnp.int32(capacity * ran))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(static: Pass, h_nd, weight_nk, multiplier_e, tape, plan, bank, context):
+def _mix_only(static: Pass, h_nd, weight_nk, multiplier_e, tape, plan, bank, context) -> tuple[Any, Any, Any]:
     return _forward(static, h_nd, weight_nk, multiplier_e, tape, plan, bank, context)[0]
+
+
+_mix = jax.custom_vjp(_mix_only, nondiff_argnums=(0,))
 
 
 def _forward(static: Pass, h_nd, weight_nk, multiplier_e, tape, plan, bank, context):

@@ -340,4 +340,4 @@ def _write(path: str | os.PathLike, head: Mapping, lists: Mapping[str, Iterable[
 def _or_null(values: Any) -> Any:
     """Returns numbers as Python's own, None where they are not finite, which JSON cannot say."""
     values = np.asarray(values, np.float64)
-    return np.where(np.isfinite(values), values, None).tolist()
+    return np.asarray(np.where(np.isfinite(values), values, None)).tolist()
