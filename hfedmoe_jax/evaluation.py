@@ -23,6 +23,18 @@ from hfedmoe_jax.scores import units_of, usage, usage_over_batches
 from hfedmoe_jax.tasks import Batch, Ratio, Task
 
 
+class Snapshot(NamedTuple):
+    """A model as it is used.
+
+    Attributes:
+      params: a leading axis C if every client has its own.
+      router_bias: float32 [L, E], added to the routers' logits; None for nothing.
+    """
+
+    params: Params
+    router_bias: Float[Array, "layers experts"] | None = None
+
+
 class EvaluationBatches(NamedTuple):
     """Batches to judge a model on.
 
@@ -92,11 +104,12 @@ class Judge:
         self._place = place_of(mesh, chunk)
         self._store = StateStore(mesh, num_clients)
         specs = () if personal else params_specs(jax.eval_shape(model.init, jax.random.key(0))[0])
-        self._score = map_members(self._score_batch, mesh, chunk, (specs, REPLICATED))
-        self._usage = map_members(self._usage_of_client, mesh, chunk, (specs, REPLICATED))
+        shared = (Snapshot(specs, REPLICATED), REPLICATED)
+        self._score = map_members(self._score_batch, mesh, chunk, shared)
+        self._usage = map_members(self._usage_of_client, mesh, chunk, shared)
 
     def scores(
-        self, params: Params, batches: EvaluationBatches, hosts: Int[np.ndarray, " batches"] | None = None
+        self, model: Snapshot, batches: EvaluationBatches, hosts: Int[np.ndarray, " batches"] | None = None
     ) -> BatchScore:
         """Returns the scores of all batches, stacked, on the host.
 
@@ -105,12 +118,12 @@ class Judge:
         """
         blocks = plan_blocks(np.zeros(len(batches.judge), int), self._mesh, self._chunk, hosts)
         members = ((block, stack_members(batches, block.members)) for block in blocks)
-        return self._over(self._score, params, ((block, each, each.judge) for block, each in members))
+        return self._over(self._score, model, ((block, each, each.judge) for block, each in members))
 
     def usage(
-        self, params: Params, blocks: Iterable[tuple[Block, ClientData]]
+        self, model: Snapshot, blocks: Iterable[tuple[Block, ClientData]]
     ) -> Float[np.ndarray, "members layers experts"]:
-        """Returns u_c (16) of each client under one set of parameters, on the host.
+        """Returns u_c (16) of each client under one model, on the host.
 
         Taken over the batches of a round by the same unit, so that it compares with what the clients
         reported from training on them, before aggregation moved their routers.
@@ -118,25 +131,25 @@ class Judge:
         Args:
           blocks: of a cohort, with its data on the host.
         """
-        return self._over(self._usage, params, ((block, data, data.client) for block, data in blocks))
+        return self._over(self._usage, model, ((block, data, data.client) for block, data in blocks))
 
     def _over(
-        self, program: Callable, params: Params, members: Iterable[tuple[Block, Any, np.ndarray]]
+        self, program: Callable, model: Snapshot, members: Iterable[tuple[Block, Any, np.ndarray]]
     ) -> Any:
         """Runs a program over blocks of members, each with the number of the client whose model is meant."""
-        shared = () if self._personal else params
+        shared = model._replace(params=()) if self._personal else model
 
         def placed():
             for block, each, owner in members:
-                own = self._store.gather(params, owner) if self._personal else ()
+                own = self._store.gather(model.params, owner) if self._personal else ()
                 yield block, (put_members(self._mesh, each), own)
 
         return program((shared, self._frozen), placed())
 
     def _apply(self, broadcast: Any, own: Any, batch: Batch, training: bool) -> ModelOutput:
         shared, frozen = broadcast
-        params = own if self._personal else shared
-        return predict(self._model, params, frozen, batch, training, self._place)
+        model = shared._replace(params=own) if self._personal else shared
+        return predict(self._model, model, frozen, batch, training, self._place)
 
     def _score_batch(self, broadcast: Any, member: tuple[EvaluationBatches, Any]):
         (batch, weight, _), own = member
@@ -159,15 +172,17 @@ class Judge:
 
 
 def predict(
-    model: MoeModel, params: Params, frozen: Any, batch: Batch, training: bool, place: Place
+    model: MoeModel, snapshot: Snapshot, frozen: Any, batch: Batch, training: bool, place: Place
 ) -> ModelOutput:
     """Returns what a model makes of a batch when all of its experts run.
 
     Args:
-      params: experts [L, H, ...] of this device.
+      snapshot: its experts [L, H, ...] of this device.
       training: see `MoeModel.apply`.
     """
-    return model.apply(params, frozen, batch, open_budget(params.experts, model.num_experts, place), training)
+    params, bias = snapshot
+    budget = open_budget(params.experts, model.num_experts, place, bias)
+    return model.apply(params, frozen, batch, budget, training)
 
 
 def ratio_mean(ratio: Ratio) -> float:

@@ -41,10 +41,10 @@ from hfedmoe_jax.data import (
 )
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.evaluation import EvaluationBatches, Judge, Quality, client_spread, summarize
+from hfedmoe_jax.evaluation import EvaluationBatches, Judge, Quality, Snapshot, client_spread, summarize
 from hfedmoe_jax.mesh import REPLICATED
 from hfedmoe_jax.metrics import metric_columns, round_row
-from hfedmoe_jax.models import ModelSizes, Params, build_model
+from hfedmoe_jax.models import ModelSizes, build_model
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.reports import NONFINITE
@@ -60,14 +60,14 @@ class RunState(NamedTuple):
     Attributes:
       round: rounds done.
       server: the algorithm's state.
-      best: parameters of the best round so far by the task's metric on the validation split.
+      best: model of the best round so far by the task's metric on the validation split.
       best_score, best_round: of that round (minus infinity and 0 before the first evaluation).
       ledger: totals.
     """
 
     round: np.ndarray
     server: ServerState
-    best: Params
+    best: Snapshot
     best_score: np.ndarray
     best_round: np.ndarray
     ledger: Ledger
@@ -178,7 +178,7 @@ class Experiment:
     def init(self) -> RunState:
         """Returns the state before the first round."""
         server = self.algorithm.init(jax.jit(lambda key: self.model.init(key)[0])(self.init_key))
-        best = jax.tree.map(jnp.copy, server.params)
+        best = jax.tree.map(jnp.copy, self.algorithm.snapshot(server))
         return RunState(np.int64(0), server, best, np.float64(-np.inf), np.int64(0), open_ledger())
 
     def cohort(self, round_number: int) -> np.ndarray:
@@ -282,7 +282,8 @@ class Experiment:
         state = state._replace(round=np.int64(number), server=server)
         last = number == self.config.fl.rounds
         if number % self.config.eval.every == 0 or last:
-            quality, client_scores = self.judge(server.params)
+            model = self.algorithm.snapshot(server)
+            quality, client_scores = self.judge(model)
             mean, deviation, worst = client_spread(client_scores)
             metric = self.task.metric
             row |= {f"validation_{name}": value for name, value in quality.scores.items()}
@@ -291,7 +292,7 @@ class Experiment:
             row[f"client_{metric}_worst10"] = worst
             if quality.scores[metric] > state.best_score:
                 state = state._replace(
-                    best=jax.tree.map(jnp.copy, server.params),
+                    best=jax.tree.map(jnp.copy, model),
                     best_score=np.float64(quality.scores[metric]),
                     best_round=np.int64(number),
                 )
@@ -323,14 +324,14 @@ class Experiment:
         batches = EvaluationBatches(batch, weight, judge.astype(np.int32))
         return batches, num_validation, host_of(hosts, self.hosts)
 
-    def judge(self, params: Params) -> tuple[Quality, np.ndarray]:
+    def judge(self, model: Snapshot) -> tuple[Quality, np.ndarray]:
         """Returns the quality on the validation split, and each client's score on its own examples.
 
         For algorithms that keep a model a client, client i mod C judges validation batch i, and each
         client its own examples.
         """
         batches, num_validation, hosts = self._validation
-        scores = self._judge.scores(params, batches, hosts)
+        scores = self._judge.scores(model, batches, hosts)
         quality = summarize(jax.tree.map(lambda x: x[:num_validation], scores))
         own = scores.scores[self.task.metric]
         return quality, own.total[num_validation:] / np.maximum(own.count[num_validation:], 1)
@@ -341,12 +342,12 @@ class Experiment:
         judge = (np.arange(len(weight)) % self.num_clients).astype(np.int32)
         batches = EvaluationBatches(batch, weight, judge)
         hosts = host_of(np.arange(len(weight)), self.hosts)
-        models = (state.server.params, state.best)
-        final, best = (summarize(self._judge.scores(params, batches, hosts)) for params in models)
-        validation, client_scores = self.judge(state.server.params)
+        last = self.algorithm.snapshot(state.server)
+        final, best = (summarize(self._judge.scores(model, batches, hosts)) for model in (last, state.best))
+        validation, client_scores = self.judge(last)
         plan = self.plan(int(state.round))
         before = state.server.records.usage[plan.cohort]
-        after = self._judge.usage(state.server.params, self.blocks(plan))
+        after = self._judge.usage(last, self.blocks(plan))
         spread = client_spread(client_scores)
         return Outcome(final, best, client_scores, spread, validation.load, before, after)
 

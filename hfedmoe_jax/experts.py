@@ -359,7 +359,7 @@ def open_layers(num_layers: int, num_experts: int, bias: Array | None = None) ->
     return LayerBudget(jnp.arange(num_layers, dtype=jnp.int32), ones, bias=bias)
 
 
-def open_budget(weights: Any, num_experts: int, place: Place = ALONE) -> Budget:
+def open_budget(weights: Any, num_experts: int, place: Place = ALONE, bias: Array | None = None) -> Budget:
     """Returns the budget of a pass that runs all experts, and has no use for their gradients.
 
     Gradients of everything else pass through all experts.
@@ -367,6 +367,8 @@ def open_budget(weights: Any, num_experts: int, place: Place = ALONE) -> Budget:
     Args:
       weights: of the experts, a tree of [L, H, ...].
       num_experts: E.
+      place: where it runs.
+      bias: see `LayerBudget`.
 
     Raises:
       TypeError: the pass is differentiated by the weights; their gradients come through the tape alone.
@@ -374,7 +376,7 @@ def open_budget(weights: Any, num_experts: int, place: Place = ALONE) -> Budget:
     weights = _constant(weights)
     num_layers, held = jax.tree.leaves(weights)[0].shape[:2]
     rules = gradient_rules(num_layers * held, False, place)._replace(write=lambda tape, *_: tape)
-    return Budget(Experts(flat(weights), (), rules), open_layers(num_layers, num_experts))
+    return Budget(Experts(flat(weights), (), rules), open_layers(num_layers, num_experts, bias))
 
 
 @jax.custom_vjp

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.devices import ScoringPasses
+from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.models import MoeModel, Params
 from hfedmoe_jax.registry import Registry
 from hfedmoe_jax.reports import ClientReport
@@ -125,6 +126,7 @@ class FederatedAlgorithm(NamedTuple):
       init: params -> ServerState.
       round: (state, portions, key) -> (ServerState, RoundMetrics); the state is donated, `key` is the
         key of this round, portions are taken as they are needed.
+      snapshot: ServerState -> the model that is judged and kept as the best.
       plan: (clients, hosts or None) -> blocks of a cohort, see `plan_blocks`.
       personal: every client keeps a model of its own, and nothing is sent.
       selects: clients train the experts that fit their budget.
@@ -137,6 +139,7 @@ class FederatedAlgorithm(NamedTuple):
 
     init: Callable[[Params], ServerState]
     round: Callable[[ServerState, Iterable[Portion], jax.Array], tuple[ServerState, RoundMetrics]]
+    snapshot: Callable[[ServerState], Snapshot]
     plan: Callable[..., list[Block]]
     personal: bool
     selects: bool

@@ -23,6 +23,7 @@ from hfedmoe_jax.algorithms.records import open_records, remember
 from hfedmoe_jax.client import Broadcast, ClientData, LocalRule
 from hfedmoe_jax.devices import NO_SCORING
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.mesh import REPLICATED
 from hfedmoe_jax.models import Params
 from hfedmoe_jax.population import StateStore, stream
@@ -77,7 +78,7 @@ def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
 
     scoring = NO_SCORING if rule.score is None else rule.score.passes(setting.config.fl.local_steps)
     return FederatedAlgorithm(
-        init, round_function, plan,
+        init, round_function, lambda state: Snapshot(state.params), plan,
         personal=True,
         selects=rule.score is not None,
         scoring=scoring,

@@ -23,6 +23,7 @@ from hfedmoe_jax.algorithms.records import open_records, remember
 from hfedmoe_jax.client import Broadcast, LocalRule
 from hfedmoe_jax.devices import NO_SCORING
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.mesh import EXPERTS
 from hfedmoe_jax.models import Params, tree_bytes
 from hfedmoe_jax.population import StateStore
@@ -105,9 +106,10 @@ def federate(method: Method, setting: Setting) -> FederatedAlgorithm:
             RoundMetrics(reports.report, uploaded, consistency),
         )
 
+    bias = jax.jit(method.rule.router_bias or (lambda extra: None))
     scoring = NO_SCORING if method.rule.score is None else method.rule.score.passes(config.fl.local_steps)
     return FederatedAlgorithm(
-        init, round_function, plan,
+        init, round_function, lambda state: Snapshot(state.params, bias(state.extra)), plan,
         personal=False,
         selects=method.rule.score is not None,
         scoring=scoring,

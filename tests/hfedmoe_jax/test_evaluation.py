@@ -8,7 +8,15 @@ import pytest
 from tiny import CLASSES, tiny_batches, tiny_config, tiny_model, tiny_params
 
 from hfedmoe_jax.client import ClientData
-from hfedmoe_jax.evaluation import BatchScore, EvaluationBatches, Judge, client_spread, predict, summarize
+from hfedmoe_jax.evaluation import (
+    BatchScore,
+    EvaluationBatches,
+    Judge,
+    Snapshot,
+    client_spread,
+    predict,
+    summarize,
+)
 from hfedmoe_jax.mesh import ALONE, make_mesh
 from hfedmoe_jax.population import stack_members
 from hfedmoe_jax.schedule import plan_blocks
@@ -38,7 +46,7 @@ def apply(model):
     """Logits and routing of one example."""
 
     def one(params, tokens):
-        return predict(model, params, {}, {"tokens": tokens[None]}, False, ALONE)
+        return predict(model, Snapshot(params), {}, {"tokens": tokens[None]}, False, ALONE)
 
     return jax.jit(one)
 
@@ -86,7 +94,7 @@ def assert_scores(scores, expected):
 
 def test_sums_are_those_of_a_loop_over_examples(model, apply, judge):
     params, data = tiny_params(), batches()
-    scores = judge.scores(params, data)
+    scores = judge.scores(Snapshot(params), data)
     per_batch = [jax.tree.map(lambda x, i=i: x[i], data) for i in range(BATCHES)]
     expected = [by_hand(model, apply, params, batch) for batch in per_batch]
     assert_scores(scores, expected)
@@ -106,11 +114,26 @@ def test_padded_examples_do_not_count(judge):
     data = batches()
     labels = np.where(data.weight == 0, (data.batch["labels"] + 1) % CLASSES, data.batch["labels"])
     one, other = (
-        judge.scores(tiny_params(), data._replace(batch=data.batch | {"labels": labels}))
+        judge.scores(Snapshot(tiny_params()), data._replace(batch=data.batch | {"labels": labels}))
         for labels in (data.batch["labels"], labels)
     )
     chex.assert_trees_all_equal(one, other)
     assert one.entropy.count.tolist() == np.count_nonzero(data.batch["tokens"], axis=(1, 2)).tolist()
+
+
+def test_a_bias_of_the_routers_chooses_the_experts(model, apply):
+    """As adding it to the logits does, that is to the logarithms of the gates; in the first layer by hand."""
+    params, data = tiny_params(), batches()
+    bias = np.random.default_rng(3).normal(size=(model.num_layers, model.num_experts)).astype(np.float32)
+    judge = judge_of(fields=ROOMY)
+    load = judge.scores(Snapshot(params, bias), data).load.sum(axis=0)
+    expected = np.zeros(model.num_experts)
+    for tokens in data.batch["tokens"][data.weight > 0]:
+        *_, routing = apply(params, tokens)
+        chosen = np.argmax(np.log(np.asarray(routing.gates[0], np.float64)) + bias[0], axis=-1)
+        expected += np.bincount(chosen[tokens > 0], minlength=model.num_experts)
+    np.testing.assert_array_equal(load[0], expected)
+    assert np.any(load[0] != judge.scores(Snapshot(params), data).load.sum(axis=0)[0])
 
 
 def padded(models):
@@ -126,7 +149,7 @@ def test_personal_models_are_judged_by_their_owners(model, apply):
     judge = np.int32([2, 0, 2])
     data = batches()._replace(judge=judge)
     # A chunk of two leaves a place without a batch.
-    scores = judge_of(personal=True, chunk=2).scores(padded(stacked), data)
+    scores = judge_of(personal=True, chunk=2).scores(Snapshot(padded(stacked)), data)
     expected = [
         by_hand(model, apply, owners[owner], jax.tree.map(lambda x, i=i: x[i], data))
         for i, owner in enumerate(judge)
@@ -146,7 +169,7 @@ def test_usage_is_the_mean_gate_weight_of_each_expert(model, apply, personal, un
     given = padded(jax.tree.map(lambda *leaves: jnp.stack(leaves), *owners)) if personal else params
     blocks = plan_blocks(np.zeros(len(members), int), MESH, 1)
     portions = ((block, stack_members(cohort, block.members)) for block in blocks)
-    result = judge_of(personal, 1, unit, ROOMY).usage(given, portions)
+    result = judge_of(personal, 1, unit, ROOMY).usage(Snapshot(given), portions)
     for index, client in enumerate(members):
         expected = np.zeros((model.num_layers, model.num_experts))
         examples = batch["tokens"][index].reshape(-1, batch["tokens"].shape[-1])

@@ -18,7 +18,7 @@ from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config
 from hfedmoe_jax import Experiment, FederatedData, InputError, make_mesh
 from hfedmoe_jax.data import take
 from hfedmoe_jax.devices import memory_needed
-from hfedmoe_jax.evaluation import predict
+from hfedmoe_jax.evaluation import Snapshot, predict
 from hfedmoe_jax.experiment import COHORT_STREAM
 from hfedmoe_jax.mesh import ALONE
 from hfedmoe_jax.reports import STATUS_NAMES
@@ -183,7 +183,7 @@ def test_another_seed_gives_another_run(experiment, run):
     other = Experiment(config, experiment.mesh, experiment.data)
     other.algorithm = experiment.algorithm  # compiled already, and the same for every seed
     state = other.init()
-    assert not equal(state.best.shared["embed"], experiment.init().best.shared["embed"])
+    assert not equal(state.best.params.shared["embed"], experiment.init().best.params.shared["embed"])
     assert other.step(state)[1]["train_loss"] != run[0][0]["train_loss"]
     for number in range(1, 20):
         one, two = data_of(experiment, number), data_of(other, number)
@@ -215,7 +215,7 @@ def make_quality(experiment):
     @jax.jit
     def answer(params, tokens):
         batch = {"tokens": tokens[None]}
-        return predict(experiment.model, params, experiment.frozen, batch, False, ALONE).output[0]
+        return predict(experiment.model, Snapshot(params), experiment.frozen, batch, False, ALONE).output[0]
 
     def quality(params, rows):
         labels, logits = rows["labels"], np.array([answer(params, row) for row in rows["tokens"]], np.float64)
@@ -233,7 +233,7 @@ def test_the_end_of_a_run(experiment, run):
     """Test and client accuracy against single examples; usage as the clients reported it."""
     rows, params, state = run
     other = jax.tree.map(lambda x: jnp.asarray(x) * 1.5, params[0])
-    outcome = experiment.finish(state._replace(best=other))
+    outcome = experiment.finish(state._replace(best=Snapshot(other)))
     data, quality = experiment.data, make_quality(experiment)
     assert outcome.final.scores == quality(params[-1], data.test)
     assert outcome.best.scores == quality(other, data.test)
@@ -258,7 +258,7 @@ def test_personal_models_judge_their_own_examples_and_take_turns_at_the_validati
     head = jax.tree.map(jnp.zeros_like, params.shared["head"])
     head["classes"]["bias"] = jnp.eye(CLASSES)[answers]
     params = params._replace(shared={**params.shared, "head": head})
-    quality, accuracy = experiment.judge(params)
+    quality, accuracy = experiment.judge(Snapshot(params))
     own = [np.mean(data.train["labels"][rows] == answer)
            for rows, answer in zip(data.client_holdout, answers, strict=True)]  # fmt: skip
     np.testing.assert_allclose(accuracy, own)
@@ -272,7 +272,7 @@ def test_the_best_model_is_that_of_the_best_validation_accuracy(experiment, run)
     scores = {row["round"]: row.get("validation_accuracy", -1) for row in rows}
     assert state.best_score == max(scores.values())
     assert state.best_round == max(scores, key=scores.get)  # the first of equals
-    assert equal(state.best, params[int(state.best_round) - 1])
+    assert equal(state.best.params, params[int(state.best_round) - 1])
     level, *_ = experiment.step(experiment.init())
     level = level._replace(best_score=np.float64(scores[2]), best_round=np.int64(7))
     before = jax.tree.map(np.array, level.best)

@@ -58,6 +58,7 @@ def test_the_server_moves_the_bias_by_the_cohorts_mean_usage():
         state, _ = run_round(algorithm, state, data, key)
         assert_close(state.params, expected)
         assert_close(state.extra, bias)
+        assert_close(algorithm.snapshot(state).router_bias, bias)
     assert np.abs(bias).max() > 0.1
 
 
