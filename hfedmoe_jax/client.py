@@ -77,7 +77,7 @@ class Broadcast(NamedTuple):
 
 
 class ClientUpdate(NamedTuple):
-    """A client's parameters after local training, with what it tells the server.
+    """A client's parameters after local training, with what it reports to the server.
 
     Attributes:
       params: the router, the shared parameters with the rows of the embedding table that the client's

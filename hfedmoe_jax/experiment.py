@@ -152,8 +152,8 @@ class Experiment:
         self.baseline = self.task.baseline(data.train, data.test)
         table_rows = most_tokens(data, config.fl)
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
-        everywhere = NamedSharding(mesh, REPLICATED)
-        self.frozen = jax.jit(lambda key: self.model.init(key)[1], out_shardings=everywhere)(self.init_key)
+        replicated = NamedSharding(mesh, REPLICATED)
+        self.frozen = jax.jit(lambda key: self.model.init(key)[1], out_shardings=replicated)(self.init_key)
         setting = Setting(
             config, self.model, self.task, self.frozen, self.budgets, table_rows, mesh, self.chunk
         )

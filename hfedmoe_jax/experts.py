@@ -156,7 +156,7 @@ class Pass(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What a mixture of experts tells of its layer.
+    """What a mixture of experts reports about its layer.
 
     Attributes:
       permit: float32 [H], zeros; see the module.
@@ -191,7 +191,7 @@ def mix_experts(
         nothing. A token is sent to experts of `layer.forward` only, which is the router's part.
 
     Returns:
-      y [N, D] in the type of `h_nd`; the tape; what the layer tells.
+      y [N, D] in the type of `h_nd`; the tape; the report of the layer.
     """
     num_experts, place = layer.multiplier.shape[0], experts.rules.place
     held, first = shard_of(num_experts, place)

@@ -58,7 +58,7 @@ def gating_weight(preference: Float[Array, "layers experts"]) -> Float[Array, ""
 
 
 class Upload(NamedTuple):
-    """What a client tells the server beside its parameters.
+    """What a client reports to the server beside its parameters.
 
     Attributes:
       usage: float32 [L, E], u_c of (16), over the samples of the round's batches.

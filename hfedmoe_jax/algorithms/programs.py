@@ -234,7 +234,7 @@ def settle_sums(sums: Sums) -> Sums:
 
 
 def upload_shape(setting: Setting) -> Upload:
-    """Returns the shapes of what a client tells."""
+    """Returns the shapes of what a client reports."""
     experts = (setting.model.num_layers, setting.model.num_experts)
     number, truth, times = (jax.ShapeDtypeStruct(experts, dtype) for dtype in (jnp.float32, bool, jnp.int32))
     return Upload(number, number, truth, times, jax.ShapeDtypeStruct((), jnp.float32))

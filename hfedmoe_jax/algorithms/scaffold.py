@@ -62,8 +62,8 @@ def scaffold(config: ConfigDict) -> Method:
 def steps_of(update: Change, local_steps: int) -> Params:
     """Returns K of every parameter, at least 1: Params of numbers that broadcast against `update.change`."""
     change, times = update.change, jnp.maximum(update.upload.times, 1)
-    everywhere = jax.tree.map(lambda _: jnp.int32(local_steps), change)
-    return everywhere._replace(experts=jax.tree.map(lambda x: widen(times, x), change.experts))
+    steps = jax.tree.map(lambda _: jnp.int32(local_steps), change)
+    return steps._replace(experts=jax.tree.map(lambda x: widen(times, x), change.experts))
 
 
 def control_variate(
