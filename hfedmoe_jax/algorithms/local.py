@@ -66,7 +66,7 @@ def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
         return plan_blocks(np.full(len(clients), tier), mesh, setting.chunk, hosts)
 
     def round_function(state: ServerState, portions: Iterable[Portion], key: jax.Array):
-        broadcast = Broadcast((), setting.frozen, (), key)
+        broadcast = Broadcast(Params((), (), ()), setting.frozen, (), key)
         _, params, reports = train_cohort({tier: program}, portions, (), None, broadcast, store, state.params)
         records = remember(state.records, reports, reports.upload.trained)
         # Routing consistency compares what is shared, and nothing is.
