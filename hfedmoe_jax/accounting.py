@@ -26,13 +26,13 @@ class Ledger(NamedTuple):
       wall_s: real seconds spent in rounds and evaluations.
     """
 
-    simulated_time_s: np.ndarray
-    bytes_up: np.ndarray
-    bytes_down: np.ndarray
+    simulated_time_s: np.float64
+    bytes_up: np.float64
+    bytes_down: np.float64
     status_counts: np.ndarray
-    train_s: np.ndarray
-    timed_steps: np.ndarray
-    wall_s: np.ndarray
+    train_s: np.float64
+    timed_steps: np.int64
+    wall_s: np.float64
 
 
 class RoundAccount(NamedTuple):

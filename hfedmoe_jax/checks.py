@@ -1,5 +1,7 @@
 """Refuses a config that cannot run, before any data is read."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -44,7 +46,7 @@ CHOICES = {
 }
 
 
-def lookup(config: ConfigDict, field: str):
+def lookup(config: ConfigDict, field: str) -> Any:
     """Returns the value at a dotted path."""
     for name in field.split("."):
         config = config[name]

@@ -6,7 +6,7 @@ Axes: S local steps, B batch, T tokens, L MoE layers, E experts, H experts of a 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from hfedmoe_jax.reports import (
     report_routing,
 )
 from hfedmoe_jax.scores import routing_importance, units_of, usage, usage_over_batches
-from hfedmoe_jax.scoring import Importance, Scoring, SeenBatch
+from hfedmoe_jax.scoring import Scoring, SeenBatch
 from hfedmoe_jax.tasks import Ratio, Task
 
 
@@ -114,12 +114,12 @@ class LocalRule(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What a client takes from step to step."""
+    """What a client takes from step to step; `importance` is an `Importance`, None if all experts train."""
 
     params: Params
     rest_state: Any
     bank: ExpertBank
-    importance: Importance
+    importance: Any
 
 
 def make_client(
@@ -191,7 +191,7 @@ def make_client(
             params, rest_state, bank, importance = carry
             token_mask_bt = model.mask(batch)
             ran = None  # every expert
-            if not routed:
+            if score is not None and not routed:
                 ran = score.select(importance, client.budget)
                 bank = layout.enter(bank, start.experts, local_experts(ran, place))
             experts = Experts(layout.readable(bank, start.experts, routed), anchor, rules)
@@ -217,7 +217,7 @@ def make_client(
             if adjust:
                 gradient = adjust(gradient, params, *rest_anchor)
             updates, rest_state = optimizer.update(gradient, rest_state, params)
-            params = optax.apply_updates(params, updates)
+            params = cast(Params, optax.apply_updates(params, updates))
             trained = routing.kept > 0 if active is None else active & (routing.kept > 0)
             if score is not None:
                 importance = score.after_batch(importance, seen, -d_multiplier, ran)

@@ -76,7 +76,7 @@ def model_cost(
         return task.loss(out.output, batch)[0] + jnp.mean(out.routing.balance)
 
     def pullback(rest, *others, keep: bool):
-        return jax.vjp(lambda rest: loss(rest, *others, keep), rest)[1]
+        return jax.vjp(lambda rest: loss(rest, *others, keep=keep), rest)[1]
 
     arguments = rest, frozen, params.experts, batch
     without = residual_bytes(functools.partial(pullback, keep=False), *arguments)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.experts import open_budget
 from hfedmoe_jax.mesh import REPLICATED, Place, place_of
-from hfedmoe_jax.models import ModelOutput, MoeModel, Params, params_specs
+from hfedmoe_jax.models import NO_PARAMS, ModelOutput, MoeModel, Params, params_specs
 from hfedmoe_jax.population import StateStore, map_members, put_members, stack_members
 from hfedmoe_jax.reports import gate_entropy
 from hfedmoe_jax.schedule import Block, plan_blocks
@@ -103,8 +103,8 @@ class Judge:
         self._mesh, self._chunk, self._frozen = mesh, chunk, frozen
         self._place = place_of(mesh, chunk)
         self._store = StateStore(mesh, num_clients)
-        specs = () if personal else params_specs(jax.eval_shape(model.init, jax.random.key(0))[0])
-        shared = (Snapshot(specs, REPLICATED), REPLICATED)
+        specs = params_specs(jax.eval_shape(model.init, jax.random.key(0))[0])
+        shared = (Snapshot(NO_PARAMS if personal else specs, REPLICATED), REPLICATED)
         self._score = map_members(self._score_batch, mesh, chunk, shared)
         self._usage = map_members(self._usage_of_client, mesh, chunk, shared)
 
@@ -137,7 +137,7 @@ class Judge:
         self, program: Callable, model: Snapshot, members: Iterable[tuple[Block, Any, np.ndarray]]
     ) -> Any:
         """Runs a program over blocks of members, each with the number of the client whose model is meant."""
-        shared = model._replace(params=()) if self._personal else model
+        shared = model._replace(params=NO_PARAMS) if self._personal else model
 
         def placed():
             for block, each, owner in members:

@@ -65,11 +65,11 @@ class RunState(NamedTuple):
       ledger: totals.
     """
 
-    round: np.ndarray
+    round: np.int64
     server: ServerState
     best: Snapshot
-    best_score: np.ndarray
-    best_round: np.ndarray
+    best_score: np.float64
+    best_round: np.int64
     ledger: Ledger
 
 

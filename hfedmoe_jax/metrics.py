@@ -11,7 +11,7 @@ from hfedmoe_jax.algorithms import RoundMetrics
 from hfedmoe_jax.reports import OK, OVER_BUDGET, STATUS_NAMES
 
 
-def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float]:
+def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float | None]:
     """Returns a round's row of metrics: means over the clients whose update counted, and counts.
 
     `union_share` includes the clients that failed for it.

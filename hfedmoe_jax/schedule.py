@@ -101,7 +101,7 @@ def plan_blocks(
             for device, queue in enumerate(queues):
                 part = queue[start : start + size]
                 members[device, : len(part)] = part
-            blocks.append(Block(tier, members, np.sum(members != NOBODY, axis=1, dtype=np.int32)))
+            blocks.append(Block(tier, members, (members != NOBODY).sum(axis=1, dtype=np.int32)))
     return blocks
 
 

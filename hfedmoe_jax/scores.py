@@ -84,7 +84,7 @@ def units_of(
     """
     by_token = (gates, chosen.astype(jnp.float32), jnp.where(chosen, gates, 0.0))
     mask = token_mask.reshape(-1) if unit == "token" else jnp.any(token_mask, axis=-1)
-    return Units(*(over_units(values, token_mask, unit) for values in by_token), mask)
+    return Units(*(over_units(values, token_mask, unit) for values in by_token), mask=mask)
 
 
 def cumulative(gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
@@ -168,7 +168,7 @@ class Evidence:
       gradient_norm: float32 [L, E]; L2 norm of the loss gradient of each expert's weights.
     """
 
-    def __init__(self, gates, chosen, mask, key, contribution: Callable, gradient_norm: Callable):
+    def __init__(self, gates, chosen, mask, key, contribution: Callable, gradient_norm: Callable | None):
         self.gates, self.chosen, self.mask, self.key = gates, chosen, mask, key
         self._contribution, self._gradient_norm = contribution, gradient_norm
 
@@ -178,6 +178,7 @@ class Evidence:
 
     @cached_property
     def gradient_norm(self) -> PerExpert:
+        assert self._gradient_norm is not None  # `Scoring` refuses scores that read what it cannot give
         return self._gradient_norm()
 
 

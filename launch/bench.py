@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command line `arguments` (without the program's name) and returns the exit code."""
     return run_program(
         arguments,
-        usage=__doc__,
+        usage=__doc__ or "",
         work=lambda: run_suite(*read_arguments(arguments), f"python -m launch.bench {shlex.join(arguments)}"),
         when_interrupted="interrupted: the tables measured so far are in bench.json",
     )
@@ -117,8 +117,8 @@ def run_suite(name: str, workdir: pathlib.Path, repeats: int, options: dict[str,
     except OSError as error:
         problem = f"cannot be created ({error.strerror})"
         raise InputError("workdir", str(workdir), problem, "give another --workdir") from None
-    if SUITES[name].devices:
-        configure_devices(SUITES[name].devices)
+    if devices := SUITES[name].devices:
+        configure_devices(devices)
     suite = importlib.import_module(SUITES[name].module)
     record: dict[str, Any] = {"suite": name, "command": command, "date": datetime.date.today().isoformat()}
     record |= {"repeats": repeats, "versions": versions(), "tables": []}

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command line `arguments` (without the program's name) and returns the exit code."""
     return run_program(
         arguments,
-        usage=__doc__,
+        usage=__doc__ or "",
         work=lambda: run_experiment(*read_command(arguments)),
         when_interrupted="interrupted: the same command continues the run, from a checkpoint if there is one",
     )

@@ -204,7 +204,7 @@ def read_models(models: Any, tasks: Sequence[str] | None) -> tuple[Catalogue, La
     for i, row in enumerate(rows):
         padded[:, i, : num_layers[i]] = row
     task_index = np.array([tasks.index(task) for task in model_tasks], np.int32)
-    return Catalogue(*padded, num_layers, accuracy, task_index), Labels(tuple(names), tasks)
+    return Catalogue(padded[0], padded[1], num_layers, accuracy, task_index), Labels(tuple(names), tasks)
 
 
 def check_range(values: np.ndarray, name: str, path: Path) -> None:

@@ -158,6 +158,7 @@ def _sweep(points, keys, catalogue, hull, collapsed, collapsed_hull, count, solv
 def decide_drop(solver: Solver, drop: Drop) -> Allocation:
     """Returns a solver's allocation of one drop, by its pure function."""
     hull, problem = (drop.dai_hull, drop.dai_problem) if solver.download_first else (drop.hull, drop.problem)
+    assert solver.decide is not None  # as of all `sweep_solvers`
     return solver.decide(hull, problem, *((drop.key,) if solver.needs_key else ()))
 
 

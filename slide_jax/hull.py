@@ -49,9 +49,9 @@ def convex_hull(layer_bits: Float[ArrayLike, "I L"], layer_flop: Float[ArrayLike
 
 
 @functools.lru_cache(maxsize=64)
-def _hull_of(layer_bits: bytes, layer_flop: bytes, shape: tuple[int, int]) -> Hull:
+def _hull_of(raw_bits: bytes, raw_flop: bytes, shape: tuple[int, int]) -> Hull:
     """`convex_hull`, cached by content: the problems of a program share few catalogues."""
-    layer_bits, layer_flop = (np.frombuffer(table).reshape(shape) for table in (layer_bits, layer_flop))
+    layer_bits, layer_flop = (np.frombuffer(table).reshape(shape) for table in (raw_bits, raw_flop))
     received = np.cumsum(layer_bits, axis=1)
     remaining = np.cumsum(layer_flop[:, ::-1], axis=1)[:, ::-1]
     vertices = [_vertices(*model) for model in zip(received, remaining, strict=True)]

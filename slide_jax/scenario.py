@@ -127,9 +127,9 @@ def write_scenario(problem: Problem, path: str | os.PathLike) -> None:
     values = {name: _or_null(getattr(users, name)) for name in NUMBERS}
 
     def row(k: int) -> dict:
-        user = {} if problem.labels.users is None else {"id": problem.labels.users[k]}
+        user: dict[str, Any] = {} if problem.labels.users is None else {"id": problem.labels.users[k]}
         if listed[k]:
-            user["models"] = [names[i] for i in np.flatnonzero(allowed[k])]
+            user["models"] = [names[i] for i in np.flatnonzero(allowed[k]).tolist()]
         else:
             user |= {"task": tasks[users.task[k]], "min_accuracy": values["min_accuracy"][k]}
         user |= {name: values[name][k] for name in NUMBERS if name not in (*DEVICE, "min_accuracy")}
@@ -211,9 +211,9 @@ def read_allocation(problem: Problem, path: str | os.PathLike) -> Allocation:
     )
     for k, (row, served) in enumerate(zip(rows, allocation.served.tolist(), strict=True)):
         if row.get("served") is not served:
-            problem = f"at odds with model={row['model']!r}"
+            conflict = f"at odds with model={row['model']!r}"
             raise InputError(
-                f"users[{k}].served", shown(row.get("served")), problem, f"give {json.dumps(served)}"
+                f"users[{k}].served", shown(row.get("served")), conflict, f"give {json.dumps(served)}"
             )
     for name in ("throughput", "bandwidth_used_hz"):
         total = results([answer], name, "").item()

@@ -29,6 +29,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SCENARIOS = sorted((ROOT / "examples").glob("*.json"))
 QUOTE = re.compile(r"# (examples/\w+\.py)\n(.*)", re.DOTALL)
 COMMAND = re.compile(r"python -m launch\.main ((?:.*\\\n)*.*)")
+BUILT_IN = [name for name in algorithms if algorithms[name].__module__.startswith("hfedmoe_jax.")]
 PACKAGE_NAME = re.compile(r"`((?:hfedmoe|slide)_jax\.[a-z_0-9.]+)`")
 
 
@@ -156,7 +157,7 @@ def test_every_field_of_a_device_is_documented():
         ("docs/slide.md", slide.PRESETS),
         ("docs/slide.md", slide_jax.SOLVERS),
         ("docs/slide.md", PROFILES),
-        ("docs/algorithms.md", tuple(algorithms)),  # before an example adds its own
+        ("docs/algorithms.md", BUILT_IN),
     ],
 )
 def test_every_name_is_documented(page, names):

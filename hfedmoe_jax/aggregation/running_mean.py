@@ -105,8 +105,8 @@ def mean_accumulate(
       scale: of weights and terms.
       table: the name in `shared` of the table that clients hold rows of.
     """
-    if start is None:
-        start = jax.tree.map(lambda total: jnp.float32(0), mean.total, is_leaf=is_fixed)
+    zeros = jax.tree.map(lambda total: jnp.float32(0), mean.total, is_leaf=is_fixed)
+    origin = zeros if start is None else start
     weights = jax.tree.map(lambda w: jnp.minimum(w * scale.unit, scale.largest), clients.weights)
 
     def change(weight, new, old, widen=widen):
@@ -151,12 +151,12 @@ def mean_accumulate(
         return dense(total, new, old, weights.shared)
 
     total = Params(
-        map_totals(add_expert, mean.total.experts, clients.params.experts, start.experts),
+        map_totals(add_expert, mean.total.experts, clients.params.experts, origin.experts),
         map_totals(
             lambda total, new, old: dense(total, new, old, weights.router, widen_rows),
-            mean.total.router, clients.params.router, start.router,
+            mean.total.router, clients.params.router, origin.router,
         ),
-        map_totals(add_shared, mean.total.shared, clients.params.shared, start.shared, with_path=True),
+        map_totals(add_shared, mean.total.shared, clients.params.shared, origin.shared, with_path=True),
     )  # fmt: skip
     weight = Params(*(add_terms(total, w) for total, w in zip(mean.weight, weights, strict=True)))
     return RunningMean(total, weight, mean.dominant + jnp.sum(clients.dominant, axis=0, dtype=jnp.int32))

@@ -25,7 +25,7 @@ from hfedmoe_jax.devices import NO_SCORING
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.mesh import REPLICATED
-from hfedmoe_jax.models import Params
+from hfedmoe_jax.models import NO_PARAMS, Params
 from hfedmoe_jax.population import StateStore, stream
 from hfedmoe_jax.reports import OK
 from hfedmoe_jax.schedule import plan_blocks
@@ -67,7 +67,7 @@ def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
         return plan_blocks(np.full(len(clients), tier), mesh, setting.chunk, hosts)
 
     def round_function(state: ServerState, portions: Iterable[Portion], key: jax.Array):
-        broadcast = Broadcast((), setting.frozen, (), key)
+        broadcast = Broadcast(NO_PARAMS, setting.frozen, (), key)
         _, params, reports = train_cohort({tier: program}, portions, (), None, broadcast, store, state.params)
         records = remember(state.records, reports, reports.upload.trained)
         # Routing consistency compares what is shared, and nothing is.

@@ -125,13 +125,14 @@ class RoundPrograms:
         return Params(*(weight(upload, aggregation) for weight in self._method.weights))
 
     def _summed(self) -> Any:
-        if self._method.transform is None:
+        transform = self._method.transform
+        if transform is None:
             return ()
         shapes, upload = self._shapes, upload_shape(self._setting)
         key = jax.eval_shape(jax.random.key, 0)
         sent = jax.eval_shape(lambda *of: what_counts(self._weights(of[0]), of[1]), upload, shapes)
         return jax.eval_shape(
-            lambda *parts: self._method.transform(Change(*parts)).summed,
+            lambda *parts: transform(Change(*parts)).summed,
             shapes, sent, sent, upload, self._extra, self._state, key,
         )  # fmt: skip
 

@@ -11,6 +11,8 @@ the embedding table that it does not hold, keeps c_i. Models are averaged with t
 (the paper weighs all clients alike).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,7 +43,7 @@ def scaffold(config: ConfigDict) -> Method:
         steps = steps_of(update, config.fl.local_steps)
         counts = jax.tree.map(jnp.logical_and, update.moved, update.sent)
         own = jax.tree.map(
-            lambda *tensors: control_variate(*tensors, rate),
+            functools.partial(control_variate, rate=rate),
             update.state, update.extra, update.change, steps, counts,
         )  # fmt: skip
         return Transformed(update.change, own, optax.tree.sub(own, update.state))

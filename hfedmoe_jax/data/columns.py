@@ -77,7 +77,7 @@ def to_documents(columns: Mapping[str, Sequence[Any]], data_config: ConfigDict, 
                 f"row {missing[0]} of {where} has no {role} ({len(missing)} such rows, counted from 1)",
                 "fill it in or leave the row out",
             )
-    return Documents([text or "" for text in strings["text"]], strings["label"], strings.get("client"))
+    return Documents(strings["text"], strings["label"], strings.get("client"))
 
 
 def no_rows(data_config: ConfigDict, where: str) -> InputError:
@@ -103,7 +103,7 @@ def _is_whole(name: str) -> bool:
     return digits.isascii() and digits.isdigit() and str(int(name)) == name
 
 
-def _to_strings(values: Sequence[Any], role: str, column: str, where: str) -> list[str | None]:
+def _to_strings(values: Sequence[Any], role: str, column: str, where: str) -> list[str]:
     strings = []
     for row, value in enumerate(values, start=1):
         if isinstance(value, np.generic):
@@ -119,9 +119,9 @@ def _to_strings(values: Sequence[Any], role: str, column: str, where: str) -> li
     return strings
 
 
-def _to_string(value: Any) -> str | None:
+def _to_string(value: Any) -> str:
     if value is None or value != value:
-        return None
+        return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, float) and value.is_integer():

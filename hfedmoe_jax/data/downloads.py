@@ -76,9 +76,9 @@ def load_tfds(name: str, data_config: ConfigDict) -> tuple[Documents, Documents 
         else:
             builder = tfds.builder(name, data_dir=data_config.cache_dir or None, file_format="array_record")
             if not builder.is_prepared():
-                _require_answer(next(iter(builder.url_infos), None))
+                _require_answer(next(iter(builder.url_infos or ()), None))
                 builder.download_and_prepare()
-        splits = builder.as_data_source()
+        splits: Any = builder.as_data_source()
     except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -99,14 +99,16 @@ def load_tfds(name: str, data_config: ConfigDict) -> tuple[Documents, Documents 
     except Exception as error:
         raise _cannot_load(data_config, str(error)) from error
 
+    features: Any = builder.info.features
+
     def names_of(split: str, column: str) -> Sequence[str] | None:
-        return getattr(builder.info.features[column], "names", None)
+        return getattr(features[column], "names", None)
 
     def read(split: str, columns: list[str]) -> Mapping[str, Sequence[Any]]:
         rows = list(splits[split])
         return {column: [row[column] for row in rows] for column in columns}
 
-    names = {split: list(builder.info.features) for split in splits}
+    names = {split: list(features) for split in splits}
     return _train_and_test(data_config, names, read, names_of)
 
 

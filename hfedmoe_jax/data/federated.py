@@ -5,6 +5,7 @@ Axes: N passages (rows), T tokens, C clients, D documents.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
@@ -29,6 +30,8 @@ MINIMUM_TO_SPLIT = 3
 
 Rows = dict[str, np.ndarray]
 """What a task makes of documents: arrays [N, ...] by name, `tokens` [N, T] among them."""
+
+Clients = TypeVar("Clients", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class FederatedData:
         )
 
 
-def host_of(client: int | np.ndarray, hosts: int) -> int | np.ndarray:
+def host_of(client: Clients, hosts: int) -> Clients:
     """Returns which of several hosts has a client's data."""
     return client % hosts
 
@@ -194,7 +197,11 @@ def split_documents(
         validation.extend(documents[:num_validation])
         test.extend(documents[num_validation : num_validation + num_test])
         train.extend(documents[num_validation + num_test :])
-    return tuple(np.sort(np.array(part, np.int64)) for part in (train, validation, test))
+
+    def ordered(part: list) -> np.ndarray:
+        return np.sort(np.array(part, np.int64))
+
+    return ordered(train), ordered(validation), ordered(test)
 
 
 def cut_holdout(
@@ -279,5 +286,5 @@ def _client_names(parts: Sequence[np.ndarray], owners: Sequence[str] | None) -> 
     return tuple(names)
 
 
-def _take(values: Sequence[str], indices: Sequence[int]) -> list[str]:
+def _take(values: Sequence[str], indices: Sequence[int] | np.ndarray) -> list[str]:
     return [values[index] for index in indices]

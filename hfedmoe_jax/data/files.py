@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hfedmoe_jax.errors import InputError
 
 # Given the columns that a file has, returns those to read, by their role.
 Choose = Callable[[Sequence[str]], dict[str, str]]
-Columns = dict[str, Sequence[Any]]
+Columns = Mapping[str, Sequence[Any]]
 
 
 def read_documents(data_config: ConfigDict, field: str) -> Documents:

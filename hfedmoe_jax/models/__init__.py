@@ -2,10 +2,11 @@
 
 from hfedmoe_jax.models import switch
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, families
-from hfedmoe_jax.models.params import Params, merge_params, params_specs, split_params, tree_bytes
+from hfedmoe_jax.models.params import NO_PARAMS, Params, merge_params, params_specs, split_params, tree_bytes
 from hfedmoe_jax.models.routing import Routing, load_balancing_loss, own_choice
 
 __all__ = [
+    "NO_PARAMS",
     "ModelOutput",
     "ModelSizes",
     "MoeModel",

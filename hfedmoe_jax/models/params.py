@@ -29,6 +29,10 @@ class Params(NamedTuple):
     shared: Any
 
 
+NO_PARAMS = Params((), (), ())
+"""What is sent to clients that keep models of their own."""
+
+
 def split_params(variables: dict, frozen: str = "") -> tuple[Params, dict]:
     """Groups the parameters of a Flax module: `experts` of its own, modules `router`, and the rest.
 

@@ -179,7 +179,7 @@ def _layer_columns(axes: Axes, num_layers: int, num_experts: int) -> None:
     every = int(np.ceil(num_layers / 12))
     layers = np.arange(0, num_layers, every)
     axes.set_xticks(
-        (layers + 0.5) * num_experts - 0.5, [f"layer {n}" if num_layers <= 4 else n for n in layers]
+        (layers + 0.5) * num_experts - 0.5, [f"layer {n}" if num_layers <= 4 else str(n) for n in layers]
     )
     axes.set_xlabel(f"{'' if num_layers <= 4 else 'layer; '}{num_experts} experts a layer, in order")
 

@@ -106,13 +106,15 @@ def _visit(computations: dict, name: str, trip_counts: Sequence[float]) -> list[
 
 
 def _loop(computations: dict, line: str, trip_counts: Sequence[float]) -> list[Product]:
-    body = _CALLED.search(line)[1]
+    body = _match(_CALLED, line)[1]
     if known := _TRIPS.search(line):
         inside, times = _visit(computations, body, trip_counts), int(known[1])
     else:
         # A loop without products may be nested deeper than `trip_counts` is long.
         inside, times = _visit(computations, body, trip_counts[1:]), trip_counts[0] if trip_counts else None
-    if inside and times is None:
+    if not inside:
+        return []
+    if times is None:
         raise ValueError(
             f"this loop's trip count depends on data and is not in `trip_counts`: {line.strip()}"
         )
@@ -126,7 +128,7 @@ def _product(operation: _Operation, shapes: dict[str, list[int]]) -> Product | N
     elif operation.kind == "custom-call" and (library := _LIBRARY.search(line)):
         if not library[1].startswith("__cublas"):
             raise ValueError(f"the FLOP of {library[1]} are unknown: {line.strip()}")
-        axes = json.loads(re.search(r'"dot_dimension_numbers":(\{.*?\})', line)[1])
+        axes = json.loads(_match(r'"dot_dimension_numbers":(\{.*?\})', line)[1])
         contracted, batched = (
             [int(axis) for axis in axes.get(f"lhs_{kind}_dimensions", ())]
             for kind in ("contracting", "batch")
@@ -143,7 +145,7 @@ def _product(operation: _Operation, shapes: dict[str, list[int]]) -> Product | N
 def _convolution(operation: _Operation, shapes: dict[str, list[int]]) -> Product:
     """A convolution, as TPUs also write dots; taps on padding and dilation gaps are not counted."""
     lhs, rhs = (shapes[name] for name in operation.operands[:2])
-    of_lhs, of_rhs, of_out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", operation.line).groups()
+    of_lhs, of_rhs, of_out = _match(r"dim_labels=(\w+)_(\w+)->(\w+)", operation.line).groups()
     out = shapes[operation.name]
     window = re.search(r"window=\{([^}]*)\}", operation.line)
     options = dict(option.split("=") for option in window[1].split()) if window else {}
@@ -163,6 +165,13 @@ def _convolution(operation: _Operation, shapes: dict[str, list[int]]) -> Product
         taps *= sum(index % gap == 0 and 0 <= index // gap < size for index in reached)
     channels = rhs[of_rhs.index("i")] * out[of_out.index("b")] * out[of_out.index("f")]
     return Product(frozenset(lhs + rhs), 2.0 * taps * channels, 1.0)
+
+
+def _match(pattern: str | re.Pattern[str], line: str) -> re.Match[str]:
+    """Returns the match that every operation of the line's kind has."""
+    found = re.search(pattern, line)
+    assert found is not None, line
+    return found
 
 
 def _numbers(line: str, name: str) -> list[int]:

@@ -62,19 +62,16 @@ def start_processes(
       InputError: a value is missing or cannot be used, or the processes do not find each other.
     """
     directory = pathlib.Path(checkpoints)
-    given = coordinator not in (None, "auto") or processes is not None or process is not None
-    if given:
-        _check_flags(coordinator, processes, process)
+    given = None
+    if coordinator not in (None, "auto") or processes is not None or process is not None:
+        given = _checked_flags(coordinator, processes, process)
     if processes == 1 or not (given or coordinator or cluster(os.environ)):
         return Processes({}, 0, 1, directory)
     # The only implementation of collectives between the CPUs of several processes.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would swallow SIGTERM, and nothing here asks it for preemptions.
     jax.config.update("jax_enable_preemption_service", False)
-    if given:
-        started = _start_at(coordinator, processes, process, directory)
-    else:
-        started = _start_detected(coordinator, directory)
+    started = _start_at(*given, directory) if given else _start_detected(coordinator, directory)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("started")  # opens the connections of the collectives
         if is_first_process():
@@ -150,11 +147,13 @@ def gather_processes(value: np.ndarray) -> np.ndarray:
     return np.frombuffer(gathered.tobytes(), value.dtype).reshape(-1, *value.shape)
 
 
-def _check_flags(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    for flag, value in given.items():
-        if value is None:
-            raise InputError(flag, value, "missing", _REMEDY)
+def _checked_flags(
+    coordinator: str | None, processes: int | None, process: int | None
+) -> tuple[str, int, int]:
+    if coordinator is None or processes is None or process is None:
+        given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+        missing = next(flag for flag, value in given.items() if value is None)
+        raise InputError(missing, None, "missing", _REMEDY)
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         remedy = "give process 0's host and a free port of it, e.g. --coordinator=10.0.0.1:9876"
@@ -164,6 +163,7 @@ def _check_flags(coordinator: str | None, processes: int | None, process: int | 
     if not 0 <= process < processes:
         remedy = f"number them from 0 to {processes - 1}"
         raise InputError("--process", process, f"is none of {processes} processes", remedy)
+    return coordinator, processes, process
 
 
 def _connect_at(coordinator: str, processes: int, process: int) -> tuple[Links, str]:

@@ -183,10 +183,11 @@ class Processes:
                 selector.register(link, selectors.EVENT_READ)
             while selector.get_map():
                 for key, _ in selector.select():
-                    message = receive(key.fileobj) or {"lost": self._links[key.fileobj]}
+                    link: Any = key.fileobj  # as registered above
+                    message = receive(link) or {"lost": self._links[link]}
                     if "done" not in message and not self._failed:
                         self._stop(message)
-                    selector.unregister(key.fileobj)
+                    selector.unregister(link)
 
     def _stop(self, message: dict[str, int]) -> None:
         if self._index == 0:

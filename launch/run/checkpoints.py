@@ -46,8 +46,8 @@ class Checkpoints:
         self._directory = pathlib.Path(directory).absolute()
         with _suppress_output():
             self._checkpointer = ocp.training.Checkpointer(
-                self._directory,
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                str(self._directory),
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
                 cleanup_tmp_directories=True,  # left by a killed process
             )
 
@@ -128,7 +128,7 @@ class Checkpoints:
         )
 
     def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
-        path = self._directory / str(step)
+        path = str(self._directory / str(step))
         abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
         empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in abstract.items() if not leaf.size}
         index = jax.process_index()

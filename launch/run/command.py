@@ -86,7 +86,7 @@ def load_config(file_and_preset: str) -> ConfigDict:
 
 def _get_config(file: str, preset: str) -> Any:
     spec = importlib.util.spec_from_file_location("launch_config", file)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ValueError("not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -58,7 +58,8 @@ class FigureEntry(NamedTuple):
 
 def house_style() -> AbstractContextManager[None]:
     """Returns a context in which figures are drawn and saved; matplotlib's global settings are kept."""
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE})
+    settings: Any = {**matplotlib.rcParamsDefault, "backend": "agg", **STYLE}
+    return matplotlib.rc_context(settings)
 
 
 def new_figure(

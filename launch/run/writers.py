@@ -34,8 +34,9 @@ class MetricWriter:
     ):
         self._path = pathlib.Path(directory, "metrics.csv")
         self._index, self._columns = index, [index, *columns]
-        kept = [] if resume_after is None else _whole_rows(self._path)
-        kept = [row for row in kept if int(row[index]) <= resume_after]
+        kept = []
+        if resume_after is not None:
+            kept = [row for row in _whole_rows(self._path) if int(row[index]) <= resume_after]
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, self._columns, extrasaction="ignore", lineterminator="\n")

@@ -5,7 +5,7 @@ Letters in shapes: D drops, K users, L layers.
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,7 +171,7 @@ def timeline(user: UserTimeline | None) -> Figure:
     return figure
 
 
-def gap(served: dict[str, np.ndarray]) -> Figure:
+def gap(served: Mapping[str, np.ndarray]) -> Figure:
     """Draws the share of the optimum's users that every other method leaves unserved."""
     figure, ((axes,),) = figures.new_figure(height_in=3.6)
     best = served["exact"].astype(float)

@@ -36,7 +36,7 @@ def title(config: ConfigDict, problem: Problem) -> str:
 
 def solver_table(solutions: Sequence[Solution], problem: Problem) -> Comparison:
     """Returns the table of all solvers."""
-    best = next(found.allocation.throughput for found in solutions if found.solver == "exact")
+    best = next(found.throughput for solver, found, _ in solutions if solver == "exact" and found is not None)
     header = ("solver", "served", "mean latency", "spectrum used", "gap", "proven bound", "ms")
     rows = []
     for solver, allocation, skipped in solutions:

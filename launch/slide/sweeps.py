@@ -53,12 +53,12 @@ class Study(NamedTuple):
     Attributes:
       sweeps: rows by the name of the sweep: `plain` (one row), `bandwidth`, `patience`, `users`, `rho`. A
         scenario file has `plain` and `bandwidth` only.
-      served: users served [D] in the plain setting, by method; None for a scenario file.
+      served: users served [D] in the plain setting, by method; empty for a scenario file.
       latencies: of the users that DAI serves, under DAI and SLIDE, in the plain setting or the scenario.
     """
 
     sweeps: Mapping[str, list[Row]]
-    served: Mapping[str, np.ndarray] | None
+    served: Mapping[str, np.ndarray]
     latencies: Latencies
 
     @property
@@ -141,7 +141,7 @@ def own_scenario(problem: Problem, factors: tuple[float, ...]) -> Study:
 
     row, latencies = solved(1.0)
     sweep = [row if factor == 1 else solved(factor)[0] for factor in factors]
-    return Study({"plain": [row], "bandwidth": sweep}, None, latencies)
+    return Study({"plain": [row], "bandwidth": sweep}, {}, latencies)
 
 
 def latency_saved(latencies: Latencies) -> float:

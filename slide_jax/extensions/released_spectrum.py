@@ -169,7 +169,7 @@ def _bound(pieces: dict, spectrum_hz: float) -> int:
         area[k] = min(area.get(k, np.inf), piece.area.sum())
         due[k] = max(due.get(k, -np.inf), piece.due_s[-1])
     served: list[float] = []
-    for k in sorted(due, key=due.get):
+    for k in sorted(due, key=lambda k: due[k]):
         heapq.heappush(served, -area[k])
         if -sum(served) > spectrum_hz * (due[k] - begin):
             heapq.heappop(served)

@@ -103,8 +103,8 @@ def switch_classifier(
 def _kept_per_layer(experts_kept: int | Sequence[int] | None, num_layers: int, num_experts: int) -> list[int]:
     if experts_kept is None:
         return [num_experts] * num_layers
-    if isinstance(experts_kept, numbers.Integral):
-        kept = [experts_kept] * num_layers
+    if isinstance(experts_kept, int | numbers.Integral):  # the latter are NumPy's
+        kept: list[int] = [experts_kept] * num_layers
     else:
         kept = list(experts_kept)
         if len(kept) != num_layers:

@@ -44,7 +44,7 @@ def peers_table(size: Size, clients: int, mesh: Mesh, repeats: int) -> Table:
     groups: dict[str, list[str]] = {REFERENCE: []}
     for name in peers:
         groups.setdefault(name.split(",")[0], []).append(name)
-    rows, fastest = [], None
+    rows, fastest = [], ""
     for names in groups.values():
         together = [*names, *([fastest] if fastest else [])]
         times, losses = time_peers({name: peers[name] for name in together}, task, own, repeats)

@@ -156,7 +156,7 @@ class Rounds:
         self.algorithm = algorithms[self.config.fl.algorithm](self.config)(setting)
         # A copy, because each round donates its state, and peers start from the same parameters.
         self.state = self.algorithm.init(jax.tree.map(jnp.copy, self.params))
-        self.report, self.losses = None, []
+        self.losses = []
 
     def client_data(self, clients: Int[np.ndarray, " clients"]) -> ClientData:
         """Returns the data of clients for one round."""
@@ -206,7 +206,9 @@ class Rounds:
         """
         block = portion.block
         chunks = -(-block.members.shape[1] // self.chunk)
-        found = matrix_products(program.as_text(), (chunks, block.tier / self.size.num_layers))
+        text = program.as_text()
+        assert text is not None  # every backend of JAX's own has it
+        found = matrix_products(text, (chunks, block.tier / self.size.num_layers))
         steps = chunks * self.chunk * self.size.steps
         return [each._replace(times=each.times / steps) for each in found]
 

@@ -19,7 +19,6 @@ from launch.suites.timing import Table, Timing, rate, ratio, time_together
 PEAK_FILE = pathlib.Path("/proc/self/status")
 MEGABYTE = 1e6
 SHARES = (1.0, 0.5, 0.25)  # of the experts, a tier each
-SELECTIVE = dict(fl=dict(algorithm="hfedmoe", forward="active"), importance=dict(refresh="previous"))
 
 
 def call_in_process(function: Callable, *arguments: Any) -> Any:
@@ -64,6 +63,7 @@ def run_cohort(size: Size, cohort: int, most_devices: int) -> list[float | None]
     rounds = Rounds(size, cohort, make_mesh())
     first = next(rounds.portions(cohort))
     memory = rounds.compile(first)[0].memory_analysis()
+    assert memory is not None  # every backend of JAX's own tells
     temporary = memory.temp_size_in_bytes
     everything = temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
     rounds.train([first])
@@ -121,6 +121,9 @@ def compile_tiers(size: Size, directory: str, most_devices: int) -> dict[float, 
     """Returns seconds to trace and to compile the program of each tier, by its share of the experts."""
     configure_devices(most_devices)
     use_compilation_cache(directory)
-    rounds = Rounds(size, len(SHARES), make_mesh(), budgets=SHARES, **SELECTIVE)
+    rounds = Rounds(
+        size, len(SHARES), make_mesh(), budgets=SHARES,
+        fl=dict(algorithm="hfedmoe", forward="active"), importance=dict(refresh="previous"),
+    )  # fmt: skip
     found = {portion.block.tier: rounds.compile(portion)[1:] for portion in rounds.portions(len(SHARES))}
     return {tier / size.all_experts: seconds for tier, seconds in sorted(found.items(), reverse=True)}

@@ -157,10 +157,12 @@ def budget_tables(scale: Scale, mesh: Mesh, repeats: int) -> Iterator[Table]:
 
 
 def _budget_rows(size: Size, clients: int, mesh: Mesh, product: int, repeats: int) -> tuple[list, list]:
-    populations = {ALL: Rounds(size, clients, mesh)}
+    populations: dict[tuple, Rounds] = {ALL: Rounds(size, clients, mesh)}
     for forward, refresh, share in BUDGETS:
-        fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))
-        populations[forward, refresh, share] = Rounds(size, clients, mesh, budgets=(share,), **fields)
+        populations[forward, refresh, share] = Rounds(
+            size, clients, mesh, budgets=(share,),
+            fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh),
+        )  # fmt: skip
     with ThreadPoolExecutor() as pool:  # a compilation uses one core
         costs = pool.map(lambda rounds: cost(rounds, clients), populations.values())
     costs = dict(zip(populations, costs, strict=True))
@@ -202,8 +204,9 @@ def cost(rounds: Rounds, clients: int) -> Cost:
     portion = next(rounds.portions(clients))
     program, *_ = rounds.compile(portion)
     found = rounds.step_products(program, portion)
-    temporary_bytes = program.memory_analysis().temp_size_in_bytes
-    return Cost(total_flop(found), total_flop(found, rounds.size.expert_axes), temporary_bytes)
+    memory = program.memory_analysis()
+    assert memory is not None  # every backend of JAX's own tells
+    return Cost(total_flop(found), total_flop(found, rounds.size.expert_axes), memory.temp_size_in_bytes)
 
 
 def make_peak(mesh: Mesh, rows: int, dtype: str) -> tuple[Callable[[], None], float]:
@@ -229,9 +232,11 @@ def refresh_table(scale: Scale, mesh: Mesh, repeats: int) -> Table:
     size, clients, share = scale.small, scale.clients, SHARE
     populations, calls = {}, {}
     for forward, refresh in MOMENTS:
-        fields = dict(fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh))
         name = f"{forward} {refresh}"
-        populations[name] = rounds = Rounds(size, clients, mesh, budgets=(share,), **fields)
+        populations[name] = rounds = Rounds(
+            size, clients, mesh, budgets=(share,),
+            fl=dict(algorithm="hfedmoe", forward=forward), importance=dict(refresh=refresh),
+        )  # fmt: skip
         calls[name] = rounds.call(clients)
         calls[f"{name} selection"] = make_selection(rounds)
     times = time_together(repeats, **calls)
@@ -255,6 +260,7 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
     """Returns a call that scores and selects `SELECTIONS` times, with the gates of different batches."""
     size, config = rounds.size, rounds.config
     scoring = build_scoring(config, SCORE)
+    assert scoring is not None  # as it is for "none" alone
     mask = jnp.ones((size.batch_size, size.seq_len), bool)
     shape = (SELECTIONS, size.num_layers, mask.size, size.num_experts)
     gates = jax.nn.softmax(jax.random.normal(jax.random.key(SEED), shape))

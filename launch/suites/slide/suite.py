@@ -214,8 +214,8 @@ def _quantised(models: tuple[str, ...], share: tuple[float, float], seed: int) -
     profiles = [profile(name) for name in models]
     catalogue, _ = read_models([to_model(found, UNIFORM_BITS) for found in profiles], None)
     parameters = np.zeros(catalogue.layer_bits.shape, np.int64)
-    for row, found in zip(parameters, profiles, strict=True):
-        row[: len(found.layers)] = [layer.parameters for layer in found.layers]
+    for i, found in enumerate(profiles):
+        parameters[i, : len(found.layers)] = [layer.parameters for layer in found.layers]
     setting = Setting(users=QUANTISED_USERS, compute_min=share[0], compute_max=share[1], bandwidth_hz=1e30)
     with jax.enable_x64(True):
         drop = sample_problem(jax.random.key(seed), setting, catalogue, QUANTISED_USERS)

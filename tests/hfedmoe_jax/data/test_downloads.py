@@ -117,6 +117,13 @@ def test_tfds_reads_prepared_data_without_tensorflow(make_config, tfds_folder):
     assert "tensorflow" not in sys.modules
 
 
+def test_tfds_prepares_a_data_set_that_downloads_nothing(make_config, tmp_path):
+    """It has no checksums of downloads, and so no addresses to probe."""
+    assert TinyTopics.url_infos is None
+    corpus = load_source(make_config(source="tfds:tiny_topics", cache_dir=str(tmp_path)).data)
+    assert sorted(corpus.test.texts) == TEXTS[:2]
+
+
 def test_tfds_errors(make_config, tfds_folder, tmp_path, monkeypatch):
     cache = str(tfds_folder)
     error = error_of(make_config(source="tfds:tiny_topics", cache_dir=cache, label_column="lable"))

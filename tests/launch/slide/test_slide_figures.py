@@ -78,7 +78,7 @@ def test_every_figure_is_drawn_without_a_warning(tmp_path, study, user):
 def test_only_figures_with_a_text_are_drawn(tmp_path):
     """A scenario of one's own has neither a gap over drops nor a sweep of deadlines."""
     study = make_study()
-    study = Study({"bandwidth": study.sweeps["bandwidth"]}, None, study.latencies)
+    study = Study({"bandwidth": study.sweeps["bandwidth"]}, {}, study.latencies)
     wanted = {name: TEXTS[name] for name in ("timeline", "served_by_bandwidth", "latency_cdf")}
     write_figures(study, USER, wanted, tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == set(wanted)
