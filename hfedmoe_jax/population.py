@@ -6,6 +6,7 @@ chunk but not on how many members there are, and one compiled program serves the
 Axes: C members that have a state, D devices along "clients", B members of a block on a device.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -64,24 +65,28 @@ def stream(
     without any are not computed, and their outputs are zero.
     """
 
+    # jit, inlined, traces the visit once for its shapes and for the loop.
+    @functools.partial(jax.jit, inline=True)
+    def visit_group(broadcast: Any, group: Any) -> tuple[Any, Any]:
+        if chunk > 1:
+            return jax.vmap(visit, (None, 0), axis_name="chunk")(broadcast, group)
+        # A batch axis of one costs a CPU a slower matrix product.
+        result = visit(broadcast, jax.tree.map(lambda x: x[0], group))
+        return jax.tree.map(lambda x: x[None], result)
+
     def run_on_device(sums: Any, broadcast: Any, members: Any, count: Any) -> tuple[Any, Any]:
-        sums = jax.tree.map(lambda x: x[0], sums)
+        sums, size = jax.tree.map(lambda x: x[0], sums), jax.tree.leaves(members)[0].shape[0]
 
-        def alone(member):
-            return jax.tree.map(lambda x: x[None], visit(broadcast, jax.tree.map(lambda x: x[0], member)))
+        def group_at(start):
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk), members)
 
-        def together(group):
-            return jax.vmap(lambda member: visit(broadcast, member), axis_name="chunk")(group)
-
-        _, shapes = jax.eval_shape(together, members)
-        outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        _, shapes = jax.eval_shape(visit_group, broadcast, jax.eval_shape(group_at, 0))
+        outputs = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), shapes)
 
         def turn(index, carry):
             sums, outputs = carry
             start = index * chunk
-            group = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk), members)
-            # A batch axis of one costs a CPU a slower matrix product.
-            contribution, output = alone(group) if chunk == 1 else together(group)
+            contribution, output = visit_group(broadcast, group_at(start))
             if merge is not None:
                 sums = merge(sums, broadcast, contribution)
             outputs = jax.tree.map(
