@@ -9,7 +9,7 @@
   --workdir=DIR            directory of all results; by default runs/NAME with a name made from the
                            config, so that the same command continues the same run
   --compiled=DIR           directory of compiled programs, which several runs may share; by default
-                           in the work directory
+                           that of JAX_COMPILATION_CACHE_DIR, else in the work directory
 
 One run on several hosts (SLURM and TPU pods are detected without these flags):
 

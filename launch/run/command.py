@@ -45,7 +45,8 @@ def read_command(arguments: list[str]) -> tuple[ConfigDict, pathlib.Path, Host]:
     apply_overrides(config, overrides)
     file, _, preset = given.config.partition(":")
     workdir = pathlib.Path(given.workdir or default_workdir(config, pathlib.Path(file).stem, preset))
-    compiled = pathlib.Path(given.compiled) if given.compiled else None
+    compiled = given.compiled or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    compiled = pathlib.Path(compiled) if compiled else None
     return config, workdir, Host(compiled, given.coordinator, given.processes, given.process)
 
 

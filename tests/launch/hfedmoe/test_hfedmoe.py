@@ -75,7 +75,6 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
         "config.json",
         "figures",
         "metrics.csv",
-        "compiled",
         "report.html",
         "summary.json",
         "tensorboard",

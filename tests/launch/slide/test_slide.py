@@ -35,7 +35,7 @@ FIGURES = {
 
 
 class Finished(NamedTuple):
-    """A run of `slide_run.arguments(workdir)`, which nobody changes."""
+    """A run of `slide_run.arguments(workdir)`, with compiled programs of its own; nobody changes it."""
 
     workdir: Any
     screen: tiny_run.Screen
@@ -44,7 +44,9 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Finished:
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    return Finished(workdir, tiny_run.run_main(slide_run.arguments(workdir)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR")
+        return Finished(workdir, tiny_run.run_main(slide_run.arguments(workdir)))
 
 
 @pytest.fixture(scope="module")
