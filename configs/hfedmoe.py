@@ -5,7 +5,7 @@ bottleneck under device budgets, sparse expert aggregation, importance-weighted
 gating), at a size that needs no accelerator and no network.
 
     python -m launch.main --config=configs/hfedmoe.py            # two minutes on 2 cores
-    python -m launch.main --config=configs/hfedmoe.py:smoke      # seconds
+    python -m launch.main --config=configs/hfedmoe.py:smoke      # half a minute
     python -m launch.main --config=configs/hfedmoe.py:gradient   # see the presets below
 """
 
@@ -37,7 +37,7 @@ def default(config: ConfigDict) -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Everything once, in seconds: a tiny model, four clients, three rounds."""
+    """Everything once, in half a minute: a tiny model, four clients, three rounds."""
     config.model.update(width=32, hidden=32, num_experts=4)
     config.fl.update(clients=4, clients_per_round=3, rounds=3, local_steps=2, batch_size=8)
     config.budget.fraction = 0.5
@@ -90,7 +90,7 @@ def pod(config: ConfigDict) -> ConfigDict:
     """For accelerators: a wider model in bfloat16, experts over two devices, 64 of 256 clients a round.
 
     A quarter of the experts for everyone, chosen once a round, so that a client holds nothing of the
-    others. Two devices at least; on several hosts the same command, see README.
+    others. Two devices at least; on several hosts the same command, see docs/hosts.md.
     """
     config.model.update(width=512, num_heads=8, hidden=2048, num_experts=32, top_k=2, num_layers=4)
     config.model.update(precision="bfloat16", remat=True)

@@ -107,24 +107,33 @@ class BankLayout:
             count=jnp.int32(self.num_experts if self.every else 0),
         )
 
-    def enter(self, bank: ExpertBank, start: Any, active: Bool[Array, "layers held"] | None) -> ExpertBank:
-        """Returns the bank with a row for each expert of `active`; None means all."""
+    def add(self, bank: ExpertBank, start: Any, active: Bool[Array, "layers held"] | None) -> ExpertBank:
+        """Returns the bank with a row for each expert of `active`; None means all.
+
+        Args:
+          start: the global experts, a tree of [L, H, ...], whose weights new rows take.
+        """
         if self.every or active is None:
             return bank
         new = active.reshape(-1) & (bank.row == self.num_rows)
-        arrivals = visits(new, self.num_experts)
-        row = jnp.where(new, bank.count + arrivals.place, bank.row)
+        added = visits(new, self.num_experts)
+        row = jnp.where(new, bank.count + added.place, bank.row)
         experts = flat(start)
 
-        def bring(weights, _, expert, valid):
+        def copy(weights, _, expert, valid):
             place = jnp.minimum(row[expert], self.num_rows - 1)
             return jax.tree.map(lambda held, given: put(held, place, given[expert], valid), weights, experts)
 
-        weights = for_each(arrivals, self.place, bring, bank.rows.weights)
-        return ExpertBank(bank.rows._replace(weights=weights), row, bank.count + arrivals.count)
+        weights = for_each(added, self.place, copy, bank.rows.weights)
+        return ExpertBank(bank.rows._replace(weights=weights), row, bank.count + added.count)
 
     def readable(self, bank: ExpertBank, start: Any, routed: bool) -> Readable:
-        """Returns what a forward pass reads; `routed` runs experts that have no row."""
+        """Returns what a forward pass reads.
+
+        Args:
+          start: as in `add`.
+          routed: the pass also runs experts that have no row, with the global weights.
+        """
         return Readable(bank.rows.weights, bank.row, flat(start) if routed and not self.every else None)
 
     def tape(self, bank: ExpertBank) -> Rows:
@@ -152,7 +161,7 @@ class BankLayout:
                 gradient = adjust(gradient, weights, *context, expert)
             state = row_of(tape.state, row)
             types = jax.eval_shape(self.optimizer.init, weights)
-            updates, stepped = self.optimizer.update(gradient, as_they_were(state, types), weights)
+            updates, stepped = self.optimizer.update(gradient, restore_types(state, types), weights)
             new = Rows(optax.apply_updates(weights, updates), as_floats(stepped))
 
             def keep_or_set(rows, new, old):
@@ -185,7 +194,7 @@ def as_floats(state: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.integer) else x, state)
 
 
-def as_they_were(state: Any, like: Any) -> Any:
+def restore_types(state: Any, like: Any) -> Any:
     """Returns a tree with the types that `like` has, leaf by leaf."""
     types = [leaf.dtype for leaf in jax.tree.leaves(like)]
     return jax.tree.unflatten(

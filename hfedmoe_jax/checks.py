@@ -2,18 +2,15 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.aggregation import Upload, expert_rules, gating_rules
 from hfedmoe_jax.aggregation.sums import MOST_MEMBERS
-from hfedmoe_jax.algorithms import Method, algorithms, parts_of
+from hfedmoe_jax.algorithms import Method, algorithms
 from hfedmoe_jax.algorithms.method import refuse_spread_experts
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import families
+from hfedmoe_jax.models import ModelSizes, families
 from hfedmoe_jax.optimizers import optimizers
-from hfedmoe_jax.registry import Registry, unknown_name
+from hfedmoe_jax.registry import unknown_name
 from hfedmoe_jax.schedule import MOST_CHUNK
 from hfedmoe_jax.scores import estimates
 from hfedmoe_jax.tasks import tasks
@@ -103,25 +100,26 @@ def check_config(config: ConfigDict) -> None:
             "no validation split, which chooses the best round",
             "use e.g. 0.1",
         )
-    families[config.model.family]
-    tasks[config.task.name]
+    check_task(config)
     build = algorithms[config.fl.algorithm](config)
     if isinstance(build, Method):
         refuse_spread_experts(build, config.fl.algorithm, config.mesh.experts)
-    parts = parts_of(config)
     estimates[config.importance.estimate]
-    check_weights("fl.expert_rule", parts.expert_rule, expert_rules, config, by_row=False)
-    check_weights("fl.gating_rule", parts.gating_rule, gating_rules, config, by_row=True)
     if config.client.optimizer not in optimizers:
         raise unknown_name("client.optimizer", config.client.optimizer, list(optimizers))
 
 
-def needs_budgets(config: ConfigDict) -> bool:
-    """Says whether budgets matter: clients select by them, or fail by them."""
-    if config.fl.algorithm == "local":
-        return config.fl.score not in ("", "none")
-    parts = parts_of(config)
-    return parts.score != "none" or parts.fail_over_budget
+def check_task(config: ConfigDict) -> None:
+    """Raises InputError for a task that does not read what the model's family returns."""
+    task, module = tasks[config.task.name], families[config.model.family](config.model, ModelSizes(1, 1, 1))
+    if module.output != task.output:
+        fitting = [name for name in tasks if tasks[name].output == module.output]
+        raise InputError(
+            "task.name",
+            config.task.name,
+            f"reads an output a {task.output}; model.family={config.model.family} has one a {module.output}",
+            f"use one of {', '.join(fitting)}" if fitting else "use another family",
+        )
 
 
 def divisors(number: int) -> list[int]:
@@ -131,22 +129,3 @@ def divisors(number: int) -> list[int]:
     [1, 2, 3, 6]
     """
     return [part for part in range(1, number + 1) if number % part == 0]
-
-
-def check_weights(field: str, name: str, rules: Registry, config: ConfigDict, by_row: bool) -> None:
-    """Checks that a rule of aggregation returns as many weights as it should.
-
-    Raises:
-      InputError: the name is unknown, or the rule returns an array of another shape.
-
-    Args:
-      by_row: it may return one number for all, or one for each expert's row.
-    """
-    rule, experts = rules[name], (config.model.num_layers, config.model.num_experts)
-    of_expert, truth = (jax.ShapeDtypeStruct(experts, dtype) for dtype in (jnp.float32, bool))
-    times, size = jax.ShapeDtypeStruct(experts, jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    upload = Upload(of_expert, of_expert, truth, times, size)
-    shape = jnp.shape(jax.eval_shape(lambda upload: rule(upload, config.aggregation), upload))
-    if shape != experts and not (by_row and shape == ()):
-        remedy = f"return one number an expert, shape {experts}" + (", or one in all" if by_row else "")
-        raise InputError(field, name, f"returns an array of shape {shape}", remedy)

@@ -112,6 +112,11 @@ class LocalRule(NamedTuple):
     offset: Callable[[Any, Any], Params] | None = None
     router_bias: Callable[[Any], Array] | None = None
 
+    @property
+    def uses_budgets(self) -> bool:
+        """Says whether clients select experts by their budget, or fail by it."""
+        return self.score is not None or self.fail_over_budget
+
 
 class Carry(NamedTuple):
     """What a client takes from step to step; `importance` is an `Importance`, None if all experts train."""
@@ -193,7 +198,7 @@ def make_client(
             ran = None  # every expert
             if score is not None and not routed:
                 ran = score.select(importance, client.budget)
-                bank = layout.enter(bank, start.experts, local_experts(ran, place))
+                bank = layout.add(bank, start.experts, local_experts(ran, place))
             experts = Experts(layout.readable(bank, start.experts, routed), anchor, rules)
             budget = Budget(experts, layers._replace(forward=ran))
             (_, tape, permit), pull, (loss, output, routing) = jax.vjp(
@@ -210,7 +215,7 @@ def make_client(
 
                 importance = score.of_batch(importance, seen, norms)
                 active = score.select(importance, client.budget)
-                bank = layout.enter(bank, start.experts, local_experts(active, place))
+                bank = layout.add(bank, start.experts, local_experts(active, place))
             rows = layout.rows_for(bank, local_experts(active, place))
             gradient, d_multiplier, rows = pull((jnp.float32(1), bank.rows, rows))
             bank = bank._replace(rows=rows)
@@ -228,7 +233,7 @@ def make_client(
 
         importance = None
         if score is not None:
-            importance = score.start()
+            importance = score.start(model.num_layers, model.num_experts)
             if not routed:
                 first_batch = jax.tree.map(lambda x: x[0], batches)
                 idle = open_budget(start.experts, model.num_experts, place)

@@ -21,7 +21,7 @@ class ModelCost(NamedTuple):
     """What a model costs at one batch shape, with the optimizer that trains it.
 
     Attributes:
-      num_experts: L * E.
+      all_experts: L * E.
       shared_parameter_bytes: everything trainable but the experts (routers included); it travels.
       frozen_bytes: what nobody trains; it does not travel.
       shared_training_bytes: parameters, gradients, optimizer state and activations of the trainable shared
@@ -33,7 +33,7 @@ class ModelCost(NamedTuple):
       assignment_flop: forward FLOP of one expert on one token.
     """
 
-    num_experts: int
+    all_experts: int
     shared_parameter_bytes: int
     frozen_bytes: int
     shared_training_bytes: int
@@ -85,7 +85,7 @@ def model_cost(
         kept = residual_bytes(functools.partial(pullback, keep=True), *arguments) - without
     tokens = jax.ShapeDtypeStruct((1, config.width), jnp.float32)
     return ModelCost(
-        num_experts=model.all_experts,
+        all_experts=model.all_experts,
         shared_parameter_bytes=shared,
         frozen_bytes=tree_bytes(frozen),
         shared_training_bytes=2 * shared + state + without,

@@ -99,7 +99,7 @@ def memory_needed(cost: ModelCost, budget: int, forward: str) -> int:
     experts that earlier batches of the round trained is not charged: with `importance.refresh=round`
     there is none, with `step` and `previous` a device would keep it elsewhere.
     """
-    resident = cost.num_experts if forward == "routed" else budget
+    resident = cost.all_experts if forward == "routed" else budget
     return (
         cost.frozen_bytes
         + cost.shared_training_bytes
@@ -124,7 +124,7 @@ def expert_budget(profile: DeviceProfile, cost: ModelCost, forward: str) -> int:
             + (", or fl.forward=active" if forward == "routed" else ""),
         )
     one_more = memory_needed(cost, 2, forward) - memory_needed(cost, 1, forward)
-    return int(min(cost.num_experts, 1 + -missing // one_more))
+    return int(min(cost.all_experts, 1 + -missing // one_more))
 
 
 def fraction_budget(fraction: float, num_experts: int) -> int:
@@ -163,7 +163,7 @@ def round_cost(
       bytes_up: what it sends.
       scoring: passes beside the training steps.
     """
-    bytes_down = cost.shared_parameter_bytes + cost.num_experts * cost.expert_parameter_bytes
+    bytes_down = cost.shared_parameter_bytes + cost.all_experts * cost.expert_parameter_bytes
     expert_flop = assignments * cost.assignment_flop
     flop = steps * (3 * cost.shared_flop + expert_flop + 2 * trained_assignments * cost.assignment_flop)
     flop += scoring.count * (scoring.shared * cost.shared_flop + scoring.experts * expert_flop)

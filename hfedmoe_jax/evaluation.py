@@ -36,17 +36,17 @@ class Snapshot(NamedTuple):
 
 
 class EvaluationBatches(NamedTuple):
-    """Batches to judge a model on.
+    """Batches to evaluate a model on.
 
     Attributes:
       batch: a tree of [M, B, ...].
       weight: of the examples; 0 for padding.
-      judge: whose model judges a batch, for algorithms that keep a model a client.
+      client: whose model is evaluated on a batch, for algorithms that keep a model a client.
     """
 
     batch: Batch
     weight: Float[Array, "batches batch"]
-    judge: Int[Array, " batches"]
+    client: Int[Array, " batches"]
 
 
 class BatchScore(NamedTuple):
@@ -77,11 +77,11 @@ class Quality(NamedTuple):
     router_entropy: float
 
 
-class Judge:
-    """Judges models and describes their routing, batches and clients spread over the devices.
+class Evaluator:
+    """Evaluates models and describes their routing, batches and clients spread over the devices.
 
     Args:
-      model, task, frozen: what is judged.
+      model, task, frozen: what is evaluated.
       personal: parameters have a leading axis C, and each batch or client has a model of its own.
       num_clients: C.
       mesh, chunk: where, and how many at once on a device.
@@ -116,9 +116,9 @@ class Judge:
         Args:
           hosts: the process that has each batch; others pass anything of its shape.
         """
-        blocks = plan_blocks(np.zeros(len(batches.judge), int), self._mesh, self._chunk, hosts)
+        blocks = plan_blocks(np.zeros(len(batches.client), int), self._mesh, self._chunk, hosts)
         members = ((block, stack_members(batches, block.members)) for block in blocks)
-        return self._over(self._score, model, ((block, each, each.judge) for block, each in members))
+        return self._over(self._score, model, ((block, each, each.client) for block, each in members))
 
     def usage(
         self, model: Snapshot, blocks: Iterable[tuple[Block, ClientData]]
@@ -203,6 +203,6 @@ def summarize(scores: BatchScore) -> Quality:
 
 
 def client_spread(score: np.ndarray) -> tuple[float, float, float]:
-    """Returns mean, standard deviation and the mean of the worst 10% (at least one) of the clients."""
+    """Returns mean, standard deviation and the mean of the worst 10% (at least one) of scores [C]."""
     worst = np.sort(score)[: max(1, int(np.ceil(0.1 * len(score))))]
     return float(np.mean(score)), float(np.std(score)), float(np.mean(worst))

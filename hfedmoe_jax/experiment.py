@@ -1,4 +1,4 @@
-"""A whole federated run without files: build it from a config, advance it a round, judge it.
+"""A whole federated run without files: build it from a config, advance it a round, evaluate it.
 
 `launch` adds work directories, checkpoints and figures; a notebook needs only this module:
 
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.accounting import Ledger, account_round, enter, open_ledger
 from hfedmoe_jax.aggregation.sums import power_below
 from hfedmoe_jax.algorithms import Portion, ServerState, Setting, algorithms
-from hfedmoe_jax.checks import check_config, needs_budgets
+from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.cost import model_cost
 from hfedmoe_jax.data import (
@@ -41,7 +41,7 @@ from hfedmoe_jax.data import (
 )
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.evaluation import EvaluationBatches, Judge, Quality, Snapshot, client_spread, summarize
+from hfedmoe_jax.evaluation import EvaluationBatches, Evaluator, Quality, Snapshot, client_spread, summarize
 from hfedmoe_jax.mesh import REPLICATED
 from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.models import ModelSizes, build_model
@@ -135,7 +135,8 @@ class Experiment:
         classes, shares = read_profiles(config.devices)
         rng = np.random.default_rng([config.seed, DEVICE_STREAM])
         self.profiles = [classes[index] for index in assign_devices(self.num_clients, shares, rng)]
-        self.budgets = self._budgets()
+        build = algorithms[config.fl.algorithm](config)
+        self.budgets = self._budgets(getattr(build, "uses_budgets", True))
         self.chunk = chunk_size(config.fl.chunk, self.cost, mesh)
         self.num_passages = num_rows(data.train)
         self.sizes = np.array([len(rows) for rows in data.client_train])
@@ -148,7 +149,7 @@ class Experiment:
                 f"fewer than the {self.hosts} processes",
                 "use at least a client a process",
             )
-        # The hosts' answers to what needs everybody's data are alike; from here on each has its own.
+        # Computed from all data, so alike on every host; from here on a host has its own clients' data only.
         self.baseline = self.task.baseline(data.train, data.test)
         table_rows = most_tokens(data, config.fl)
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
@@ -157,20 +158,20 @@ class Experiment:
         setting = Setting(
             config, self.model, self.task, self.frozen, self.budgets, table_rows, mesh, self.chunk
         )
-        self.algorithm = algorithms[config.fl.algorithm](config)(setting)
-        self._judge = Judge(
+        self.algorithm = build(setting)
+        self._evaluator = Evaluator(
             self.model, self.task, self.frozen, self.algorithm.personal, self.num_clients, mesh, self.chunk,
             config.importance.unit,
         )  # fmt: skip
         self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
         self._next: tuple[CohortPlan, Prefetch] | None = None  # the next round, assembled while this one runs
 
-    def _budgets(self) -> np.ndarray:
-        """Returns each client's budget; all experts for an algorithm that ignores budgets."""
-        if not needs_budgets(self.config):
-            budgets = [self.cost.num_experts] * self.num_clients
+    def _budgets(self, used: bool) -> np.ndarray:
+        """Returns each client's budget; all experts where budgets are not used."""
+        if not used:
+            budgets = [self.cost.all_experts] * self.num_clients
         elif self.config.budget.fraction:
-            budgets = [fraction_budget(self.config.budget.fraction, self.cost.num_experts)] * self.num_clients
+            budgets = [fraction_budget(self.config.budget.fraction, self.cost.all_experts)] * self.num_clients
         else:
             budgets = [expert_budget(profile, self.cost, self.config.fl.forward) for profile in self.profiles]
         return np.array(budgets, np.int32)
@@ -219,7 +220,7 @@ class Experiment:
         return CohortPlan(round_number, cohort, self.algorithm.plan(cohort, host_of(cohort, self.hosts)))
 
     def blocks(self, plan: "CohortPlan") -> Iterator[tuple[Block, ClientData]]:
-        """Yields the blocks of a round with what this process's clients bring, as host arrays."""
+        """Yields the blocks of a round with the data of this process's clients, as host arrays."""
         mine = np.array([device.process_index for device in self.mesh.devices[:, 0]]) == jax.process_index()
         for block in plan.blocks:
             places = np.where(mine[:, None], block.members, NOBODY).reshape(-1)
@@ -239,13 +240,18 @@ class Experiment:
 
     def _prefetched(self, round_number: int) -> tuple["CohortPlan", Prefetch]:
         """Returns the plan and the data of a round, assembled during the round before if there was one."""
-        expected, self._next = self._next, None
-        if expected is not None and expected[0].round == round_number:
+        if self._next is not None and self._next[0].round == round_number:
+            expected, self._next = self._next, None
             return expected
-        if expected is not None:
-            expected[1].close()
+        self.close()
         plan = self.plan(round_number)
         return plan, self.portions(plan)
+
+    def close(self) -> None:
+        """Stops the assembly of the next round's data, for a run that ends before its last round."""
+        if self._next is not None:
+            self._next[1].close()
+            self._next = None
 
     def _round_portions(self, portions: Prefetch, following: int) -> Iterator[Portion]:
         """Yields the portions of a round, then begins to assemble those of the following one."""
@@ -277,13 +283,13 @@ class Experiment:
                 train_s=ledger.train_s + round_s, timed_steps=ledger.timed_steps + steps * len(members)
             )
         self._compiled |= tiers
-        row = {"round": number, **round_row(metrics, self.cost.num_experts), **account._asdict()}
+        row = {"round": number, **round_row(metrics, self.cost.all_experts), **account._asdict()}
         row["empty_places_share"] = empty_places(plan.blocks, self.chunk)
         state = state._replace(round=np.int64(number), server=server)
         last = number == self.config.fl.rounds
         if number % self.config.eval.every == 0 or last:
             model = self.algorithm.snapshot(server)
-            quality, client_scores = self.judge(model)
+            quality, client_scores = self.evaluate(model)
             mean, deviation, worst = client_spread(client_scores)
             metric = self.task.metric
             row |= {f"validation_{name}": value for name, value in quality.scores.items()}
@@ -319,19 +325,19 @@ class Experiment:
         parts = [pad_batches(take(self.data.validation, rows), size), holdout_batches(self.data, size)]
         batch, weight = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
         num_validation = len(parts[0][1])
-        judge = np.concatenate([np.arange(num_validation) % self.num_clients, np.arange(self.num_clients)])
+        clients = np.concatenate([np.arange(num_validation) % self.num_clients, np.arange(self.num_clients)])
         hosts = np.concatenate([np.arange(num_validation), np.arange(self.num_clients)])
-        batches = EvaluationBatches(batch, weight, judge.astype(np.int32))
+        batches = EvaluationBatches(batch, weight, clients.astype(np.int32))
         return batches, num_validation, host_of(hosts, self.hosts)
 
-    def judge(self, model: Snapshot) -> tuple[Quality, np.ndarray]:
+    def evaluate(self, model: Snapshot) -> tuple[Quality, np.ndarray]:
         """Returns the quality on the validation split, and each client's score on its own examples.
 
-        For algorithms that keep a model a client, client i mod C judges validation batch i, and each
+        For algorithms that keep a model a client, client i mod C is evaluated on validation batch i, and each
         client its own examples.
         """
         batches, num_validation, hosts = self._validation
-        scores = self._judge.scores(model, batches, hosts)
+        scores = self._evaluator.scores(model, batches, hosts)
         quality = summarize(jax.tree.map(lambda x: x[:num_validation], scores))
         own = scores.scores[self.task.metric]
         return quality, own.total[num_validation:] / np.maximum(own.count[num_validation:], 1)
@@ -339,15 +345,16 @@ class Experiment:
     def finish(self, state: RunState) -> Outcome:
         """Reads the test split, once, with the final and the best model, and describes the routing."""
         batch, weight = pad_batches(self.data.test, self.config.eval.batch_size)
-        judge = (np.arange(len(weight)) % self.num_clients).astype(np.int32)
-        batches = EvaluationBatches(batch, weight, judge)
+        clients = (np.arange(len(weight)) % self.num_clients).astype(np.int32)
+        batches = EvaluationBatches(batch, weight, clients)
         hosts = host_of(np.arange(len(weight)), self.hosts)
         last = self.algorithm.snapshot(state.server)
-        final, best = (summarize(self._judge.scores(model, batches, hosts)) for model in (last, state.best))
-        validation, client_scores = self.judge(last)
+        models = (last, state.best)
+        final, best = (summarize(self._evaluator.scores(model, batches, hosts)) for model in models)
+        validation, client_scores = self.evaluate(last)
         plan = self.plan(int(state.round))
         before = state.server.records.usage[plan.cohort]
-        after = self._judge.usage(last, self.blocks(plan))
+        after = self._evaluator.usage(last, self.blocks(plan))
         spread = client_spread(client_scores)
         return Outcome(final, best, client_scores, spread, validation.load, before, after)
 

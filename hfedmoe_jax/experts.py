@@ -6,7 +6,7 @@ channels run beside the activations, and carry what only the backward pass needs
 - The **tape** is a tree of rows, threaded through all layers unchanged. Its cotangent runs backwards, and
   each layer writes what it makes of its experts' gradients into their rows. So gradients have a row
   for each trained expert of the network instead of an array over all of them.
-- The **permit** [L, H] is an output of zeros. Its cotangent tells the backward pass each expert's row in the
+- The **permit** [L, H] is an output of zeros. Its cotangent gives the backward pass each expert's row in the
   tape, or -1 for an expert that is a constant of this pass: neither its weights nor its input
   get a gradient. So a selection may be made after the forward pass, from what it has shown.
 
@@ -136,10 +136,11 @@ def visits(selected: Bool[Array, " local_experts"] | None, held: int) -> Visits:
 
 
 def for_each(visit: Visits, place: Place, body: Callable[[Any, Array, Array, Any], Any], carry: Any) -> Any:
-    """Runs `carry = body(carry, index, expert, valid)` for each visit.
+    """Runs `carry = body(carry, index, expert, valid)` for each visit, and returns the last carry.
 
-    Clients of a chunk take as many turns as the one with the most; `valid` is False, and the expert any, in
-    turns that a client does not need.
+    `index` counts the visits, `expert` is the expert's number on this device. Clients of a chunk take as many
+    turns as the one with the most; `valid` is False, and the expert any, in the turns that a client does
+    not need.
     """
     if place.chunk is None or isinstance(visit.count, int):
         return jax.lax.fori_loop(0, visit.count, lambda i, c: body(c, i, visit.expert[i], True), carry)
@@ -282,12 +283,17 @@ _mix.defvjp(_forward, _backward)
 
 
 def put(rows: Array, place: Array, row: Array, valid: Array | bool) -> Array:
-    """Writes a row, or leaves it as it is."""
+    """Returns `rows` [R, ...] with `row` [...] at `place`, or unchanged where `valid` is False."""
     return rows.at[place].set(row if valid is True else jnp.where(valid, row, rows[place]))
 
 
 def run_keeping(expert: Expert, keep: bool, weights: Any, x_sd: Array) -> tuple[Array, list[Array]]:
-    """Returns an expert's outputs, and what `pull_kept` need not compute again."""
+    """Returns an expert's outputs [S, D], and the residuals that `pull_kept` need not compute again.
+
+    Args:
+      keep: keep them; False returns none, and the backward pass computes the expert once more.
+      weights: of one expert.
+    """
     if not keep:
         return expert(weights, x_sd), []
     y_sd, pull = jax.vjp(expert, weights, x_sd)

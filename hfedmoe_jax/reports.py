@@ -66,7 +66,7 @@ class StepReport(NamedTuple):
 def report_routing(
     routing: Routing, trained: Bool[Array, "layers experts"], token_mask: Bool[Array, " tokens"]
 ) -> dict[str, Float[Array, ""]]:
-    """Returns what a step's routing comes to, by field.
+    """Returns the statistics of a step's routing, by field.
 
     Args:
       routing: of the training pass.

@@ -60,7 +60,7 @@ def chunk_size(wanted: int, cost: ModelCost, mesh: Mesh) -> int:
     if wanted:
         return wanted
     limit = (device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
-    held = cost.num_experts // mesh.shape[EXPERTS]
+    held = cost.all_experts // mesh.shape[EXPERTS]
     one = cost.shared_training_bytes + held * (cost.expert_parameter_bytes + cost.expert_training_bytes)
     chunk = 2 ** int(np.clip(np.log2(max(1, 0.5 * limit / one)), 0, np.log2(MOST_CHUNK)))
     # Every process must run the same program, whatever its own device says.

@@ -20,6 +20,9 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import Registry
 
+STAND_IN = (2, 3)
+"""L and E of the arrays that a user's function is tried on."""
+
 ByUnit = Float[Array, "*layers units experts"]
 UnitMask = Bool[Array, " units"]
 PerExpert = Float[Array, "*layers experts"]
@@ -164,7 +167,8 @@ class Evidence:
       chosen: float32 [L, U, E], share of the unit's real tokens sent to each expert; of a token 0 or 1.
       mask: bool [U], units with a real token; values at the others mean nothing.
       key: a PRNG key of this client, round and step.
-      contribution: float32 [L, E]; see `expert_contribution`.
+      contribution: float32 [L, E], -d loss / d z at z = 1: what the log-likelihood loses without the expert
+        to first order, our estimate of the task information in (8), (9), (12).
       gradient_norm: float32 [L, E]; L2 norm of the loss gradient of each expert's weights.
     """
 
@@ -174,6 +178,7 @@ class Evidence:
 
     @cached_property
     def contribution(self) -> PerExpert:
+        """Computes it on first access."""
         return self._contribution()
 
     @cached_property
@@ -182,21 +187,8 @@ class Evidence:
         return self._gradient_norm()
 
 
-def expert_contribution(loss: Callable[[PerExpert], jax.Array], multiplier: PerExpert) -> PerExpert:
-    """Returns -d loss / d z at the given multipliers, the log-likelihood lost without each expert.
-
-    First order of log q(y|z) - log q(y|z with z_e = 0), our estimate of the task information
-    in (8), (9), (12).
-
-    Args:
-      loss: negative log-likelihood of the batch as a function of the multipliers [L, E].
-      multiplier: where to take the gradient, ones.
-    """
-    return -jax.grad(loss)(multiplier)
-
-
-def gradients_read(score: Callable, importance: ConfigDict, num_layers: int, num_experts: int) -> set[str]:
-    """Returns which gradients of its evidence a score reads, by calling it once on a stand-in.
+def gradients_read(score: Callable, importance: ConfigDict) -> set[str]:
+    """Returns which gradients of its evidence a score reads, by calling it once on arrays of `STAND_IN`.
 
     Returns:
       A subset of {"contribution", "gradient_norm"}.
@@ -204,7 +196,7 @@ def gradients_read(score: Callable, importance: ConfigDict, num_layers: int, num
     Raises:
       InputError: the score is not one number an expert.
     """
-    read = set()
+    read, (num_layers, num_experts) = set(), STAND_IN
 
     def stand_in(name: str) -> Callable:
         def compute():
@@ -225,7 +217,7 @@ def gradients_read(score: Callable, importance: ConfigDict, num_layers: int, num
             "fl.score",
             score.__name__,
             f"returns an array of shape {shape}",
-            f"return one number an expert, shape {(num_layers, num_experts)}",
+            "return one number an expert, [L, E]",
         )
     return read
 

@@ -1,6 +1,6 @@
-"""When and by what a client scores its experts, without a pass for the purpose.
+"""When a client scores its experts, and on what, from the passes that training runs anyway.
 
-By what: the samples or the tokens of a batch (`importance.unit`), see `scores`. When: `importance.refresh`.
+On what: the samples or the tokens of a batch (`importance.unit`), see `scores`. When: `importance.refresh`.
 
 | refresh | the scores that a batch selects by | with `fl.forward` |
 |---|---|---|
@@ -16,7 +16,7 @@ They are gradients of the training loss, load balancing included, in a pass wher
 not selected are constants.
 
 `routed` selects from the batch's own union. `active` selects before the forward pass: from the unions
-of the batches so far, and before the first batch from what the routers say of it when no expert
+of the batches so far, and before the first batch from its routers in a pass in which no expert
 runs. Only gradient norms of experts cost a forward and a backward pass of their own.
 
 Axes: L layers, B samples of T tokens, N = B * T tokens, E experts.
@@ -65,7 +65,7 @@ class SeenBatch(NamedTuple):
     """What scoring reads of a batch beside gradients.
 
     Attributes:
-      seen: what the routers did.
+      seen: its routing.
       token_mask: its real tokens; those of `seen` lie sample after sample.
       key: for scores that draw.
       first: whether it is the first batch of the round.
@@ -78,10 +78,9 @@ class SeenBatch(NamedTuple):
 
 
 class Scoring:
-    """A score function with the moments at which it is asked.
+    """A score function, and when it is evaluated.
 
     Args:
-      num_layers, num_experts: L, E.
       name: of the score, see `score_rules`.
       importance: the config's section.
       routed: the forward pass runs every expert, and comes before the selection.
@@ -90,10 +89,9 @@ class Scoring:
       InputError: the score reads what `importance.refresh` cannot give it.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, name: str, importance: ConfigDict, routed: bool):
-        self.shape = (num_layers, num_experts)
+    def __init__(self, name: str, importance: ConfigDict, routed: bool):
         self.rule, self.importance, self.routed = score_rules[name], importance, routed
-        self.reads = gradients_read(self.rule, importance, *self.shape)
+        self.reads = gradients_read(self.rule, importance)
         self.refresh = importance.refresh
         problem = None
         if "gradient_norm" in self.reads and self.refresh != "step":
@@ -120,10 +118,10 @@ class Scoring:
             return ScoringPasses(steps, shared=2, experts=3)
         return NO_SCORING if self.routed else ScoringPasses(1, shared=1, experts=0)
 
-    def start(self) -> Importance:
-        """Returns the importance of a client that has seen nothing."""
-        zeros = jnp.zeros(self.shape, jnp.float32)
-        return Importance(zeros, zeros, jnp.zeros(self.shape, bool))
+    def start(self, num_layers: int, num_experts: int) -> Importance:
+        """Returns the importance, arrays [L, E], before a client's first batch."""
+        zeros = jnp.zeros((num_layers, num_experts), jnp.float32)
+        return Importance(zeros, zeros, jnp.zeros_like(zeros, bool))
 
     def of_batch(
         self, known: Importance, batch: SeenBatch, gradient_norm: Callable[[], PerExpert] | None = None
@@ -190,8 +188,7 @@ def build_scoring(config: ConfigDict, score: str) -> Scoring | None:
     """Returns the scoring of a run's config; None for the score "none", with which all experts train."""
     if score == "none":
         return None
-    model, routed = config.model, config.fl.forward == "routed"
-    return Scoring(model.num_layers, model.num_experts, score, config.importance, routed)
+    return Scoring(score, config.importance, config.fl.forward == "routed")
 
 
 def mix(past: PerExpert, now: PerExpert) -> PerExpert:

@@ -35,7 +35,7 @@ REASONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """Names beside the numbers: for who reads and writes, and no part of the pytree.
+    """Names of models, tasks and users for input and output; not part of the pytree.
 
     Attributes:
       models: I names.
@@ -140,7 +140,7 @@ class Users:
 @dataclasses.dataclass(frozen=True)
 @typing.no_type_check
 class Problem:
-    """Who wants what from whom, over which spectrum.
+    """A provisioning problem: models to serve, users who request them, and the spectrum.
 
     `read_scenario` and `make_problem` build it and refuse invalid values; a pytree of drops
     (a leading axis on every array but the catalogue's) is what the batched programs take.

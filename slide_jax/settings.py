@@ -179,7 +179,7 @@ def sample_drop(config: Any) -> Problem:
             jax.random.key(config.seed), read_setting(config), catalogue, setting.users, setting.rate_model
         )
         users = jax.tree.map(np.asarray, drawn.users)
-    # Everyone asks, so that task and accuracy say all.
+    # Which models a user accepts then follows from task and accuracy alone.
     users = dataclasses.replace(users, allowed=None)
     return make_problem(models, users, setting.bandwidth_hz, setting.rate_model, tasks=labels.tasks)
 

@@ -1,4 +1,4 @@
-"""What the server makes of what clients send: weights by rule, one streaming mean, exact sums."""
+"""Aggregation at the server: weights by rule, one streaming mean, exact sums."""
 
 from hfedmoe_jax.aggregation.rules import (
     Upload,

@@ -5,7 +5,8 @@
         ...refuse what does not fit, before any data are read...
         return build                  # (setting: Setting) -> FederatedAlgorithm
 
-Most algorithms are a `Method`, a few functions that the round of `method` puts together; `Method(...)` is
+A `build` may have an attribute `uses_budgets`; if it is False, every client's budget is all experts. Most
+algorithms are a `Method`, a few functions that the round of `method` puts together; `Method(...)` is
 such a `build`.
 
 Axes: C clients in all, M clients of a round's cohort, L MoE layers, E experts.
@@ -126,7 +127,7 @@ class FederatedAlgorithm(NamedTuple):
       init: params -> ServerState.
       round: (state, portions, key) -> (ServerState, RoundMetrics); the state is donated, `key` is the
         key of this round, portions are taken as they are needed.
-      snapshot: ServerState -> the model that is judged and kept as the best.
+      snapshot: ServerState -> the model that is evaluated and kept as the best.
       plan: (clients, hosts or None) -> blocks of a cohort, see `plan_blocks`.
       personal: every client keeps a model of its own, and nothing is sent.
       selects: clients train the experts that fit their budget.

@@ -5,16 +5,19 @@ Score, selection, local training, weights of experts and of gating networks, ser
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.aggregation import expert_rules, gating_rules
+from hfedmoe_jax.aggregation import Upload, expert_rules, gating_rules
 from hfedmoe_jax.algorithms.algorithm import algorithms
 from hfedmoe_jax.algorithms.method import Method
 from hfedmoe_jax.algorithms.parts import Weights
 from hfedmoe_jax.client import LocalRule
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.optimizers import optimizers
-from hfedmoe_jax.registry import unknown_name
+from hfedmoe_jax.registry import Registry, unknown_name
+from hfedmoe_jax.scores import STAND_IN
 from hfedmoe_jax.scoring import build_scoring
 
 
@@ -101,6 +104,8 @@ def compose(config: ConfigDict) -> Method:
         )
     if parts.server_optimizer not in optimizers:
         raise unknown_name("server.optimizer", parts.server_optimizer, list(optimizers))
+    check_weights("fl.expert_rule", parts.expert_rule, expert_rules, config.aggregation, by_row=False)
+    check_weights("fl.gating_rule", parts.gating_rule, gating_rules, config.aggregation, by_row=True)
     return Method(
         rule=LocalRule(
             score=build_scoring(config, parts.score),
@@ -110,7 +115,27 @@ def compose(config: ConfigDict) -> Method:
         weights=Weights(expert_rules[parts.expert_rule], gating_rules[parts.gating_rule]),
         server=(parts.server_optimizer, server_section(config.server, parts.server_optimizer)),
         literal_gating=config.aggregation.literal_gating,
+        summary=lambda rounds, population: {"parts": parts._asdict()},
     )
+
+
+def check_weights(field: str, name: str, rules: Registry, aggregation: ConfigDict, by_row: bool) -> None:
+    """Checks that a rule of aggregation returns as many weights as it should.
+
+    Raises:
+      InputError: the name is unknown, or the rule returns an array of another shape.
+
+    Args:
+      by_row: it may return one number for all, or one for each expert's row.
+    """
+    rule, experts = rules[name], STAND_IN
+    of_expert, truth = (jax.ShapeDtypeStruct(experts, dtype) for dtype in (jnp.float32, bool))
+    times, size = jax.ShapeDtypeStruct(experts, jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    upload = Upload(of_expert, of_expert, truth, times, size)
+    shape = jnp.shape(jax.eval_shape(lambda upload: rule(upload, aggregation), upload))
+    if shape != experts and not (by_row and shape == ()):
+        remedy = "return one number an expert, [L, E]" + (", or one in all" if by_row else "")
+        raise InputError(field, name, f"returns an array of shape {shape}", remedy)
 
 
 def refuse_literal_gating(config: ConfigDict) -> None:

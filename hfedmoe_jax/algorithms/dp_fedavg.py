@@ -2,8 +2,8 @@
 
 Each client's whole change is clipped to an L2 norm of at most S = `dp.clip_norm`; all weights are one. To the
 sum of the clipped changes the server adds Gaussian noise of standard deviation `dp.noise_multiplier` * S in
-every coordinate of every parameter, experts that nobody trained included, and divides by
-`fl.clients_per_round`, whoever answered.
+every coordinate of every parameter, untrained experts included, and divides by
+`fl.clients_per_round`, however many clients finish.
 
 epsilon, at `dp.delta`, is by Google's `dp-accounting`: Renyi accounting for samples without replacement
 (arXiv 1808.00087), and neighbours that replace one client, with all of its data, by another. Two clipped
@@ -55,7 +55,7 @@ def dp_fedavg(config: ConfigDict) -> Method:
         weights=Weights(one_an_expert, one, one),
         transform=lambda update: Transformed(clip(update.change, dp.clip_norm)),
         step=step,
-        steps_always=True,  # that nobody answered must not show
+        steps_always=True,  # noise also where no client finished
         summary=summary,
     )
 
@@ -81,7 +81,7 @@ def one(upload: Upload, aggregation: ConfigDict) -> Array:
 
 
 def one_an_expert(upload: Upload, aggregation: ConfigDict) -> Array:
-    """Weighs all clients' experts alike, whoever trained them."""
+    """Weighs all clients' experts alike, trained or not."""
     return jnp.ones_like(upload.usage)
 
 
@@ -99,7 +99,13 @@ def add_noise(sums: Params, deviation: float, key: Array) -> Params:
 
 
 def epsilon(rounds: int, cohort: int, population: int, noise_multiplier: float, delta: float) -> float:
-    """Returns the epsilon of so many rounds with cohorts of a population; infinite without noise."""
+    """Returns the epsilon spent; infinite without noise.
+
+    Args:
+      rounds: done so far.
+      cohort, population: clients of a round, and in all.
+      noise_multiplier, delta: of the config's section `dp`.
+    """
     if noise_multiplier == 0:
         return math.inf
     import dp_accounting  # takes a second, which only private runs need to wait

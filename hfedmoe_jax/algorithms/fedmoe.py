@@ -1,7 +1,7 @@
 """FedMoE's aggregation (arXiv 2408.11304): experts and router rows over the clients that trained the expert.
 
-A router's row is what scores one expert, so a client without the expert has nothing to say about it.
-Everything else as in FedAvg. This is a part of FedMoE: not its choice of each client's submodel.
+A router's row scores one expert, so only clients that trained the expert have a gradient for it that means
+something. Everything else is as in FedAvg. FedMoE's choice of each client's submodel is not part of it.
 """
 
 import jax.numpy as jnp

@@ -4,6 +4,7 @@ Axes: C clients, M clients of a round's cohort.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,39 @@ def local(config: ConfigDict):
     if config.mesh.experts > 1:
         problem = "local keeps a whole model a client on every device"
         raise InputError("mesh.experts", config.mesh.experts, problem, "use 1")
-    rule = LocalRule(build_scoring(config, config.fl.score or "none"))
-    return lambda setting: train_alone(rule, setting)
+    for field, value in (
+        ("fl.expert_rule", config.fl.expert_rule),
+        ("fl.gating_rule", config.fl.gating_rule),
+        ("server.optimizer", config.server.optimizer),
+    ):
+        if value:
+            raise InputError(field, value, "local aggregates nothing", "leave it empty")
+    score = config.fl.score or "none"
+    return Local(LocalRule(build_scoring(config, score)), score)
 
 
-def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
+class Local(NamedTuple):
+    """Builds the algorithm.
+
+    Attributes:
+      rule: how clients train.
+      score: the name of its score.
+    """
+
+    rule: LocalRule
+    score: str
+
+    @property
+    def uses_budgets(self) -> bool:
+        """Says whether the clients' budgets matter."""
+        return self.rule.uses_budgets
+
+    def __call__(self, setting: Setting) -> FederatedAlgorithm:
+        """Returns the algorithm for a setting."""
+        return train_alone(self.rule, self.score, setting)
+
+
+def train_alone(rule: LocalRule, score: str, setting: Setting) -> FederatedAlgorithm:
     """Returns the algorithm for a setting; a tier for all clients."""
     model, mesh, num_clients = setting.model, setting.mesh, len(setting.budget)
     store = StateStore(mesh, num_clients)
@@ -84,6 +113,6 @@ def train_alone(rule: LocalRule, setting: Setting) -> FederatedAlgorithm:
         scoring=scoring,
         upload_bytes=lambda sent: np.zeros(len(sent), np.int64),
         broadcast_bytes=0,
-        summary=lambda rounds: {},
+        summary=lambda rounds: {"parts": {"score": score}},
         programs={f"tier {tier}": program},
     )  # fmt: skip

@@ -65,6 +65,11 @@ class Method(NamedTuple):
     tensor_bytes: Callable[[jax.ShapeDtypeStruct], int] = tree_bytes
     summary: Callable[[int, int], dict[str, Any]] = lambda rounds, population: {}
 
+    @property
+    def uses_budgets(self) -> bool:
+        """Says whether the clients' budgets matter."""
+        return self.rule.uses_budgets
+
     def __call__(self, setting: Setting) -> FederatedAlgorithm:
         """Returns the algorithm for a setting."""
         return federate(self, setting)

@@ -54,7 +54,8 @@ class Transformed(NamedTuple):
     Attributes:
       change: what is summed.
       state: what is kept of the client; as it was, if its update does not count.
-      summed: further arrays that are summed over the clients, each below 2^14 in magnitude.
+      summed: further arrays that are summed over the clients; numbers are cut to `sums.largest_term` of
+        the cohort in magnitude, 2^14 up to a single client and e.g. 256 for 100.
     """
 
     change: Params
@@ -63,7 +64,7 @@ class Transformed(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What a round comes to, for the server.
+    """The sums of a round, for the server.
 
     Attributes:
       change: the weighted mean of the clients' changes.

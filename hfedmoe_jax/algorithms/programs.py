@@ -194,6 +194,8 @@ class RoundPrograms:
         clients, ok, summed = contributions
         start = broadcast.params if self._method.transform is None else None
         mean = mean_accumulate(sums.mean, start, clients, self._scale, self._setting.model.table)
+        largest = self._scale.largest
+        summed = jax.tree.map(lambda x: jnp.clip(x, -largest, largest), summed)
         total = map_totals(lambda total, x: add_terms(total, x), sums.summed, summed)
         return Sums(mean, sums.count + jnp.sum(ok, dtype=jnp.int32), total)
 

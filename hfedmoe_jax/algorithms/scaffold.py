@@ -5,8 +5,8 @@ from x to y,
 
     c_i <- c_i - c + (x - y) / (K eta),    c <- c + sum over the cohort of (change of c_i) / C,
 
-so c stays the mean of all c_i. What the paper has no word for: only what a client could move changes its c_i,
-so an expert has the K of the steps that trained it, and an expert that it did not train or send, or a row of
+so c stays the mean of all c_i. Our extension to experts: only what a client could move changes its c_i, so
+an expert has the K of the steps that trained it, and an expert that it did not train or send, or a row of
 the embedding table that it does not hold, keeps c_i. Models are averaged with the weights of `fl.base`
 (the paper weighs all clients alike).
 """

@@ -50,7 +50,7 @@ class Prefetch:
         self._put((None, end))
 
     def _put(self, entry: tuple) -> bool:
-        """Waits for room and says whether somebody still wants it."""
+        """Waits for room; returns False once the iteration is closed."""
         while not self._closed.is_set():
             try:
                 self._queue.put(entry, timeout=0.1)

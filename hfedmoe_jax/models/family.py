@@ -4,11 +4,12 @@ A family is a function of the config's section `model` and the task's sizes that
 
     module(batch, budget=None, training=True) -> ModelOutput
 
-with the attributes `sizes`, `num_layers` (of mixtures of experts), `num_experts`, `top_k`, `expert` and
-`table`, and a method `mask(batch)`. `table` names an embedding table [sizes.vocab_size, ...] that nothing
-but a look-up of batch["tokens"] reads, or is None: clients then hold the rows of their own tokens alone. Its
-parameters hold `experts`, a tree of [L, E, ...], at the top, and routers in modules named `router`. Without
-a budget it runs its own experts; with one, those of the budget.
+with the attributes `sizes`, `num_layers` (of mixtures of experts), `num_experts`, `top_k`, `expert`,
+`table` and `output`, and a method `mask(batch)`. `table` names an embedding table [sizes.vocab_size, ...]
+that nothing but a look-up of batch["tokens"] reads, or is None: clients then hold the rows of their own
+tokens alone. `output` is "text" or "token", as in `tasks.Task`. The module's parameters hold `experts`, a
+tree of [L, E, ...], at the top, and routers in modules named `router`. Without a budget it runs its own
+experts; with one, those of the budget.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class ModelOutput(NamedTuple):
     """What a module returns.
 
     Attributes:
-      output: what the task judges, e.g. logits.
+      output: what the task scores, e.g. logits.
       tape, permit: see `hfedmoe_jax.experts`; permits [L, H].
       routing: of all layers.
     """

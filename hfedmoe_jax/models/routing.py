@@ -1,4 +1,4 @@
-"""Who goes where: softmax gates and each token's top-k experts.
+"""Routing of tokens to experts: softmax gates and each token's top-k.
 
 Axes: N tokens of a batch, L MoE layers, E experts, K chosen experts of a token.
 """

@@ -133,7 +133,7 @@ class SwitchClassifier(nn.Module):
     remat: bool = False
     expert: Expert = relu_expert
 
-    table = "embed"
+    table, output = "embed", "text"
 
     def mask(self, batch: dict[str, Array]) -> Bool[Array, "batch tokens"]:
         """Says which tokens of a batch are real."""
@@ -143,7 +143,7 @@ class SwitchClassifier(nn.Module):
     def __call__(
         self, batch: dict[str, Array], budget: Budget | None = None, training: bool = True
     ) -> ModelOutput:
-        """Returns logits [B, classes], and what the layers tell."""
+        """Returns logits [B, classes], the tape, the permits and the routing."""
         tokens_bt, token_mask_bt = batch["tokens"], self.mask(batch)
         table = self.param("embed", EMBED_INIT, (self.sizes.vocab_size, self.width))
         position = self.param("position", EMBED_INIT, (self.sizes.seq_len, self.width))

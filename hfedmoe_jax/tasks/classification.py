@@ -51,5 +51,5 @@ def majority_vote(train: dict[str, Any], test: dict[str, Any]) -> float:
     return float(np.mean(test["labels"] == np.bincount(train["labels"]).argmax()))
 
 
-classification = Task(prepare, num_outputs, loss, score, ("accuracy",), "accuracy", majority_vote)
+classification = Task(prepare, "text", num_outputs, loss, score, ("accuracy",), "accuracy", majority_vote)
 tasks.register("classification")(classification)

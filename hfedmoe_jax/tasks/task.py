@@ -1,10 +1,10 @@
-"""What a task is: how documents become batches, and how outputs are judged.
+"""What a task is: how documents become batches, and how outputs are scored.
 
 Axes: N passages (rows), B batch, T tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Float
 
@@ -27,6 +27,7 @@ class Task(NamedTuple):
     Attributes:
       prepare: (tokenizer, texts, labels int [D], data config) -> (rows, a tree of arrays [N, ...]; the index
         of each one's document [N]). Each text has at least one row, in the order of the texts.
+      output: what the model returns a vector for: each "text", [B, O], or each "token", [B, T, O].
       num_outputs: (label names, vocabulary size) -> outputs of the model's head.
       loss: (output, batch) -> (mean loss in nats; what it is a mean over: examples, or tokens).
       score: (output, batch, weight float [B]) -> `Ratio` by name; an example of weight 0 does not count,
@@ -37,6 +38,7 @@ class Task(NamedTuple):
     """
 
     prepare: Callable[..., tuple[Batch, Any]]
+    output: Literal["text", "token"]
     num_outputs: Callable[[tuple[str, ...], int], int]
     loss: Callable[[Any, Batch], tuple[Array, Array]]
     score: Callable[[Any, Batch, Array], dict[str, Ratio]]

@@ -13,7 +13,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hfedmoe_jax import Experiment, Outcome, RunState, make_mesh
-from hfedmoe_jax.algorithms import parts_of
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.data import num_rows
 from hfedmoe_jax.errors import InputError
@@ -145,7 +144,7 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test texts; "
           f"{len(data.label_names)} labels, vocabulary {data.vocab_size:,}")  # fmt: skip
     budgets = budget_by_class(experiment)
-    print(f"experts that a client can train, of {experiment.cost.num_experts}: "
+    print(f"experts that a client can train, of {experiment.cost.all_experts}: "
           + ", ".join(f"{name} {budget}" for name, budget in budgets.items()))  # fmt: skip
     print_hints(experiment)
     print("compiling the first round ...", flush=True)
@@ -153,7 +152,7 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 def print_hints(experiment: Experiment) -> None:
     """Prints where the config asks for something that has no effect here."""
-    if experiment.algorithm.selects and min(experiment.budgets) == experiment.cost.num_experts:
+    if experiment.algorithm.selects and min(experiment.budgets) == experiment.cost.all_experts:
         print("note: every client can train all experts, so nothing is selected: give the devices less "
               "memory, or set budget.fraction, e.g. 0.25")  # fmt: skip
     chunk = experiment.config.fl.chunk
@@ -180,7 +179,6 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
     }
     return {
         "algorithm": config.fl.algorithm,
-        "parts": parts_of(config)._asdict(),
         "task": config.task.name,
         "metric": metric,
         "data": config.data.source,
@@ -192,7 +190,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
         f"baseline_{metric}": experiment.baseline,
         f"client_{metric}": dict(zip(("mean", "std", "worst10"), outcome.client_spread, strict=True)),
         "expert_budget": budget_by_class(experiment),
-        "experts": experiment.cost.num_experts,
+        "experts": experiment.cost.all_experts,
         "client_rounds": dict(zip(STATUS_NAMES, ledger.status_counts.tolist(), strict=True)),
         "bytes_up": float(ledger.bytes_up),
         "bytes_down": float(ledger.bytes_down),

@@ -40,32 +40,34 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
             "expert_choice": expert_choice(record),
             "expert_share": expert_share(rows),
             "budget_union": budget_union(record),
-            "client_accuracy": client_accuracy(record),
+            "client_metric": client_metric(record),
             "routing": routing(rows, record),
             "cost": cost(rows),
         }
-        return [
-            FigureEntry(*TEXTS[name], figures.save(figure, pathlib.Path(directory, f"{name}.png")))
-            for name, figure in drawn.items()
-        ]
+        entries = []
+        for name, figure in drawn.items():
+            title, caption = (text.format(Metric=record["metric"].capitalize()) for text in TEXTS[name])
+            path = figures.save(figure, pathlib.Path(directory, f"{name}.png"))
+            entries.append(FigureEntry(title, caption, path))
+        return entries
 
 
 BEFORE, AFTER = "Before: the client's own model", "After: the aggregated model"
 TEXTS = {
     "learning": (
-        "Accuracy and loss by round",
+        "{Metric} and loss by round",
         "The global model on the validation data, and the clients' own held-out data: their mean with one "
         "standard deviation (shaded) and the mean of the worst 10%. Dashed: the best constant answer.",
     ),
     "learning_time": (
-        "Accuracy and loss by simulated time",
+        "{Metric} and loss by simulated time",
         "The same against the time that the devices would have taken: computing, sending and, in every "
         "round, waiting for the slowest client.",
     ),
     "expert_usage": (
         "Expert usage before and after aggregation",
         "A row is a client of the last round, a column an expert: the mean gate weight that the client's "
-        "tokens give it, while the client trained and, on the same batches, with the aggregated model. "
+        "samples give it, while the client trained and, on the same batches, with the aggregated model. "
         "White: the client's update did not count.",
     ),
     "expert_choice": (
@@ -83,9 +85,9 @@ TEXTS = {
         "A point is a client: how many experts, over all layers, its batches were routed to, against how "
         "many its device can train. Above the line the client must select.",
     ),
-    "client_accuracy": (
-        "Accuracy client by client",
-        "Accuracy of the final global model on each client's own held-out data: sorted, and against how much "
+    "client_metric": (
+        "{Metric} client by client",
+        "{Metric} of the final global model on each client's own held-out data: sorted, and against how much "
         "data the client has.",
     ),
     "routing": (
@@ -100,7 +102,7 @@ TEXTS = {
         "waiting for the slowest, and what became of the clients of each round.",
     ),
 }
-"""Title and caption of each figure."""
+"""Title and caption of each figure; {Metric} is the name of the task's metric."""
 
 OUTCOMES = (
     ("clients_ok", "finished", GREEN),
@@ -112,7 +114,7 @@ OUTCOMES = (
 
 
 def by_round(rows: Rows, record: Record) -> Figure:
-    """Draws accuracy and loss by round."""
+    """Draws the task's metric and the loss by round."""
     rounds = column(rows, "round")
     figure = _learning(rows, record, rounds, "round")
     for axes in figure.axes:
@@ -121,7 +123,7 @@ def by_round(rows: Rows, record: Record) -> Figure:
 
 
 def by_time(rows: Rows, record: Record) -> Figure:
-    """Draws accuracy and loss by simulated time."""
+    """Draws the task's metric and the loss by simulated time."""
     seconds = column(rows, "simulated_time_s")
     unit, name = figures.time_scale(seconds)
     return _learning(rows, record, seconds / unit, f"simulated time ({name})")
@@ -252,21 +254,21 @@ def budget_union(record: Record) -> Figure:
     return figure
 
 
-def client_accuracy(record: Record) -> Figure:
-    """Draws the spread of accuracy over the clients."""
-    accuracy = np.asarray(record["client_scores"], float)
+def client_metric(record: Record) -> Figure:
+    """Draws the spread of the task's metric over the clients."""
+    value = np.asarray(record["client_scores"], float)
     examples = np.asarray(record["client_num_examples"], float)
-    known = np.isfinite(accuracy)
-    rank = np.full(len(accuracy), np.nan)
-    rank[known] = 1 + np.argsort(np.argsort(accuracy[known], kind="stable"))
+    known = np.isfinite(value)
+    rank = np.full(len(value), np.nan)
+    rank[known] = 1 + np.argsort(np.argsort(value[known], kind="stable"))
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.2, sharey=True, width_ratios=[3, 2])
     for name, where, color, marker in _device_classes(record, known):
         style = {"color": color, "marker": marker, "s": 34, "alpha": 0.85, "linewidths": 0}
-        left.scatter(rank[where], accuracy[where], label=name, zorder=3, **style)
-        right.scatter(examples[where], accuracy[where], zorder=3, **style)
+        left.scatter(rank[where], value[where], label=name, zorder=3, **style)
+        right.scatter(examples[where], value[where], zorder=3, **style)
     if known.any():
-        mean, spread = accuracy[known].mean(), accuracy[known].std()
-        worst = np.sort(accuracy[known])[: int(np.ceil(0.1 * known.sum()))].mean()
+        mean, spread = value[known].mean(), value[known].std()
+        worst = np.sort(value[known])[: int(np.ceil(0.1 * known.sum()))].mean()
         left.axhspan(max(0, mean - spread), min(1, mean + spread), color=SKY, alpha=0.15, linewidth=0)
         left.axhline(mean, color=BLUE, linewidth=1.5, label=f"mean {mean:.1%} ± {spread:.1%}")
         left.axhline(worst, color=PINK, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")

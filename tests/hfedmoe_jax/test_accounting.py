@@ -13,7 +13,7 @@ from hfedmoe_jax.reports import DROPPED_OUT, NONFINITE, OK, OVER_BUDGET, ClientR
 
 STEPS, EXPERTS = 2, 4
 COST = ModelCost(
-    num_experts=EXPERTS,
+    all_experts=EXPERTS,
     shared_parameter_bytes=1000,
     frozen_bytes=10**9,  # does not travel
     shared_training_bytes=0,

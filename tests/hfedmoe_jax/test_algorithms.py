@@ -20,7 +20,7 @@ from tiny import (
 )
 
 from hfedmoe_jax.aggregation import expert_rules, gating_rules
-from hfedmoe_jax.aggregation.sums import MOST_TERMS
+from hfedmoe_jax.aggregation.sums import MOST_TERMS, largest_term
 from hfedmoe_jax.algorithms import (
     COMPOSITIONS,
     Composition,
@@ -306,11 +306,11 @@ def doubled(config):
     def transform(change):
         twice = jax.tree.map(lambda x: 2 * x, change.change)
         return Transformed(
-            twice, change.state + change.extra, {"rounds": change.state, "one": jnp.float32(1)}
+            twice, change.state + change.extra, {"rounds": change.state, "huge": jnp.float32(12_000)}
         )
 
     def advance(totals, extra):
-        return totals.change, extra + totals.summed["rounds"] + 10 * totals.summed["one"] + 100 * totals.count
+        return totals.change, extra + totals.summed["rounds"] + totals.summed["huge"] + 100 * totals.count
 
     return compose(config)._replace(
         extra=lambda params: jnp.float32(1),
@@ -332,14 +332,18 @@ def test_a_method_transforms_updates_keeps_states_and_sums(monkeypatch):
     chex.assert_trees_all_close(state.params, twice, rtol=1e-5, atol=1e-6)
     # The client that dropped out is as it was, and adds nothing.
     assert np.asarray(state.clients)[:CLIENTS].tolist() == [4, 3, 3, 4, 3]
-    assert state.extra == 1 + 2 * 3 + 10 * 2 + 100 * 2
+    # 12,000 is cut, so that the sum over a cohort has room.
+    cut = largest_term(config.fl.clients_per_round)
+    assert cut < 12_000
+    assert state.extra == 1 + 2 * 3 + 2 * cut + 100 * 2
     rest, one = (len(jax.tree.leaves(tree)) for tree in ((params.router, params.shared), params.experts))
     assert algorithm.upload_bytes(np.array([0, 3])).tolist() == [7 * rest, 7 * (rest + 3 * one)]
     # The second round reads what the first has left.
+    extra = float(state.extra)
     data = cohort(config, (3,))
     state, _ = step(algorithm, state, data)
-    assert np.asarray(state.clients)[:CLIENTS].tolist() == [4, 3, 3, 4 + 227, 3]
-    assert state.extra == 227 + 4 + 10 + 100
+    assert np.asarray(state.clients)[:CLIENTS].tolist() == [4, 3, 3, 4 + extra, 3]
+    assert state.extra == extra + 4 + cut + 100
 
 
 TERM = 2.0**-16 - 2.0**-40

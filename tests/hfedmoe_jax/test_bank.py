@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_oracle import bits
 
-from hfedmoe_jax.bank import BankLayout, as_floats, as_they_were, read
+from hfedmoe_jax.bank import BankLayout, as_floats, restore_types, read
 from hfedmoe_jax.experts import flat
 from hfedmoe_jax.mesh import ALONE
 
@@ -36,7 +36,7 @@ def bank_of(touched):
         rows = rules.write(bank.rows, (), row, expert, weights, gradient, reached)
         return bank._replace(rows=rows)
 
-    return layout, *map(jax.jit, (layout.open, layout.enter, step, layout.rows_of))
+    return layout, *map(jax.jit, (layout.open, layout.add, step, layout.rows_of))
 
 
 def start_of(seed=0):
@@ -71,9 +71,9 @@ def rounds(draw):
 @given(rounds(), st.integers(0, 2**16))
 @settings(max_examples=40)
 def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, seed):
-    """Rows enter once and in order; a step moves one row, if a token came; `rows_of` finds them again."""
+    """Rows are added once and in order; a step moves one row, if a token came; `rows_of` finds them again."""
     touched, batches = drawn
-    layout, open_bank, enter, step, rows_of = bank_of(touched)
+    layout, open_bank, add, step, rows_of = bank_of(touched)
     start, rng = start_of(seed), np.random.default_rng(seed)
     bank = open_bank(start)
     held: dict = {}
@@ -87,7 +87,7 @@ def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, seed):
         active = np.zeros((LAYERS, HELD), bool)
         active.reshape(-1)[batch] = True
         before = bank
-        bank = enter(bank, start, active)
+        bank = add(bank, start, active)
         order += [expert for expert in sorted(batch) if expert not in order]
         kept = np.asarray(before.row) < layout.num_rows
         np.testing.assert_array_equal(np.asarray(bank.row)[kept], np.asarray(before.row)[kept])
@@ -115,7 +115,7 @@ def test_a_bank_is_a_dictionary_of_the_experts_it_was_given(drawn, seed):
             held[expert] = weights, state
     assert int(bank.count) == len(order)
     readable = layout.readable(bank, start, routed=True)
-    for expert in range(EXPERTS):  # of those that never entered the global weights
+    for expert in range(EXPERTS):  # of those without a row the global weights
         expected = own(expert).weights if expert in order else expert_of(start, expert)
         assert bits(jitted_read(readable, expert)) == bits(expected)
     trained = np.zeros((LAYERS, HELD), bool)
@@ -140,10 +140,10 @@ def test_arrays_have_a_row_for_each_expert_that_a_round_touches(touched):
 
 
 def test_a_client_that_selects_nothing_brings_nothing():
-    layout, open_bank, enter, *_ = bank_of(4)
+    layout, open_bank, add, *_ = bank_of(4)
     bank = open_bank(start_of())
-    assert layout.enter(bank, start_of(), None) is bank
-    assert bits(enter(bank, start_of(), np.zeros((LAYERS, HELD), bool))) == bits(bank)
+    assert layout.add(bank, start_of(), None) is bank
+    assert bits(add(bank, start_of(), np.zeros((LAYERS, HELD), bool))) == bits(bank)
     assert all(bool(jnp.all(leaf == 0)) for leaf in jax.tree.leaves(bank.rows.weights))
 
 
@@ -165,4 +165,4 @@ def test_an_adjustment_sees_what_belongs_to_its_expert():
 def test_counters_come_back_from_floats():
     state = (jnp.int32(2**24), jnp.uint8(7), jnp.bfloat16(1.5))
     chex.assert_trees_all_equal_dtypes(as_floats(state), (jnp.float32(0), jnp.float32(0), jnp.bfloat16(0)))
-    chex.assert_trees_all_equal(as_they_were(as_floats(state), state), state)
+    chex.assert_trees_all_equal(restore_types(as_floats(state), state), state)

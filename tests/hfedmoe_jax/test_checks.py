@@ -8,6 +8,7 @@ from hfedmoe_jax.aggregation import expert_rules, gating_rules
 from hfedmoe_jax.algorithms import algorithms
 from hfedmoe_jax.checks import AT_LEAST_ONE, CHOICES, NOT_NEGATIVE, check_config
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.tasks import classification, tasks
 
 NAN = float("nan")
 
@@ -19,13 +20,13 @@ NAN = float("nan")
             "fl.gating_rule",
             gating_rules,
             lambda upload, _: upload.usage[0],
-            r"shape \(3,\).*an expert, shape \(2, 3\), or one in all$",
+            r"shape \(3,\).*an expert, \[L, E\], or one in all$",
         ),
         (
             "fl.expert_rule",
             expert_rules,
             lambda upload, _: upload.size,
-            r"shape \(\).*an expert, shape \(2, 3\)$",
+            r"shape \(\).*an expert, \[L, E\]$",
         ),
     ],
 )
@@ -38,6 +39,22 @@ def test_a_rule_returns_as_many_weights_as_it_should(monkeypatch, field, registr
 def test_gating_rules_may_weigh_by_expert(monkeypatch):
     monkeypatch.setitem(gating_rules._parts, "mine", lambda upload, _: upload.usage)
     check_config(config_with("fl.gating_rule", "mine"))
+
+
+def test_a_task_reads_the_kind_of_output_that_the_family_has(monkeypatch):
+    monkeypatch.setitem(tasks._parts, "by_token", classification._replace(output="token"))
+    error = refusal(config_with("task.name", "by_token"))
+    assert str(error).startswith(
+        "task.name='by_token': reads an output a token; model.family=switch has one a "
+    )
+    assert str(error).endswith("use one of classification")
+
+
+@pytest.mark.parametrize("field", ["fl.expert_rule", "fl.gating_rule", "server.optimizer"])
+def test_local_training_aggregates_nothing(field):
+    config = config_with(field, {"fl.expert_rule": "all", "fl.gating_rule": "mean"}.get(field, "sgd"))
+    config.fl.algorithm = "local"
+    assert str(refusal(config)).endswith("local aggregates nothing; leave it empty")
 
 
 def config_with(field, value):

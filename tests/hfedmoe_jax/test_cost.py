@@ -80,7 +80,7 @@ def test_the_cost_of_the_encoder_is_that_of_its_arrays_and_products():
     attention, norm = 4 * (D * D + D), 2 * D
     rest = VOCABULARY * D + TOKENS * D + LAYERS * (attention + 2 * norm + D * EXPERTS)
     rest += norm + D * CLASSES + CLASSES
-    assert cost.num_experts == LAYERS * EXPERTS and cost.frozen_bytes == 0
+    assert cost.all_experts == LAYERS * EXPERTS and cost.frozen_bytes == 0
     assert cost.shared_parameter_bytes == 4 * rest
     assert cost.expert_parameter_bytes == 4 * 2 * D * F
     # Gradient, two moments with a step count, and the hidden units of its places for tokens.

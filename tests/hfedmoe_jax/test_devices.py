@@ -11,7 +11,7 @@ from hfedmoe_jax.cost import ModelCost
 from hfedmoe_jax.errors import InputError
 
 COST = ModelCost(
-    num_experts=16,
+    all_experts=16,
     shared_parameter_bytes=1000,
     frozen_bytes=70,
     shared_training_bytes=5000,

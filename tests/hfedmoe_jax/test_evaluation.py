@@ -11,7 +11,7 @@ from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.evaluation import (
     BatchScore,
     EvaluationBatches,
-    Judge,
+    Evaluator,
     Snapshot,
     client_spread,
     predict,
@@ -30,10 +30,10 @@ CRAMPED = ROOMY | {"model__capacity_factor": 0.3}  # in training only
 WEIGHT = np.float32([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]])
 
 
-def judge_of(personal=False, chunk=1, unit="sample", fields=CRAMPED):
-    """Returns a judge of three clients' models, or of one for all."""
+def evaluator_of(personal=False, chunk=1, unit="sample", fields=CRAMPED):
+    """Returns an evaluator of three clients' models, or of one for all."""
     model = tiny_model(tiny_config(**fields))
-    return Judge(model, classification, {}, personal, 3, MESH, chunk, unit)
+    return Evaluator(model, classification, {}, personal, 3, MESH, chunk, unit)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def batches(seed=0):
 
 
 @pytest.fixture(scope="module")
-def judge():
-    """Judges one model for all, compiled once."""
-    return judge_of()
+def evaluator():
+    """Evaluates one model for all, compiled once."""
+    return evaluator_of()
 
 
 def by_hand(model, apply, params, batch):
@@ -92,9 +92,9 @@ def assert_scores(scores, expected):
     chex.assert_trees_all_close(scores, expected, rtol=2e-4)
 
 
-def test_sums_are_those_of_a_loop_over_examples(model, apply, judge):
+def test_sums_are_those_of_a_loop_over_examples(model, apply, evaluator):
     params, data = tiny_params(), batches()
-    scores = judge.scores(Snapshot(params), data)
+    scores = evaluator.scores(Snapshot(params), data)
     per_batch = [jax.tree.map(lambda x, i=i: x[i], data) for i in range(BATCHES)]
     expected = [by_hand(model, apply, params, batch) for batch in per_batch]
     assert_scores(scores, expected)
@@ -109,12 +109,12 @@ def test_sums_are_those_of_a_loop_over_examples(model, apply, judge):
     assert quality.router_entropy == pytest.approx(entropy, rel=1e-4)
 
 
-def test_padded_examples_do_not_count(judge):
+def test_padded_examples_do_not_count(evaluator):
     """Whatever their labels; experts and entropy are those of the real tokens."""
     data = batches()
     labels = np.where(data.weight == 0, (data.batch["labels"] + 1) % CLASSES, data.batch["labels"])
     one, other = (
-        judge.scores(Snapshot(tiny_params()), data._replace(batch=data.batch | {"labels": labels}))
+        evaluator.scores(Snapshot(tiny_params()), data._replace(batch=data.batch | {"labels": labels}))
         for labels in (data.batch["labels"], labels)
     )
     chex.assert_trees_all_equal(one, other)
@@ -125,15 +125,15 @@ def test_a_bias_of_the_routers_chooses_the_experts(model, apply):
     """As adding it to the logits does, that is to the logarithms of the gates; in the first layer by hand."""
     params, data = tiny_params(), batches()
     bias = np.random.default_rng(3).normal(size=(model.num_layers, model.num_experts)).astype(np.float32)
-    judge = judge_of(fields=ROOMY)
-    load = judge.scores(Snapshot(params, bias), data).load.sum(axis=0)
+    evaluator = evaluator_of(fields=ROOMY)
+    load = evaluator.scores(Snapshot(params, bias), data).load.sum(axis=0)
     expected = np.zeros(model.num_experts)
     for tokens in data.batch["tokens"][data.weight > 0]:
         *_, routing = apply(params, tokens)
         chosen = np.argmax(np.log(np.asarray(routing.gates[0], np.float64)) + bias[0], axis=-1)
         expected += np.bincount(chosen[tokens > 0], minlength=model.num_experts)
     np.testing.assert_array_equal(load[0], expected)
-    assert np.any(load[0] != judge.scores(Snapshot(params), data).load.sum(axis=0)[0])
+    assert np.any(load[0] != evaluator.scores(Snapshot(params), data).load.sum(axis=0)[0])
 
 
 def padded(models):
@@ -141,18 +141,18 @@ def padded(models):
     return jax.tree.map(lambda x: jnp.pad(x, [(0, 5)] + [(0, 0)] * (x.ndim - 1)), models)
 
 
-def test_personal_models_are_judged_by_their_owners(model, apply):
-    """Batch by batch another client's parameters, in the order that `judge` says."""
+def test_personal_models_are_evaluated_for_their_owners(model, apply):
+    """Batch by batch another client's parameters, in the order that `client` says."""
     params = tiny_params()
     owners = [jax.tree.map(lambda x, c=c: x * (1 + 0.5 * c), params) for c in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *owners)
-    judge = np.int32([2, 0, 2])
-    data = batches()._replace(judge=judge)
+    clients = np.int32([2, 0, 2])
+    data = batches()._replace(client=clients)
     # A chunk of two leaves a place without a batch.
-    scores = judge_of(personal=True, chunk=2).scores(Snapshot(padded(stacked)), data)
+    scores = evaluator_of(personal=True, chunk=2).scores(Snapshot(padded(stacked)), data)
     expected = [
         by_hand(model, apply, owners[owner], jax.tree.map(lambda x, i=i: x[i], data))
-        for i, owner in enumerate(judge)
+        for i, owner in enumerate(clients)
     ]
     assert_scores(scores, expected)
     assert len({round(float(loss), 3) for loss in scores.scores["loss"].total}) == 3
@@ -169,7 +169,7 @@ def test_usage_is_the_mean_gate_weight_of_each_expert(model, apply, personal, un
     given = padded(jax.tree.map(lambda *leaves: jnp.stack(leaves), *owners)) if personal else params
     blocks = plan_blocks(np.zeros(len(members), int), MESH, 1)
     portions = ((block, stack_members(cohort, block.members)) for block in blocks)
-    result = judge_of(personal, 1, unit, ROOMY).usage(Snapshot(given), portions)
+    result = evaluator_of(personal, 1, unit, ROOMY).usage(Snapshot(given), portions)
     for index, client in enumerate(members):
         expected = np.zeros((model.num_layers, model.num_experts))
         examples = batch["tokens"][index].reshape(-1, batch["tokens"].shape[-1])

@@ -16,12 +16,15 @@ from masked_oracle import bits
 from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config
 
 from hfedmoe_jax import Experiment, FederatedData, InputError, make_mesh
+from hfedmoe_jax.algorithms import algorithms, compose
+from hfedmoe_jax.client import LocalRule
 from hfedmoe_jax.data import take
 from hfedmoe_jax.devices import memory_needed
 from hfedmoe_jax.evaluation import Snapshot, predict
 from hfedmoe_jax.experiment import COHORT_STREAM
 from hfedmoe_jax.mesh import ALONE
 from hfedmoe_jax.reports import STATUS_NAMES
+from hfedmoe_jax.scoring import build_scoring
 
 CLIENTS, COHORT, ROUNDS = 6, 3, 5
 RARE, LONER = VOCABULARY - 1, 3  # a token that only one client has
@@ -250,7 +253,18 @@ def test_the_end_of_a_run(experiment, run):
     assert experiment.baseline == np.mean(data.test["labels"] == answer)
 
 
-def test_personal_models_judge_their_own_examples_and_take_turns_at_the_validation():
+def test_an_algorithm_of_ones_own_has_budgets_if_its_rule_uses_them(monkeypatch):
+    def mine(config):
+        return compose(config)._replace(rule=LocalRule(build_scoring(config, "frequency")))
+
+    monkeypatch.setitem(algorithms._parts, "mine", mine)
+    budgets = build(fl__algorithm="mine", fl__base="fedavg").budgets
+    np.testing.assert_array_equal(budgets, build(fl__algorithm="frequency").budgets)
+    assert budgets.max() < LAYERS * EXPERTS
+    assert np.all(build(fl__algorithm="fedavg").budgets == LAYERS * EXPERTS)
+
+
+def test_personal_models_are_evaluated_on_their_own_examples_and_take_turns_at_the_validation():
     """Client c's model always answers c modulo the number of classes."""
     experiment = build(fl__algorithm="local")
     params, data = experiment.init().server.params, experiment.data
@@ -258,7 +272,7 @@ def test_personal_models_judge_their_own_examples_and_take_turns_at_the_validati
     head = jax.tree.map(jnp.zeros_like, params.shared["head"])
     head["classes"]["bias"] = jnp.eye(CLASSES)[answers]
     params = params._replace(shared={**params.shared, "head": head})
-    quality, accuracy = experiment.judge(Snapshot(params))
+    quality, accuracy = experiment.evaluate(Snapshot(params))
     own = [np.mean(data.train["labels"][rows] == answer)
            for rows, answer in zip(data.client_holdout, answers, strict=True)]  # fmt: skip
     np.testing.assert_allclose(accuracy, own)
@@ -274,6 +288,7 @@ def test_the_best_model_is_that_of_the_best_validation_accuracy(experiment, run)
     assert state.best_round == max(scores, key=scores.get)  # the first of equals
     assert equal(state.best.params, params[int(state.best_round) - 1])
     level, *_ = experiment.step(experiment.init())
+    experiment.close()  # a run may stop here, and still go on
     level = level._replace(best_score=np.float64(scores[2]), best_round=np.int64(7))
     before = jax.tree.map(np.array, level.best)
     after, row, _ = experiment.step(level)

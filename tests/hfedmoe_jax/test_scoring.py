@@ -21,7 +21,7 @@ KEY = jax.random.key(0)
 
 def scoring(name, refresh, forward="routed", estimate="routing", unit="sample"):
     config = tiny_config(importance__refresh=refresh, importance__estimate=estimate, importance__unit=unit)
-    return r.Scoring(LAYERS, EXPERTS, name, config.importance, forward == "routed")
+    return r.Scoring(name, config.importance, forward == "routed")
 
 
 def batch(seed):
@@ -113,7 +113,7 @@ def unread():
 
 def routed_scores(score, refresh, seeds, norms=False):
     """Returns the score and the eligible experts that each batch selects by."""
-    rule, known, asked = scoring(score, refresh), scoring(score, refresh).start(), []
+    rule, known, asked = scoring(score, refresh), scoring(score, refresh).start(LAYERS, EXPERTS), []
     for index, seed in enumerate(seeds):
         _, contribution, norm = batch(seed)
         now = scored(seed, index == 0)
@@ -155,7 +155,7 @@ def test_step_selects_by_the_batch_itself(score):
 def test_the_unit_is_that_of_the_config(unit):
     """In scores, and in the routing importance that stands in for contributions; not in the union."""
     rules = scoring("information_bottleneck", "step", unit=unit), scoring("contributions", "step", unit=unit)
-    known, by_stand_in = (rule.of_batch(rule.start(), scored(0), unread) for rule in rules)
+    known, by_stand_in = (rule.of_batch(rule.start(LAYERS, EXPERTS), scored(0), unread) for rule in rules)
     expected, union = of("information_bottleneck", 0, unit=unit)
     np.testing.assert_allclose(known.score, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(known.eligible, union)
@@ -202,7 +202,7 @@ def test_round_keeps_the_first_batch(score):
 @pytest.mark.parametrize("refresh", ["previous", "round"])
 def test_active_begins_with_what_the_routers_say(refresh):
     rule = scoring("frequency", refresh, "active")
-    known = rule.of_batch(rule.start(), scored(0))
+    known = rule.of_batch(rule.start(LAYERS, EXPERTS), scored(0))
     expected, union = of("frequency", 0)
     np.testing.assert_allclose(known.score, expected)
     np.testing.assert_array_equal(known.eligible, union)
@@ -222,7 +222,7 @@ def test_active_keeps_the_score_of_experts_that_did_not_run(seed):
     """Their contribution was not measured."""
     ran = np.random.default_rng(seed).random((LAYERS, EXPERTS)) < 0.5
     rule = scoring("contributions", "previous", "active")
-    known = rule.of_batch(rule.start(), scored(seed))
+    known = rule.of_batch(rule.start(LAYERS, EXPERTS), scored(seed))
     contribution = batch(seed + 1)[1]
     after = rule.after_batch(known, scored(seed + 1), contribution, ran)
     np.testing.assert_allclose(
@@ -233,7 +233,7 @@ def test_active_keeps_the_score_of_experts_that_did_not_run(seed):
 @pytest.mark.parametrize("budget", [0, 1, 3, 6])
 def test_selection_is_of_the_eligible_within_the_budget(budget):
     rule = scoring("frequency", "step")
-    known = rule.of_batch(rule.start(), scored(3), unread)
+    known = rule.of_batch(rule.start(LAYERS, EXPERTS), scored(3), unread)
     active = np.asarray(rule.select(known, budget))
     assert active.sum() == min(budget, int(known.eligible.sum()))
     assert not active[~np.asarray(known.eligible)].any()

@@ -261,6 +261,7 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
     size, config = rounds.size, rounds.config
     scoring = build_scoring(config, SCORE)
     assert scoring is not None  # as it is for "none" alone
+    experts = (size.num_layers, size.num_experts)
     mask = jnp.ones((size.batch_size, size.seq_len), bool)
     shape = (SELECTIONS, size.num_layers, mask.size, size.num_experts)
     gates = jax.nn.softmax(jax.random.normal(jax.random.key(SEED), shape))
@@ -269,7 +270,7 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
 
     def step(known, batch):
         gates, own, first = batch
-        counts = jnp.zeros(scoring.shape, jnp.int32)
+        counts = jnp.zeros(experts, jnp.int32)
         layers = counts[:, 0]
         routing = Routing(gates, own, counts, counts, layers, layers.astype(jnp.float32))
         scored = SeenBatch(routing, mask, key, first)
@@ -283,7 +284,7 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
     @jax.jit
     def select_all(gates, own):
         # The state of a client before its first batch.
-        known = scoring.start()._replace(eligible=jnp.ones(scoring.shape, bool))
+        known = scoring.start(*experts)._replace(eligible=jnp.ones(experts, bool))
         return jax.lax.scan(step, known, (gates, own, jnp.arange(SELECTIONS) == 0))[1]
 
     return lambda: jax.block_until_ready(select_all(gates, own))

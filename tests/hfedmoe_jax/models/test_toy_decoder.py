@@ -38,7 +38,9 @@ def loss(logits, batch):
 def score(logits, batch, weight):
     each, real = each_token(logits, batch)
     real = real * weight[:, None]
-    return {"loss": Ratio(jnp.sum(each * real), jnp.sum(real))}
+    target = jnp.pad(batch["tokens"][:, 1:], [(0, 0), (0, 1)])
+    right = jnp.sum((jnp.argmax(logits, axis=-1) == target) * real)
+    return {"accuracy": Ratio(right, jnp.sum(real)), "loss": Ratio(jnp.sum(each * real), jnp.sum(real))}
 
 
 def vocabulary(label_names, vocab_size):
@@ -46,7 +48,16 @@ def vocabulary(label_names, vocab_size):
 
 
 tasks.register("next_token")(
-    Task(classification.prepare, vocabulary, loss, score, (), "loss", lambda train, test: 0.0)
+    Task(
+        classification.prepare,
+        "token",
+        vocabulary,
+        loss,
+        score,
+        ("accuracy",),
+        "accuracy",
+        lambda train, test: 0.0,
+    )
 )
 
 

@@ -53,7 +53,7 @@ class Decoder(nn.Module):
     top_k: int
     config: FrozenConfigDict
     expert = staticmethod(glu)
-    table = None  # the head reads it too
+    table, output = None, "token"  # the head reads the table too
 
     def mask(self, batch):
         return batch["tokens"] != 0

@@ -24,7 +24,7 @@ COLUMNS = metric_columns(list(tasks["classification"].scores), "accuracy")
 EVALUATION = {name for name in COLUMNS if name.startswith(("validation_", "client_accuracy_"))}
 FIGURES = {
     "budget_union",
-    "client_accuracy",
+    "client_metric",
     "cost",
     "expert_choice",
     "expert_share",
