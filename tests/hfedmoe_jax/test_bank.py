@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_oracle import bits
 
-from hfedmoe_jax.bank import BankLayout, as_floats, restore_types, read
+from hfedmoe_jax.bank import BankLayout, as_floats, read, restore_types
 from hfedmoe_jax.experts import flat
 from hfedmoe_jax.mesh import ALONE
 
