@@ -171,7 +171,7 @@ print(jax.device_count())
 def test_errors_are_told_apart_before_jax_starts():
     environment = _environment() | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [sys.executable, "-c", ANSWERED]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert (child.stdout, child.stderr) == ("3\n", "")
 
 
@@ -198,7 +198,7 @@ def test_help(capsys):
 def test_the_program_exits_with_2_and_no_traceback(runs, tmp_path):
     command = [sys.executable, "-m", "launch.main", "--config=config.py", "--config.sed=1"]
     child = subprocess.run(
-        command, env=_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60
+        command, env=_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=180
     )
     assert child.returncode == 2
     assert child.stderr == "error: sed='1': unknown config field; did you mean seed?\n"
@@ -236,7 +236,7 @@ def test_interrupt_exits_with_130_and_says_how_to_go_on(runs):
     )
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGINT)
-    _, error = child.communicate(timeout=30)
+    _, error = child.communicate(timeout=180)
     assert child.returncode == 130
     assert error == "interrupted: the same command continues the run, from a checkpoint if there is one\n"
 
@@ -267,7 +267,7 @@ print(float(state["weight"].sum()))
 
 def test_the_parts_together_leave_a_clean_screen_and_continue(runs, tmp_path):
     for lines in (["9.0"], ["9.0"]):
-        out, error = (child := _start(WHOLE_RUN, "--config=config.py", "--workdir=w")).communicate(timeout=60)
+        out, error = (child := _start(WHOLE_RUN, "--config=config.py", "--workdir=w")).communicate(timeout=180)
         assert (child.returncode, error) == (0, "")
         assert out.splitlines()[-1:] == lines
     assert sorted(path.name for path in (tmp_path / "w").iterdir()) == [

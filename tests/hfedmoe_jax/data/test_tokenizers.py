@@ -102,7 +102,7 @@ def test_a_fork_neither_warns_nor_hangs():
     )
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, timeout=180
     )
     assert done.returncode == 0 and b"parallelism" not in done.stderr
 

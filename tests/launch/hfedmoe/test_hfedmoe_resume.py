@@ -28,7 +28,7 @@ def kill_after(command, workdir, rows) -> str:
     while rows_written(workdir) < rows and child.poll() is None:
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=180)
     assert child.returncode == -signal.SIGKILL, f"it was not killed in time\n{out}{err}"
     assert err == ""
     return out

@@ -118,13 +118,13 @@ class Group:
 
     def kill(self, index):
         for process in self.processes:
-            assert process.stdout.readline() == "saved\n", process.communicate(timeout=60)
+            assert process.stdout.readline() == "saved\n", process.communicate(timeout=180)
         self.processes[index].kill()
 
     def ends(self):
         """Returns the exit code, stdout and stderr of each; all must end by themselves."""
         try:
-            texts = [process.communicate(timeout=60) for process in self.processes]
+            texts = [process.communicate(timeout=180) for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()

@@ -257,7 +257,7 @@ def test_killed_while_saving_continues_from_the_last_whole_checkpoint(tmp_path, 
     at_least = 0
     for moment in ("writing", "at once", "writing"):
         command = [sys.executable, "-c", KILLED, str(tmp_path / "c"), moment]
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
         assert child.returncode == -signal.SIGKILL, child.stderr
         assert child.stderr == ""
         if moment == "writing":

@@ -49,7 +49,7 @@ def record(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(suite.SCALES, "cpu", scale)
         patch.setattr(suite, "BUDGETS", CASES[1:])
-        patch.setattr(suite, "MOMENTS", (("routed", "previous"), ("active", "previous")))
+        patch.setattr(suite, "MOMENTS", (("routed", "previous"), ("active", "round")))
         patch.setattr(scaling, "SHARES", (SHARE,))
         # Processes of their own take seconds to start; one test below starts one.
         patch.setattr(scaling, "call_in_process", lambda function, *arguments: function(*arguments))
@@ -84,7 +84,7 @@ def test_the_suite_writes_its_tables(record):
         assert row["part"] == pytest.approx(row["reached"] / row["peak"]) and row["peak"] > 0
     assert [(row["forward"], row["refresh"]) for row in moments] == [
         ("routed", "previous"),
-        ("active", "previous"),
+        ("active", "round"),
     ]
     assert [row["clients"] for row in memory] == [1, 2]
     assert memory[0]["program, all"] == memory[1]["program, all"]
