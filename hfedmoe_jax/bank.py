@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.experts import Rules, flat, for_each, put, row_of, visits
 from hfedmoe_jax.mesh import Place
 
@@ -140,7 +141,7 @@ class BankLayout:
         """Returns the zeros that are threaded through a forward pass."""
         return jax.tree.map(jnp.zeros_like, bank.rows)
 
-    def rows_for(self, bank: ExpertBank, active: Bool[Array, "layers held"] | None) -> Array:
+    def rows_for(self, bank: ExpertBank, active: Bool[AnyArray, "layers held"] | None) -> Array:
         """Returns the cotangent of the permits [L, H] that trains these experts; None means all."""
         row = bank.row.reshape(self.num_layers, self.held).astype(jnp.float32)
         return row if active is None else jnp.where(active, row, -1.0)

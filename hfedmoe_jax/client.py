@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import Upload
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.bank import BankLayout, ExpertBank, ExpertRows
 from hfedmoe_jax.experts import Budget, Experts, flat, open_budget, open_layers, put, row_of
 from hfedmoe_jax.mesh import (
@@ -351,8 +352,8 @@ def rows_of_table(table: str | None, shared: dict, token: Int[Array, " table_row
 
 
 def distinct_tokens(
-    tokens: Int[Array, "*batch"], vocab_size: int, size: int
-) -> tuple[Int[Array, " size"] | None, Int[Array, "*batch"]]:
+    tokens: Int[AnyArray, "*batch"], vocab_size: int, size: int
+) -> tuple[Int[Array, " size"] | None, Int[AnyArray, "*batch"]]:
     """Returns the distinct tokens in ascending order and `tokens` as indices into them.
 
     Padding, 0, is always the first; where there are fewer than `size`, `vocab_size` follows. With room for

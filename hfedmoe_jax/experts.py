@@ -38,6 +38,7 @@ from flax import struct
 from jax.extend.core import Literal
 from jaxtyping import Array, Bool, Float, Int
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.mesh import ALONE, Place, chunk_max, psum_experts, shard_of
 from hfedmoe_jax.slots import plan_slots, take_rows
 
@@ -125,7 +126,7 @@ class Visits(NamedTuple):
     count: Array | int
 
 
-def visits(selected: Bool[Array, " local_experts"] | None, held: int) -> Visits:
+def visits(selected: Bool[AnyArray, " local_experts"] | None, held: int) -> Visits:
     """Returns the visits to the selected experts of a layer; None selects all of `held`."""
     every = jnp.arange(held, dtype=jnp.int32)
     if selected is None:
@@ -340,7 +341,7 @@ def computed_from(jaxpr: Any, inputs: Sequence[Any]) -> tuple[int, ...]:
     return tuple(i for i, v in enumerate(jaxpr.outvars) if not isinstance(v, Literal) and v in computed)
 
 
-def row_of(rows: Any, row: Array) -> Any:
+def row_of(rows: Any, row: Array | int) -> Any:
     """Returns a row of a tree of arrays."""
     return jax.tree.map(lambda x: x[row], rows)
 

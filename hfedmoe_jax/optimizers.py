@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation.running_mean import widen
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import Params
 from hfedmoe_jax.registry import Registry, unknown_name
@@ -46,7 +47,7 @@ def per_expert(optimizer: optax.GradientTransformation) -> PerExpertOptimizer:
         )
 
     def update(
-        gradients: Params, state: PerExpertState, params: Params, trained: Bool[Array, "layers experts"]
+        gradients: Params, state: PerExpertState, params: Params, trained: Bool[AnyArray, "layers experts"]
     ):
         updates, stepped = jax.vmap(jax.vmap(optimizer.update))(
             gradients.experts, state.experts, params.experts

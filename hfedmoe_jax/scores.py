@@ -14,23 +14,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import Registry
 
 STAND_IN = (2, 3)
 """L and E of the arrays that a user's function is tried on."""
 
-ByUnit = Float[Array, "*layers units experts"]
-UnitMask = Bool[Array, " units"]
-PerExpert = Float[Array, "*layers experts"]
+ByUnit = Float[AnyArray, "*layers units experts"]
+UnitMask = Bool[AnyArray, " units"]
+PerExpert = Float[AnyArray, "*layers experts"]
 
 
 def masked_mean(
-    values: Float[Array, "*leading rows experts"], mask: Bool[Array, "*trailing rows"]
-) -> Float[Array, "*leading experts"]:
+    values: Float[AnyArray, "*leading rows experts"], mask: Bool[AnyArray, "*trailing rows"]
+) -> Float[AnyArray, "*leading experts"]:
     """Returns the mean over the rows where the mask is True, zero where there is none.
 
     Args:
@@ -41,7 +42,7 @@ def masked_mean(
 
 
 def over_units(
-    values: Float[Array, "*layers tokens experts"], token_mask: Bool[Array, "batch length"], unit: str
+    values: Float[AnyArray, "*layers tokens experts"], token_mask: Bool[AnyArray, "batch length"], unit: str
 ) -> ByUnit:
     """Returns the values of each unit: a token's own, or the mean over a sample's real tokens.
 
@@ -73,9 +74,9 @@ class Units(NamedTuple):
 
 
 def units_of(
-    gates: Float[Array, "*layers tokens experts"],
-    chosen: Bool[Array, "*layers tokens experts"],
-    token_mask: Bool[Array, "batch length"],
+    gates: Float[AnyArray, "*layers tokens experts"],
+    chosen: Bool[AnyArray, "*layers tokens experts"],
+    token_mask: Bool[AnyArray, "batch length"],
     unit: str,
 ) -> Units:
     """Returns the units of a batch.
@@ -145,14 +146,14 @@ def usage(chosen_gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
 
 
 def usage_over_batches(
-    usages: Float[Array, "batches layers experts"], num_units: Float[Array, " batches"]
+    usages: Float[AnyArray, "batches layers experts"], num_units: Float[AnyArray, " batches"]
 ) -> PerExpert:
     """Returns u(e) of all batches together from that of each and its number of units."""
     weighted = jnp.sum(num_units[:, None, None] * usages, axis=0)
     return weighted / jnp.maximum(jnp.sum(num_units), 1)
 
 
-def union(chosen: Bool[Array, "*layers tokens experts"]) -> Bool[Array, "*layers experts"]:
+def union(chosen: Bool[AnyArray, "*layers tokens experts"]) -> Bool[AnyArray, "*layers experts"]:
     """Returns E_union, the experts that any token of the batch was sent to."""
     return jnp.any(chosen, axis=-2)
 
@@ -179,6 +180,7 @@ class Evidence:
     @cached_property
     def contribution(self) -> PerExpert:
         """Computes it on first access."""
+        assert self._contribution is not None
         return self._contribution()
 
     @cached_property

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import Routing
@@ -149,7 +150,7 @@ class Scoring:
         known: Importance,
         batch: SeenBatch,
         contribution: PerExpert,
-        ran: Bool[Array, "layers experts"] | None,
+        ran: Bool[AnyArray, "layers experts"] | None,
     ) -> Importance:
         """Returns the importance after a batch's backward pass.
 
@@ -169,7 +170,7 @@ class Scoring:
         eligible = known.eligible if self.routed else known.eligible | union(batch.seen.own)
         return known._replace(score=score, eligible=eligible)
 
-    def select(self, known: Importance, budget: Int[Array, ""]) -> Bool[Array, "layers experts"]:
+    def select(self, known: Importance, budget: Int[AnyArray, ""]) -> Bool[AnyArray, "layers experts"]:
         """Returns E_active (15)."""
         return select(known.score, known.eligible, budget)
 

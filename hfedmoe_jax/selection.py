@@ -4,14 +4,16 @@ Axes: L MoE layers, E experts.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+from hfedmoe_jax.arrays import AnyArray
 
 
 def select(
-    score: Float[Array, "layers experts"],
-    eligible: Bool[Array, "layers experts"],
-    budget: Int[Array, ""],
-) -> Bool[Array, "layers experts"]:
+    score: Float[AnyArray, "layers experts"],
+    eligible: Bool[AnyArray, "layers experts"],
+    budget: Int[AnyArray, ""],
+) -> Bool[AnyArray, "layers experts"]:
     """Returns E_active: the `budget` eligible experts of largest score, over all layers (15).
 
     Exact, also for a budget known only at run time: an expert is chosen when fewer than

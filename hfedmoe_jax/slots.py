@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.mesh import Place, shard_of
 
 
@@ -72,6 +73,6 @@ def plan_slots(
     )
 
 
-def take_rows(array: Float[Array, "rows ..."], index: Int[Array, "..."]) -> Float[Array, "..."]:
+def take_rows(array: Float[Array, "rows ..."], index: Int[AnyArray, "..."]) -> Float[Array, "..."]:
     """Returns rows by index, zeros where the index is beyond the last row."""
     return array.at[index].get(mode="fill", fill_value=0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 # Before any test imports the package: shapes and types in its signatures are checked on every call.
-jaxtyping.install_import_hook("slide_jax", "typechecker.typechecked")
+jaxtyping.install_import_hook(["slide_jax", "hfedmoe_jax"], "typechecker.typechecked")
 
 # The tests spend their time compiling tiny programs; their results do not depend on it. Equal programs are
 # compiled once a session, also those of other test workers and of processes that tests start.

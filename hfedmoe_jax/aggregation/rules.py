@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.registry import Registry
 
 
 def dominant_set(
-    usage: Float[Array, "*layers experts"], trained: Bool[Array, "*layers experts"], tau: float
-) -> Bool[Array, "*layers experts"]:
+    usage: Float[AnyArray, "*layers experts"], trained: Bool[AnyArray, "*layers experts"], tau: float
+) -> Bool[AnyArray, "*layers experts"]:
     """Returns S_c = {e : u_c(e) >= tau and e was trained in at least one local step}.
 
     The second condition is our decision: usage alone does not mean that e received a gradient.
@@ -25,8 +26,8 @@ def dominant_set(
 
 
 def routing_consistency(
-    dominant: Bool[Array, "clients layers experts"], took_part: Bool[Array, " clients"]
-) -> Float[Array, " clients"]:
+    dominant: Bool[AnyArray, "clients layers experts"], took_part: Bool[AnyArray, " clients"]
+) -> Float[AnyArray, " clients"]:
     """Returns r(c) = |S_c and S_global| / |S_global|, S_global the union of the S_c (18).
 
     Args:
@@ -40,15 +41,15 @@ def routing_consistency(
 
 
 def preference(
-    usage: Float[Array, "*layers experts"],
-    importance: Float[Array, "*layers experts"],
-    dominant: Bool[Array, "*layers experts"],
-) -> Float[Array, "*layers experts"]:
+    usage: Float[AnyArray, "*layers experts"],
+    importance: Float[AnyArray, "*layers experts"],
+    dominant: Bool[AnyArray, "*layers experts"],
+) -> Float[AnyArray, "*layers experts"]:
     """Returns p_c(e) = u_c(e) * s^c(e) on S_c, zero elsewhere (19)."""
     return jnp.where(dominant, usage * importance, 0.0)
 
 
-def gating_weight(preference: Float[Array, "layers experts"]) -> Float[Array, ""]:
+def gating_weight(preference: Float[AnyArray, "layers experts"]) -> Float[AnyArray, ""]:
     """Returns |S_global| * alpha(c) = sum_e p_c(e), over all layers (20).
 
     |S_global| is known only after the last client; it cancels in the normalised mean, and
@@ -83,14 +84,14 @@ cut. A client whose weight is not above zero does not count."""
 
 
 @expert_rules.register("dominant")
-def dominant_experts(upload: Upload, aggregation: ConfigDict) -> Float[Array, "*layers experts"]:
+def dominant_experts(upload: Upload, aggregation: ConfigDict) -> Float[AnyArray, "*layers experts"]:
     """Sparsity-aware: |D_c| for the experts of S_c, zero for the rest (17)."""
     dominant = dominant_set(upload.usage, upload.trained, aggregation.tau)
     return jnp.where(dominant, upload.size, 0.0)
 
 
 @expert_rules.register("all")
-def all_experts(upload: Upload, aggregation: ConfigDict) -> Float[Array, "*layers experts"]:
+def all_experts(upload: Upload, aggregation: ConfigDict) -> Float[AnyArray, "*layers experts"]:
     """FedAvg: |D_c| for every expert, whether the client trained it or not."""
     return jnp.full_like(upload.usage, upload.size)
 
@@ -103,13 +104,13 @@ In [0, L], as for experts."""
 
 
 @gating_rules.register("importance")
-def importance_gating(upload: Upload, aggregation: ConfigDict) -> Float[Array, ""]:
+def importance_gating(upload: Upload, aggregation: ConfigDict) -> Float[AnyArray, ""]:
     """alpha(c) of (20), up to the factor 1 / |S_global|."""
     dominant = dominant_set(upload.usage, upload.trained, aggregation.tau)
     return gating_weight(preference(upload.usage, upload.importance, dominant))
 
 
 @gating_rules.register("mean")
-def mean_gating(upload: Upload, aggregation: ConfigDict) -> Float[Array, ""]:
+def mean_gating(upload: Upload, aggregation: ConfigDict) -> Float[AnyArray, ""]:
     """FedAvg: |D_c|."""
     return upload.size

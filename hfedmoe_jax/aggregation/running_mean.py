@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from hfedmoe_jax.aggregation.sums import (
     Fixed,
@@ -20,6 +20,7 @@ from hfedmoe_jax.aggregation.sums import (
     settle,
     to_fixed,
 )
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.bank import ExpertRows
 from hfedmoe_jax.models import Params
 
@@ -68,12 +69,12 @@ class Contribution(NamedTuple):
     dominant: Bool[Array, "layers experts"]
 
 
-def widen(weight: jax.Array, like: jax.Array) -> jax.Array:
+def widen(weight: AnyArray, like: AnyArray) -> AnyArray:
     """Appends axes so that a weight [L, E] multiplies a value [L, E, ...]."""
     return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim))
 
 
-def widen_rows(weight: jax.Array, like: jax.Array) -> jax.Array:
+def widen_rows(weight: AnyArray, like: AnyArray) -> AnyArray:
     """Inserts axes so that a weight [..., L, E], or one in all, multiplies a router's [..., L, D, E]."""
     missing = (1,) * (like.ndim - weight.ndim)
     if weight.ndim < 2:
@@ -210,7 +211,7 @@ def mean_finalize(mean: RunningMean, like: Params) -> Params:
     )
 
 
-def literal_gating(mean: RunningMean, router: Any, scale: Scale, union_size: Float[Array, ""]) -> Any:
+def literal_gating(mean: RunningMean, router: Any, scale: Scale, union_size: Int[Array, ""]) -> Any:
     """Returns sum_c alpha(c) G_c of (21) as printed, whose weights do not sum to one.
 
     Args:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hfedmoe_jax.arrays import AnyArray
+
 HIGH_BITS, LOW_BITS = 16, 24
 MOST_TERMS = 96  # 2^31 / 2^24 is 128
 
@@ -46,7 +48,7 @@ def fixed_zeros(shape: tuple[int, ...]) -> Fixed:
     return Fixed(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32))
 
 
-def to_fixed(values: Float[Array, "*shape"]) -> Fixed:
+def to_fixed(values: Float[AnyArray, "*shape"]) -> Fixed:
     """Returns the nearest fixed-point numbers, `low` in [0, 2^24].
 
     >>> fixed = to_fixed(jnp.float32(-0.25))

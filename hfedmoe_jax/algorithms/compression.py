@@ -25,6 +25,7 @@ from hfedmoe_jax.algorithms.algorithm import algorithms
 from hfedmoe_jax.algorithms.composition import compose, refuse_literal_gating
 from hfedmoe_jax.algorithms.method import Method
 from hfedmoe_jax.algorithms.parts import Change, Transformed
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import Params
 
@@ -86,14 +87,14 @@ def with_feedback(
     )
 
 
-def keep_largest(tensor: Float[Array, "*shape"], count: int) -> Float[Array, "*shape"]:
+def keep_largest(tensor: Float[AnyArray, "*shape"], count: int) -> Float[Array, "*shape"]:
     """Returns a tensor with all but its `count` values largest in magnitude set to zero."""
     values = tensor.reshape(-1)
     _, index = jax.lax.top_k(jnp.abs(values), count)
     return jnp.zeros_like(values).at[index].set(values[index]).reshape(tensor.shape)
 
 
-def round_to_levels(tensor: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def round_to_levels(tensor: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Returns a tensor rounded to whole multiples of its greatest magnitude over 127."""
     scale = jnp.max(jnp.abs(tensor)) / LEVELS
     return jnp.round(tensor / jnp.where(scale > 0, scale, 1.0)) * scale

@@ -56,8 +56,8 @@ class FederatedData:
     train: Rows
     validation: Rows
     test: Rows
-    client_train: tuple[Int64[np.ndarray, " N_c"], ...]
-    client_holdout: tuple[Int64[np.ndarray, " H_c"], ...]
+    client_train: tuple[Int64[np.ndarray, " _"], ...]
+    client_holdout: tuple[Int64[np.ndarray, " _"], ...]
     label_names: tuple[str, ...]
     client_names: tuple[str, ...]
     vocab_size: int

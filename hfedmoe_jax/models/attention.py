@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from hfedmoe_jax.arrays import AnyArray
+
 Heads = Float[Array, "batch tokens heads width"]
 
 
 def masked_attention(
-    query: Heads, key: Heads, value: Heads, mask: Bool[Array, "batch keys"], **_: Any
+    query: Heads, key: Heads, value: Heads, mask: Bool[AnyArray, "batch keys"], **_: Any
 ) -> Heads:
     """Returns softmax(query key' / sqrt(K)) value over the keys of `mask`; an `attention_fn` of Flax.
 
@@ -29,11 +31,11 @@ def masked_attention(
 
 
 @jax.custom_vjp
-def _attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
+def _attention(query: Array, key: Array, value: Array, mask: AnyArray) -> Array:
     return _forward(query, key, value, mask)[0]
 
 
-def _forward(query: Array, key: Array, value: Array, mask: Array) -> tuple[Array, tuple]:
+def _forward(query: Array, key: Array, value: Array, mask: AnyArray) -> tuple[Array, tuple]:
     closed = jnp.where(mask, jnp.float32(0), jnp.float32(-1e30))[:, None, None, :]
     logits = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32) + closed
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))

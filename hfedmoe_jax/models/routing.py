@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.experts import LayerBudget
 
 
@@ -70,7 +71,7 @@ def assign(
 
 
 def own_choice(
-    gates: Float[Array, "*layers tokens experts"], token_mask: Bool[Array, " tokens"], top_k: int
+    gates: Float[AnyArray, "*layers tokens experts"], token_mask: Bool[AnyArray, " tokens"], top_k: int
 ) -> Bool[Array, "*layers tokens experts"]:
     """Returns the top-k experts of each real token when every expert runs."""
     _, expert = jax.lax.top_k(gates, top_k)
@@ -79,9 +80,9 @@ def own_choice(
 
 
 def load_balancing_loss(
-    gates: Float[Array, "*layers tokens experts"],
-    chosen: Bool[Array, "*layers tokens experts"],
-    token_mask: Bool[Array, " tokens"],
+    gates: Float[AnyArray, "*layers tokens experts"],
+    chosen: Bool[AnyArray, "*layers tokens experts"],
+    token_mask: Bool[AnyArray, " tokens"],
 ) -> Float[Array, "*layers"]:
     """Returns E * sum_e f_e P_e of each layer; 1 when every expert is used alike.
 

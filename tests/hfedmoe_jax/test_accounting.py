@@ -1,12 +1,12 @@
 """What a round costs, against sums worked out by hand from the device profiles."""
 
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from hfedmoe_jax.accounting import account_round, enter, open_ledger
-from hfedmoe_jax.algorithms import RoundMetrics
+from hfedmoe_jax.algorithms import FederatedAlgorithm, RoundMetrics
 from hfedmoe_jax.cost import ModelCost
 from hfedmoe_jax.devices import NO_SCORING, DeviceProfile, ScoringPasses
 from hfedmoe_jax.reports import DROPPED_OUT, NONFINITE, OK, OVER_BUDGET, ClientReport
@@ -50,7 +50,8 @@ def seconds(profile, experts_sent, sends=True):
 
 
 def account(status, uploaded, profiles, scoring=NO_SCORING, personal=False, broadcast_bytes=0):
-    algorithm = SimpleNamespace(
+    algorithm = Mock(
+        spec=FederatedAlgorithm,
         scoring=scoring,
         personal=personal,
         upload_bytes=lambda sent: 1000 + 250 * np.asarray(sent),

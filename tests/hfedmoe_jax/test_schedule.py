@@ -2,11 +2,13 @@
 
 import itertools
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 
 from hfedmoe_jax import schedule as s
 from hfedmoe_jax.cost import ModelCost
@@ -48,7 +50,7 @@ def test_tiers_follow_the_clients(most, tiers):
 def mesh_of(processes):
     """A stand-in for a mesh with one device along "clients" for each process named."""
     devices = [[SimpleNamespace(process_index=index)] for index in processes]
-    return SimpleNamespace(devices=np.array(devices, dtype=object))
+    return Mock(spec=Mesh, devices=np.array(devices, dtype=object))
 
 
 @given(
@@ -97,6 +99,6 @@ def test_the_chunk_fills_half_of_the_memory(platform, limit, chunk):
     cost = ModelCost(8, 0, 0, 2**19, 2**15, 2**15, 0.0, 0.0)
     stats = None if limit is None else {"bytes_limit": limit}
     device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
-    mesh = SimpleNamespace(local_devices=[device], shape={"clients": 1, "experts": 1})
+    mesh = Mock(spec=Mesh, local_devices=[device], shape={"clients": 1, "experts": 1})
     assert s.chunk_size(0, cost, mesh) == chunk
     assert s.chunk_size(3, cost, mesh) == (1 if platform == "cpu" else 3)

@@ -267,7 +267,9 @@ print(float(state["weight"].sum()))
 
 def test_the_parts_together_leave_a_clean_screen_and_continue(runs, tmp_path):
     for lines in (["9.0"], ["9.0"]):
-        out, error = (child := _start(WHOLE_RUN, "--config=config.py", "--workdir=w")).communicate(timeout=180)
+        out, error = (child := _start(WHOLE_RUN, "--config=config.py", "--workdir=w")).communicate(
+            timeout=180
+        )
         assert (child.returncode, error) == (0, "")
         assert out.splitlines()[-1:] == lines
     assert sorted(path.name for path in (tmp_path / "w").iterdir()) == [
