@@ -61,7 +61,6 @@ CASES = {
     "routed step": dict(tier=2, **SGD),
     "routed step gradient": dict(tier=5, importance__estimate="gradient", **ADAM),
     "routed step gradient norm": dict(tier=2, score="gradient_norm", **SGD),
-    "routed previous": dict(tier=4, importance__refresh="previous", importance__beta=2.0, **SGD),
     "routed previous gradient": dict(
         tier=2, importance__refresh="previous", importance__estimate="gradient", **ADAM
     ),
@@ -71,8 +70,6 @@ CASES = {
         tier=4, importance__refresh="previous", importance__estimate="gradient", **ACTIVE, **SGD
     ),
     "active round": dict(tier=3, importance__refresh="round", importance__unit="token", **ACTIVE, **SGD),
-    "active all": dict(tier=ALL, importance__refresh="round", rows=VOCABULARY, **ACTIVE, **ADAM),
-    "routed all": dict(tier=ALL, **SGD),
     # Two experts a token, room for few of them, and layers that are computed twice.
     "two experts, few places": dict(
         tier=3,
@@ -83,8 +80,9 @@ CASES = {
         **SGD,
         importance__refresh="previous",
     ),
-    "no selection": dict(tier=ALL, score=None, fail_over_budget=True, **ADAM),
-    "no selection, proximal": dict(tier=ALL, score=None, proximal_mu=3.0, rows=VOCABULARY, **SGD),
+    "no selection, proximal": dict(
+        tier=ALL, score=None, fail_over_budget=True, proximal_mu=3.0, rows=VOCABULARY, **SGD
+    ),
 }
 
 
