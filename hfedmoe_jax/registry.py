@@ -56,7 +56,7 @@ def _definition(part: Any) -> tuple[str | None, Any]:
     return getattr(part, "__module__", None), getattr(part, "__qualname__", part)
 
 
-def unknown_name(field: str, name: str, known: list[str]) -> InputError:
+def unknown_name(field: str, name: str | None, known: list[str]) -> InputError:
     """Returns the error for a name that is not among `known`, with the nearest one."""
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""

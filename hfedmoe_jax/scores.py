@@ -173,7 +173,9 @@ class Evidence:
       gradient_norm: float32 [L, E]; L2 norm of the loss gradient of each expert's weights.
     """
 
-    def __init__(self, gates, chosen, mask, key, contribution: Callable, gradient_norm: Callable | None):
+    def __init__(
+        self, gates, chosen, mask, key, contribution: Callable | None, gradient_norm: Callable | None
+    ):
         self.gates, self.chosen, self.mask, self.key = gates, chosen, mask, key
         self._contribution, self._gradient_norm = contribution, gradient_norm
 

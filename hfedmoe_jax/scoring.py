@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.arrays import AnyArray
@@ -170,7 +170,7 @@ class Scoring:
         eligible = known.eligible if self.routed else known.eligible | union(batch.seen.own)
         return known._replace(score=score, eligible=eligible)
 
-    def select(self, known: Importance, budget: Int[AnyArray, ""]) -> Bool[AnyArray, "layers experts"]:
+    def select(self, known: Importance, budget: Int[ArrayLike, ""]) -> Bool[AnyArray, "layers experts"]:
         """Returns E_active (15)."""
         return select(known.score, known.eligible, budget)
 

@@ -4,7 +4,7 @@ Axes: L MoE layers, E experts.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float, Int
 
 from hfedmoe_jax.arrays import AnyArray
 
@@ -12,7 +12,7 @@ from hfedmoe_jax.arrays import AnyArray
 def select(
     score: Float[AnyArray, "layers experts"],
     eligible: Bool[AnyArray, "layers experts"],
-    budget: Int[AnyArray, ""],
+    budget: Int[ArrayLike, ""],
 ) -> Bool[AnyArray, "layers experts"]:
     """Returns E_active: the `budget` eligible experts of largest score, over all layers (15).
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, ArrayLike, Bool, Int
 
 from hfedmoe_jax.aggregation.sums import (
     Fixed,
@@ -211,7 +211,7 @@ def mean_finalize(mean: RunningMean, like: Params) -> Params:
     )
 
 
-def literal_gating(mean: RunningMean, router: Any, scale: Scale, union_size: Int[Array, ""]) -> Any:
+def literal_gating(mean: RunningMean, router: Any, scale: Scale, union_size: ArrayLike) -> Any:
     """Returns sum_c alpha(c) G_c of (21) as printed, whose weights do not sum to one.
 
     Args:

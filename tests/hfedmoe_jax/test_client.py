@@ -80,9 +80,8 @@ CASES = {
         **SGD,
         importance__refresh="previous",
     ),
-    "no selection, proximal": dict(
-        tier=ALL, score=None, fail_over_budget=True, proximal_mu=3.0, rows=VOCABULARY, **SGD
-    ),
+    "no selection": dict(tier=ALL, score=None, fail_over_budget=True, **ADAM),
+    "no selection, proximal": dict(tier=ALL, score=None, proximal_mu=3.0, rows=VOCABULARY, **SGD),
 }
 
 

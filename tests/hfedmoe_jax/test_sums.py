@@ -127,7 +127,7 @@ def test_many_rounds_of_terms_settle_into_range():
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.1, -3.7e-5, 1234.5678, 2.0**14, -(2.0**14), 2.0**-40, 0.0])
 def test_a_number_comes_back(value):
-    value = np.float32(value)
+    value = jnp.float32(value)
     result = float(from_fixed(s.to_fixed(value)))
     np.testing.assert_allclose(result, value, rtol=2**-23, atol=2**-41)
 
@@ -135,4 +135,4 @@ def test_a_number_comes_back(value):
 @pytest.mark.parametrize("value", [2.0**14 + 1, 1e30, np.inf])
 def test_terms_beyond_the_range_are_cut_to_it(value):
     for sign in (1, -1):
-        assert float(from_fixed(s.to_fixed(np.float32(sign * value)))) == sign * s.LARGEST
+        assert float(from_fixed(s.to_fixed(jnp.float32(sign * value)))) == sign * s.LARGEST
