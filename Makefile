@@ -11,9 +11,10 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 run: $(STAMP)
 	$(BIN)/python -m launch.main --config=configs/hfedmoe.py $(ARGS)
 
-# Files in their order: the longest ones are not the last, so the workers end together.
+# Files in their order: the longest ones are not the last, so the workers end together. The slow tests are run
+# by `make test ARGS="-m slow"`.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .

@@ -1,10 +1,6 @@
 """A whole run without files: rows, totals, cohorts, failures, devices and compilations."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import chex
 import jax
@@ -13,6 +9,7 @@ import numpy as np
 import pytest
 from compilations import compilations
 from masked_oracle import bits
+from own_process import run_python
 from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config
 
 from hfedmoe_jax import Experiment, FederatedData, InputError, make_mesh
@@ -364,19 +361,10 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_clients_and_experts_on_several_devices_change_nothing(experiment):
     """Meshes of clients x experts: 1 x 2, and 4 x 2 with a chunk of two; three clients a round."""
-    folders = [str(pathlib.Path(__file__).parents[depth]) for depth in (0, 1, 2)]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(folders),
-    }
-    child = subprocess.run(
-        [sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert child.returncode == 0, child.stderr
-    rows = json.loads(child.stdout)
+    rows = json.loads(run_python(DEVICES, devices=8))
     alone, state = [], experiment.init()
     for _ in range(2):
         state, row, _ = experiment.step(state)

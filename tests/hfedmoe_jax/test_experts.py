@@ -1,10 +1,6 @@
 """The budgeted expert layer against `jax.grad` of the masked oracle, whose experts all compute everything."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import chex
 import flax.linen as nn
@@ -17,6 +13,7 @@ from dense_switch import Controls, mixture, relu_expert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_oracle import assert_near, make_look
+from own_process import run_python
 from selected_pass import make_pass
 from tiny import tiny_batches, tiny_config, tiny_model, tiny_params
 
@@ -146,17 +143,7 @@ for selected in ([[1, 0, 1, 0], [0, 1, 0, 0]], [[0, 0, 1, 1], [0, 0, 0, 1]]):
 
 def test_experts_spread_over_devices_give_what_one_device_gives():
     """Two devices with half of each layer's experts; in one selection the first has none to train."""
-    folders = [str(pathlib.Path(__file__).parents[depth]) for depth in (0, 1, 2)]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": os.pathsep.join(folders),
-    }
-    child = subprocess.run(
-        [sys.executable, "-c", SHARDS], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert child.returncode == 0, child.stderr
-    assert child.stdout.split() == ["equal", "equal"]
+    assert run_python(SHARDS, devices=2).split() == ["equal", "equal"]
 
 
 D, F, ROWS = 3, 4, 5

@@ -90,6 +90,7 @@ def memory(tier: int, num_clients: int = 16):
     return lowered(num_clients, tier).compile().memory_analysis()
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_block_whatever_the_cohort():
     """The program of 4,096 clients a round takes what that of 16 takes; its sums are updated in place."""
     one, other = memory(4), memory(4, 4096)
@@ -99,6 +100,7 @@ def test_memory_is_that_of_a_block_whatever_the_cohort():
     assert memory(4).alias_size_in_bytes >= sums
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_tier():
     """A client that runs a quarter of the experts: weights, optimizer state, activations, update."""
     quarter, full = memory(4), memory(16)
@@ -139,6 +141,7 @@ def crowd():
     return run
 
 
+@pytest.mark.slow
 def test_a_round_of_few_blocks_does_not_wait_for_the_devices(crowd):
     """Three tiers are three blocks at least; a longer round waits, so that its outputs do not gather."""
     assert crowd(6)[:2] == (3, 0)

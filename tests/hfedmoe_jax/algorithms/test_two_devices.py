@@ -1,11 +1,8 @@
 """What is kept of every client is the same on one device and on two, up to rounding."""
 
-import os
-import pathlib
-import subprocess
-import sys
+import pytest
+from own_process import run_python
 
-ROOT = pathlib.Path(__file__).parents[3]
 SCRIPT = """
 import jax
 from loop import algorithm_of, assert_close, config_of, rounds, start
@@ -26,13 +23,7 @@ print(len(state.clients.shared["embed"].sharding.device_set), "devices, the same
 """
 
 
+@pytest.mark.slow
 def test_the_state_does_not_depend_on_the_devices():
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", pathlib.Path(__file__).parent))),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false",
-    }
-    child = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    assert child.stdout == "2 devices, the same state\n"
+    printed = run_python(SCRIPT, devices=2, folder="hfedmoe_jax/algorithms")
+    assert printed == "2 devices, the same state\n"

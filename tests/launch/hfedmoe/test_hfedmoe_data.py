@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import tiny_run
 
 from hfedmoe_jax import load_federated
@@ -56,6 +57,7 @@ def test_every_kind_of_file_gives_the_same_data(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, vars(other), vars(loaded[0]))
 
 
+@pytest.mark.slow
 def test_local_models_of_owners_from_parquet_run_to_the_end(tmp_path):
     """Whole numbers as labels, owners as clients, a test file of its own, a model a client."""
     train, test = tmp_path / "train.parquet", tmp_path / "test.parquet"
@@ -80,6 +82,7 @@ def test_local_models_of_owners_from_parquet_run_to_the_end(tmp_path):
     assert len(list((tmp_path / "run" / "figures").iterdir())) == NUM_FIGURES
 
 
+@pytest.mark.slow
 def test_a_diverging_run_over_csv_goes_on_drops_the_updates_and_says_so(tmp_path):
     """With a learning rate of 1e30 every client's loss ends as NaN: the model stays as it was."""
     train = tmp_path / "train.csv"

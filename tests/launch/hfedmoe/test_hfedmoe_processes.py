@@ -97,6 +97,7 @@ def test_processes_with_unlike_configs_are_refused(monkeypatch):
         experiment.check_same_config(config)
 
 
+@pytest.mark.slow
 def test_when_one_is_killed_the_others_stop_and_one_process_goes_on(tmp_path, texts):
     rounds, keep = 300, 4
     fields = FIELDS | {"fl__rounds": rounds, "eval__every": rounds, "checkpoint__keep": keep}

@@ -3,6 +3,7 @@
 import signal
 import time
 
+import pytest
 import tiny_run
 
 ROUNDS = 20
@@ -34,6 +35,7 @@ def kill_after(command, workdir, rows) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_like_one_that_was_not(tmp_path):
     """At two moments while rounds and checkpoints are being written."""
     train = tiny_run.write_jsonl(tmp_path / "train.jsonl", tiny_run.texts(60))

@@ -14,6 +14,8 @@ from launch.suites.population.rounds import Rounds, Size, texts
 from launch.suites.population.suite import Scale
 from launch.suites.population.torch_step import Loop, Settings
 
+pytestmark = pytest.mark.slow
+
 # Sizes that occur once, so that products are told apart; experts are most of the work.
 TINY = Size(
     "tiny", width=16, hidden=512, num_experts=8, top_k=1, num_layers=1, num_heads=2, vocab_size=50, seq_len=7,
