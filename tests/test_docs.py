@@ -52,12 +52,6 @@ def solvers_restored():
     slide_jax.SOLVERS.update(before)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Returns a directory of compiled programs that the examples share."""
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.mark.parametrize("text", blocks("python"))
 def test_python_is_a_quoted_example_or_runs(text, monkeypatch):
     quote = QUOTE.fullmatch(text)
@@ -69,9 +63,9 @@ def test_python_is_a_quoted_example_or_runs(text, monkeypatch):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_run(path, tmp_path, compiled, capsys, solvers_restored):
+def test_examples_run(path, tmp_path, capsys, solvers_restored):
     if "def get_config" in path.read_text(encoding="utf-8"):
-        assert main([*tiny_command(path, tmp_path), f"--compiled={compiled}"]) == 0
+        assert main(tiny_command(path, tmp_path)) == 0
         assert (tmp_path / "run" / "report.html").exists()
     else:
         runpy.run_path(str(path), run_name="__main__")
