@@ -3,7 +3,7 @@
 Axes: M batches, B batch, N tokens, L MoE layers, E experts.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.experts import open_budget
-from hfedmoe_jax.mesh import REPLICATED, Place, place_of
+from hfedmoe_jax.mesh import BY_CLIENT, CLIENTS, REPLICATED, Place, place_of, shapes_on_mesh
 from hfedmoe_jax.models import NO_PARAMS, ModelOutput, MoeModel, Params, params_specs
-from hfedmoe_jax.population import StateStore, map_members, put_members, stack_members
+from hfedmoe_jax.population import StateStore, map_members, put_members, stack_members, stream
 from hfedmoe_jax.reports import gate_entropy
 from hfedmoe_jax.schedule import Block, plan_blocks
 from hfedmoe_jax.scores import units_of, usage, usage_over_batches
@@ -86,6 +86,9 @@ class Evaluator:
       num_clients: C.
       mesh, chunk: where, and how many at once on a device.
       unit: `importance.unit`.
+
+    Attributes:
+      programs: the compiled functions by name.
     """
 
     def __init__(
@@ -105,8 +108,11 @@ class Evaluator:
         self._store = StateStore(mesh, num_clients)
         specs = params_specs(jax.eval_shape(model.init, jax.random.key(0))[0])
         shared = (Snapshot(NO_PARAMS if personal else specs, REPLICATED), REPLICATED)
-        self._score = map_members(self._score_batch, mesh, chunk, shared)
-        self._usage = map_members(self._usage_of_client, mesh, chunk, shared)
+        self._specs = (shared, BY_CLIENT, BY_CLIENT)
+        self.programs = {
+            "evaluate": stream(self._score_batch, None, mesh, chunk, shared),
+            "usage": stream(self._usage_of_client, None, mesh, chunk, shared),
+        }
 
     def scores(
         self, model: Snapshot, batches: EvaluationBatches, hosts: Int[np.ndarray, " batches"] | None = None
@@ -118,7 +124,7 @@ class Evaluator:
         """
         blocks = plan_blocks(np.zeros(len(batches.client), int), self._mesh, self._chunk, hosts)
         members = ((block, stack_members(batches, block.members)) for block in blocks)
-        return self._over(self._score, model, ((block, each, each.client) for block, each in members))
+        return self._over("evaluate", model, ((block, each, each.client) for block, each in members))
 
     def usage(
         self, model: Snapshot, blocks: Iterable[tuple[Block, ClientData]]
@@ -131,11 +137,9 @@ class Evaluator:
         Args:
           blocks: of a cohort, with its data on the host.
         """
-        return self._over(self._usage, model, ((block, data, data.client) for block, data in blocks))
+        return self._over("usage", model, ((block, data, data.client) for block, data in blocks))
 
-    def _over(
-        self, program: Callable, model: Snapshot, members: Iterable[tuple[Block, Any, np.ndarray]]
-    ) -> Any:
+    def _over(self, name: str, model: Snapshot, members: Iterable[tuple[Block, Any, np.ndarray]]) -> Any:
         """Runs a program over blocks of members, each with the number of the client whose model is meant."""
         shared = model._replace(params=NO_PARAMS) if self._personal else model
 
@@ -144,7 +148,25 @@ class Evaluator:
                 own = self._store.gather(model.params, owner) if self._personal else ()
                 yield block, (put_members(self._mesh, each), own)
 
-        return program((shared, self._frozen), placed())
+        return map_members(self.programs[name], self._mesh, (shared, self._frozen), placed())
+
+    def arguments(self, model: Snapshot, batches: EvaluationBatches, clients: ClientData) -> dict[str, tuple]:
+        """Returns the shapes of the arguments of each program by name, with where they lie on the mesh.
+
+        Args:
+          model: shapes.
+          batches, clients: shapes of a block of them, [D * B, ...].
+        """
+        shared = model._replace(params=NO_PARAMS) if self._personal else model
+
+        def block(members: Any) -> tuple:
+            rows = len(members.client)
+            own = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), model.params)
+            count = jax.ShapeDtypeStruct((self._mesh.shape[CLIENTS],), jnp.int32)
+            whole = ((shared, self._frozen), (members, own if self._personal else ()), count)
+            return (), *shapes_on_mesh(self._mesh, self._specs, whole)
+
+        return {"evaluate": block(batches), "usage": block(clients)}
 
     def _apply(self, broadcast: Any, own: Any, batch: Batch, training: bool) -> ModelOutput:
         shared, frozen = broadcast

@@ -10,10 +10,11 @@
 Axes: C clients in all, M clients of a round's cohort, L MoE layers, E experts.
 """
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ from hfedmoe_jax.data import (
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import EvaluationBatches, Evaluator, Quality, Snapshot, client_spread, summarize
-from hfedmoe_jax.mesh import REPLICATED
+from hfedmoe_jax.mesh import REPLICATED, is_described
 from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.models import ModelSizes, build_model
 from hfedmoe_jax.optimizers import build_optimizer
@@ -101,6 +102,7 @@ class Experiment:
       config: of the run, see configs/hfedmoe.py.
       mesh: devices, see `make_mesh`.
       data: clients and splits; loaded by the config if not given.
+      memory_bytes: of a device; the device says if not given.
 
     Attributes:
       model, task, algorithm, cost: see their modules.
@@ -115,7 +117,13 @@ class Experiment:
       InputError: what the config asks for cannot be done.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, data: FederatedData | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        mesh: Mesh,
+        data: FederatedData | None = None,
+        memory_bytes: float | None = None,
+    ):
         check_config(config)
         self.task = tasks[config.task.name]
         data = data if data is not None else load_federated(config, self.task.prepare)
@@ -137,7 +145,7 @@ class Experiment:
         self.profiles = [classes[index] for index in assign_devices(self.num_clients, shares, rng)]
         build = algorithms[config.fl.algorithm](config)
         self.budgets = self._budgets(getattr(build, "uses_budgets", True))
-        self.chunk = chunk_size(config.fl.chunk, self.cost, mesh)
+        self.chunk = chunk_size(config.fl.chunk, self.cost, mesh, config.fl.clients_per_round, memory_bytes)
         self.num_passages = num_rows(data.train)
         self.sizes = np.array([len(rows) for rows in data.client_train])
         self.relative_sizes = (self.sizes * power_below(1 / self.sizes.max())).astype(np.float32)
@@ -153,8 +161,7 @@ class Experiment:
         self.baseline = self.task.baseline(data.train, data.test)
         table_rows = most_tokens(data, config.fl)
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
-        replicated = NamedSharding(mesh, REPLICATED)
-        self.frozen = jax.jit(lambda key: self.model.init(key)[1], out_shardings=replicated)(self.init_key)
+        self.frozen = self._frozen()
         setting = Setting(
             config, self.model, self.task, self.frozen, self.budgets, table_rows, mesh, self.chunk
         )
@@ -165,6 +172,16 @@ class Experiment:
         )  # fmt: skip
         self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
         self._next: tuple[CohortPlan, Prefetch] | None = None  # the next round, assembled while this one runs
+
+    def _frozen(self) -> Any:
+        """Returns the parameters that nobody trains, on the mesh; only shapes on one of a topology."""
+
+        def frozen(key: jax.Array) -> Any:
+            return self.model.init(key)[1]
+
+        if is_described(self.mesh):
+            return jax.eval_shape(frozen, self.init_key)
+        return jax.jit(frozen, out_shardings=NamedSharding(self.mesh, REPLICATED))(self.init_key)
 
     def _budgets(self, used: bool) -> np.ndarray:
         """Returns each client's budget; all experts where budgets are not used."""
@@ -246,6 +263,25 @@ class Experiment:
         self.close()
         plan = self.plan(round_number)
         return plan, self.portions(plan)
+
+    def lower(self) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
+        """Yields every program of the run: its name, and a function that lowers it from shapes alone.
+
+        Nothing runs, so the mesh may be one of a topology (see `jax.experimental.topologies`).
+        """
+        block, data = next(self.blocks(self.plan(1)))
+        model = jax.eval_shape(
+            lambda key: self.algorithm.snapshot(self.algorithm.init(self.model.init(key)[0])), self.init_key
+        )
+        batches, _, _ = self._validation
+        rows = len(data.client)
+        evaluated = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batches)
+        for part, arguments in (
+            (self.algorithm, self.algorithm.arguments(data)),
+            (self._evaluator, self._evaluator.arguments(model, evaluated, data)),
+        ):
+            for name, shapes in arguments.items():
+                yield name, functools.partial(part.programs[name].lower, *shapes)
 
     def close(self) -> None:
         """Stops the assembly of the next round's data, for a run that ends before its last round."""

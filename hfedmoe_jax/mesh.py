@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from hfedmoe_jax.errors import InputError
@@ -55,6 +55,25 @@ def make_mesh(devices: Sequence[Any] | None = None, experts: int = 1) -> Mesh:
     return Mesh(grid, (CLIENTS, EXPERTS), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def is_described(mesh: Mesh) -> bool:
+    """Says whether the devices are those of a topology: programs compile for them, and nothing runs there."""
+    return mesh.devices.flat[0] not in jax.devices()
+
+
+def shapes_on_mesh(mesh: Mesh, specs: Any, shapes: Any) -> Any:
+    """Returns shapes with where they lie on a mesh.
+
+    Args:
+      specs: partition specs, a prefix tree of `shapes`.
+    """
+
+    def placed(spec: PartitionSpec, tree: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    return map_specs(placed, specs, shapes)
+
+
 def place_of(mesh: Mesh, chunk: int) -> Place:
     """Returns the axes that clients of this mesh and chunk run under."""
     return Place(None if chunk == 1 else "chunk", EXPERTS if mesh.shape[EXPERTS] > 1 else None)
@@ -91,6 +110,6 @@ def chunk_max(count: Array, place: Place) -> Array:
     return count if place.chunk is None else jax.lax.pmax(count, place.chunk)
 
 
-def map_specs(function: Any, specs: Any) -> Any:
-    """Maps over a tree of partition specs."""
-    return jax.tree.map(function, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+def map_specs(function: Any, specs: Any, *trees: Any) -> Any:
+    """Maps over a tree of partition specs, and over trees that it is a prefix of."""
+    return jax.tree.map(function, specs, *trees, is_leaf=lambda x: isinstance(x, PartitionSpec))

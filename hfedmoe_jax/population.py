@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
-from hfedmoe_jax.mesh import BY_CLIENT, CLIENTS, REPLICATED
+from hfedmoe_jax.mesh import BY_CLIENT, CLIENTS, REPLICATED, shapes_on_mesh
 from hfedmoe_jax.schedule import NOBODY, Block
 
 IN_FLIGHT = 8  # blocks that the host is ahead of the devices
@@ -108,6 +108,7 @@ def stream(
     return jax.jit(program, donate_argnums=0)
 
 
+@functools.cache
 def collect(mesh: Mesh) -> Callable[[Any], Any]:
     """Returns a function that makes arrays over the members readable on every process."""
     if all(device.process_index == jax.process_index() for device in mesh.devices.flat):
@@ -124,29 +125,21 @@ def fetch_finished(outputs: list[Any]) -> None:
         outputs[-1 - IN_FLIGHT] = jax.device_get(outputs[-1 - IN_FLIGHT])
 
 
-def map_members(
-    visit: Callable[[Any, Any], tuple[tuple, Any]], mesh: Mesh, chunk: int, broadcast_specs: Any
-) -> Callable[[Any, Iterable[tuple[Block, Any]]], Any]:
-    """Returns `over_blocks(broadcast, blocks) -> outputs` on the host; nothing is summed.
+def map_members(program: Callable, mesh: Mesh, broadcast: Any, blocks: Iterable[tuple[Block, Any]]) -> Any:
+    """Returns the outputs of a program that sums nothing, over a population, on the host.
 
     Args:
-      visit: (broadcast, member) -> ((), output).
-      mesh, chunk, broadcast_specs: see `stream`.
-
-    `blocks` are pairs of a `Block` and its members [D * B, ...], on the devices.
+      program: of `stream`, without `merge`.
+      mesh: of the program.
+      blocks: with the members of each [D * B, ...], on the devices.
     """
-    program, readable = stream(visit, None, mesh, chunk, broadcast_specs), collect(mesh)
-
-    def over_blocks(broadcast: Any, blocks: Iterable[tuple[Block, Any]]) -> Any:
-        done, outputs = [], []
-        for block, members in blocks:
-            _, output = program((), broadcast, members, put_members(mesh, block.count))
-            done.append(block)
-            outputs.append(readable(output))
-            fetch_finished(outputs)
-        return unstack_members(done, outputs, sum(int(block.count.sum()) for block in done))
-
-    return over_blocks
+    readable, done, outputs = collect(mesh), [], []
+    for block, members in blocks:
+        _, output = program((), broadcast, members, put_members(mesh, block.count))
+        done.append(block)
+        outputs.append(readable(output))
+        fetch_finished(outputs)
+    return unstack_members(done, outputs, sum(int(block.count.sum()) for block in done))
 
 
 class StateStore:
@@ -175,6 +168,29 @@ class StateStore:
 
     def _write(self, store: Any, index: Any, rows: Any) -> Any:
         return jax.tree.map(lambda x, new: x.at[index].set(new, mode="drop"), store, rows)
+
+    @property
+    def programs(self) -> dict[str, Callable]:
+        """The compiled functions by name."""
+        return {"gather states": self._gather, "scatter states": self._scatter}
+
+    def arguments(self, state: Any, rows: int) -> dict[str, tuple]:
+        """Returns the shapes of the programs' arguments; none for members without a state.
+
+        Args:
+          state: shapes of a member's.
+          rows: D * B.
+        """
+        if not jax.tree.leaves(state):
+            return {}
+
+        def several(count: int) -> Any:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), state)
+            return shapes_on_mesh(self.mesh, BY_CLIENT, shapes)
+
+        index = jax.ShapeDtypeStruct((rows,), np.int32, sharding=NamedSharding(self.mesh, BY_CLIENT))
+        store = several(self.size)
+        return {"gather states": (store, index), "scatter states": (store, index, several(rows))}
 
     def open(self, state: Any) -> Any:
         """Returns a store in which every member has this state."""

@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from hfedmoe_jax.aggregation.sums import power_below
 from hfedmoe_jax.cost import ModelCost
-from hfedmoe_jax.mesh import EXPERTS
+from hfedmoe_jax.mesh import CLIENTS, EXPERTS
 
 BLOCK = 16  # clients of a block on a device, if a chunk is not larger
 MOST_CHUNK = 64
@@ -43,7 +44,9 @@ def block_size(chunk: int) -> int:
     return -(-BLOCK // chunk) * chunk
 
 
-def chunk_size(wanted: int, cost: ModelCost, mesh: Mesh) -> int:
+def chunk_size(
+    wanted: int, cost: ModelCost, mesh: Mesh, members: int, memory_bytes: float | None = None
+) -> int:
     """Returns how many clients run at once on a device, vmapped.
 
     A CPU takes one, whatever is wanted: a batch axis costs it a slower matrix product, and XLA rounds a
@@ -52,17 +55,21 @@ def chunk_size(wanted: int, cost: ModelCost, mesh: Mesh) -> int:
 
     Args:
       wanted: 0 for the largest power of two, at most 64, with which the clients' parameters, gradients,
-        optimizer state and activations fill half of the memory.
+        optimizer state and activations fill half of the memory; no larger than a device's part of a cohort
+        asks for, because empty places of a chunk are computed too.
+      members: of a cohort.
+      memory_bytes: of a device; None: what the device says.
     """
     device = mesh.local_devices[0]
     if device.platform == "cpu":
         return 1
     if wanted:
         return wanted
-    limit = (device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
+    limit = memory_bytes or (device.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
     held = cost.all_experts // mesh.shape[EXPERTS]
     one = cost.shared_training_bytes + held * (cost.expert_parameter_bytes + cost.expert_training_bytes)
-    chunk = 2 ** int(np.clip(np.log2(max(1, 0.5 * limit / one)), 0, np.log2(MOST_CHUNK)))
+    part = 1 << (-(-members // mesh.shape[CLIENTS]) - 1).bit_length()
+    chunk = int(power_below(max(1, min(MOST_CHUNK, 0.5 * limit / one, part))))
     # Every process must run the same program, whatever its own device says.
     return int(np.min(multihost_utils.process_allgather(np.int32(chunk))))
 

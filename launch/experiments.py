@@ -2,14 +2,17 @@
 
 import importlib
 import pathlib
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.registry import unknown_name
 from launch.hosts.distributed import SINGLE_PROCESS, Host
+from launch.run.command import Command
 
-EXPERIMENTS = {"hfedmoe": "launch.hfedmoe.experiment", "slide": "launch.slide.experiment"}
-"""Modules with a function `run_experiment(config, workdir, host)`, by the config's field `experiment`."""
+EXPERIMENTS = {"hfedmoe": "launch.hfedmoe", "slide": "launch.slide"}
+"""Packages by the config's field `experiment`: `experiment.run_experiment(config, workdir, host)`, and
+`dry_run.dry_run(config, target)`."""
 
 
 def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
@@ -23,8 +26,27 @@ def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGL
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written.
     """
+    experiment_module(config, "experiment").run_experiment(config, workdir, host)
+
+
+def run_command(command: Command) -> None:
+    """Runs the experiment of a command line, or says what it would cost.
+
+    Raises:
+      InputError: see `run_experiment`.
+    """
+    if command.dry_run:
+        experiment_module(command.config, "dry_run").dry_run(command.config, command.target)
+    else:
+        run_experiment(command.config, command.workdir, command.host)
+
+
+def experiment_module(config: ConfigDict, module: str) -> ModuleType:
+    """Returns a module of the package of a config's experiment.
+
+    Imported here: only the packages that this experiment needs are loaded.
+    """
     name = config.get("experiment")
     if name not in EXPERIMENTS:
         raise unknown_name("experiment", name, list(EXPERIMENTS))
-    # Imported here: only the packages that this experiment needs are loaded.
-    importlib.import_module(EXPERIMENTS[name]).run_experiment(config, workdir, host)
+    return importlib.import_module(f"{EXPERIMENTS[name]}.{module}")

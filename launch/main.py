@@ -10,6 +10,9 @@
                            config, so that the same command continues the same run
   --compiled=DIR           directory of compiled programs, which several runs may share; by default
                            that of JAX_COMPILATION_CACHE_DIR, else in the work directory
+  --dry_run                say what a run would need and cost, from shapes alone; run and write nothing
+  --target=CHIP:SHAPE      with --dry_run: compile every program for accelerators that need not be
+                           there, e.g. v5e:16x16, v5p:4x4x4 or h100:1x8 (docs/devices.md)
 
 One run on several hosts (SLURM and TPU pods are detected without these flags):
 
@@ -23,7 +26,7 @@ of the run stopped, 130 interrupted.
 
 import sys
 
-from launch.experiments import run_experiment
+from launch.experiments import run_command
 from launch.run.command import read_command
 from launch.run.program import run_program
 
@@ -33,7 +36,7 @@ def main(arguments: list[str]) -> int:
     return run_program(
         arguments,
         usage=__doc__ or "",
-        work=lambda: run_experiment(*read_command(arguments)),
+        work=lambda: run_command(read_command(arguments)),
         when_interrupted="interrupted: the same command continues the run, from a checkpoint if there is one",
     )
 

@@ -136,6 +136,8 @@ class FederatedAlgorithm(NamedTuple):
       broadcast_bytes: bytes of arrays of its own, which each client receives beside the model.
       summary: rounds done -> further entries of summary.json, e.g. the privacy spent.
       programs: the compiled functions by name: `tier K` for each tier, and those that open and end a round.
+      arguments: shapes of a block's data [D * B, ...], without states -> shapes of the programs' arguments by
+        name; a program that the algorithm does not use has none.
     """
 
     init: Callable[[Params], ServerState]
@@ -149,3 +151,4 @@ class FederatedAlgorithm(NamedTuple):
     broadcast_bytes: int
     summary: Callable[[int], dict[str, Any]]
     programs: dict[str, Callable]
+    arguments: Callable[[ClientData], dict[str, tuple]]

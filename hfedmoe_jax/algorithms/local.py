@@ -25,7 +25,7 @@ from hfedmoe_jax.client import Broadcast, ClientData, LocalRule
 from hfedmoe_jax.devices import NO_SCORING
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Snapshot
-from hfedmoe_jax.mesh import REPLICATED
+from hfedmoe_jax.mesh import BY_CLIENT, CLIENTS, REPLICATED, shapes_on_mesh
 from hfedmoe_jax.models import NO_PARAMS, Params
 from hfedmoe_jax.population import StateStore, stream
 from hfedmoe_jax.reports import OK
@@ -105,6 +105,16 @@ def train_alone(rule: LocalRule, score: str, setting: Setting) -> FederatedAlgor
             reports.report, reports.uploaded, consistency
         )
 
+    def arguments(data: ClientData) -> dict[str, tuple]:
+        params, _ = jax.eval_shape(model.init, jax.random.key(0))
+        (rows,) = data.client.shape
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), params)
+        count = jax.ShapeDtypeStruct((mesh.shape[CLIENTS],), jnp.int32)
+        block = shapes_on_mesh(mesh, BY_CLIENT, (data._replace(state=state), count))
+        shared = (setting.frozen, (), jax.eval_shape(jax.random.key, 0))
+        broadcast = Broadcast(NO_PARAMS, *shapes_on_mesh(mesh, REPLICATED, shared))
+        return {f"tier {tier}": ((), broadcast, *block)} | store.arguments(params, rows)
+
     scoring = NO_SCORING if rule.score is None else rule.score.passes(setting.config.fl.local_steps)
     return FederatedAlgorithm(
         init, round_function, lambda state: Snapshot(state.params), plan,
@@ -114,5 +124,6 @@ def train_alone(rule: LocalRule, score: str, setting: Setting) -> FederatedAlgor
         upload_bytes=lambda sent: np.zeros(len(sent), np.int64),
         broadcast_bytes=0,
         summary=lambda rounds: {"parts": {"score": score}},
-        programs={f"tier {tier}": program},
+        programs={f"tier {tier}": program} | store.programs,
+        arguments=arguments,
     )  # fmt: skip

@@ -83,7 +83,7 @@ def federate(method: Method, setting: Setting) -> FederatedAlgorithm:
     programs = RoundPrograms(method, setting, params_shape)
     num_clients = len(setting.budget)
     store = StateStore(mesh, num_clients)
-    tiers = list(programs.train)
+    tiers, state = list(programs.train), jax.eval_shape(method.state, params_shape)
 
     def init(params: Params) -> ServerState:
         records = open_records(num_clients, model.num_layers, model.num_experts)
@@ -121,8 +121,8 @@ def federate(method: Method, setting: Setting) -> FederatedAlgorithm:
         upload_bytes=lambda sent: upload_bytes(params_shape, method.tensor_bytes, sent),
         broadcast_bytes=tree_bytes(jax.eval_shape(method.extra, params_shape)),
         summary=lambda rounds: method.summary(rounds, num_clients),
-        programs={f"tier {tier}": program for tier, program in programs.train.items()}
-        | {"open": programs.open, "settle": programs.settle, "finish": programs.finish},
+        programs=programs.named() | (store.programs if jax.tree.leaves(state) else {}),
+        arguments=lambda data: programs.arguments(data) | store.arguments(state, len(data.client)),
     )  # fmt: skip
 
 

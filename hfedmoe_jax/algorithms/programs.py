@@ -42,7 +42,16 @@ from hfedmoe_jax.algorithms.parts import Change, Totals
 from hfedmoe_jax.bank import ExpertRows
 from hfedmoe_jax.client import Broadcast, ClientData, ClientUpdate
 from hfedmoe_jax.experts import flat
-from hfedmoe_jax.mesh import CLIENTS, EXPERTS, REPLICATED, local_experts, map_specs, place_of
+from hfedmoe_jax.mesh import (
+    BY_CLIENT,
+    CLIENTS,
+    EXPERTS,
+    REPLICATED,
+    local_experts,
+    map_specs,
+    place_of,
+    shapes_on_mesh,
+)
 from hfedmoe_jax.models import Params, params_specs
 from hfedmoe_jax.optimizers import PerExpertState, build_optimizer, per_expert
 from hfedmoe_jax.population import stream
@@ -98,7 +107,9 @@ class RoundPrograms:
         def on_mesh(specs: Any) -> Any:
             return map_specs(lambda spec: NamedSharding(mesh, spec), specs)
 
-        self._placed = on_mesh((specs, optimizer_specs(self._server, shapes), REPLICATED))
+        self._specs = (specs, optimizer_specs(self._server, shapes), REPLICATED)
+        self._on_sums = sums_specs
+        self._placed = on_mesh(self._specs)
         sums = on_mesh(sums_specs)
         trains = client_trains(setting, method.rule, config.budget.tiers or default_tiers(setting.chunk))
         self.train = {
@@ -115,6 +126,35 @@ class RoundPrograms:
         params = jax.device_put(params, on_params)
         optimizer = jax.jit(self._server.init, out_shardings=on_optimizer)(params)
         return params, optimizer, jax.jit(self._method.extra, out_shardings=on_extra)(params)
+
+    def named(self) -> dict[str, Callable]:
+        """Returns the programs by name."""
+        tiers = {f"tier {tier}": program for tier, program in self.train.items()}
+        return tiers | {"open": self.open, "settle": self.settle, "finish": self.finish}
+
+    def arguments(self, data: ClientData) -> dict[str, tuple]:
+        """Returns the shapes of the arguments of each program by name, with where they lie on the mesh.
+
+        Args:
+          data: shapes of a block [D * B, ...], without states.
+        """
+        mesh, (on_params, on_optimizer, on_extra) = self._setting.mesh, self._specs
+        params = shapes_on_mesh(mesh, on_params, self._shapes)
+        optimizer = shapes_on_mesh(mesh, on_optimizer, jax.eval_shape(self._server.init, self._shapes))
+        extra = shapes_on_mesh(mesh, on_extra, self._extra)
+        key = shapes_on_mesh(mesh, REPLICATED, jax.eval_shape(jax.random.key, 0))
+        sums = shapes_on_mesh(mesh, self._on_sums, jax.eval_shape(self._empty))
+        count = jax.ShapeDtypeStruct((mesh.shape[CLIENTS],), jnp.int32)
+        (rows,) = data.client.shape
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), self._state)
+        block = shapes_on_mesh(mesh, BY_CLIENT, (data._replace(state=state), count))
+        frozen = shapes_on_mesh(mesh, REPLICATED, self._setting.frozen)
+        train = (sums, Broadcast(params, frozen, extra, key), *block)
+        return {f"tier {tier}": train for tier in self.train} | {
+            "open": (),
+            "settle": (sums,),
+            "finish": (sums, params, optimizer, extra, key),
+        }
 
     @property
     def _router_rows(self) -> bool:

@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -25,8 +25,26 @@ OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
-def read_command(arguments: list[str]) -> tuple[ConfigDict, pathlib.Path, Host]:
-    """Returns the config, locked and with its overrides applied, the work directory, and the host.
+class Command(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+      config: locked, with its overrides applied.
+      workdir: the work directory.
+      host: this process among those of the run.
+      dry_run: say what the run would cost, and run nothing.
+      target: compile for it, see `launch.targets.read_target`; with `dry_run` only.
+    """
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    host: Host
+    dry_run: bool
+    target: str | None
+
+
+def read_command(arguments: list[str]) -> Command:
+    """Returns what a command line asks for.
 
     Args:
       arguments: the command line without the program's name.
@@ -47,7 +65,10 @@ def read_command(arguments: list[str]) -> tuple[ConfigDict, pathlib.Path, Host]:
     workdir = pathlib.Path(given.workdir or default_workdir(config, pathlib.Path(file).stem, preset))
     compiled = given.compiled or os.environ.get("JAX_COMPILATION_CACHE_DIR")
     compiled = pathlib.Path(compiled) if compiled else None
-    return config, workdir, Host(compiled, given.coordinator, given.processes, given.process)
+    if given.target and not given.dry_run:
+        raise InputError("--target", given.target, "is only compiled for", "add --dry_run")
+    host = Host(compiled, given.coordinator, given.processes, given.process)
+    return Command(config, workdir, host, given.dry_run, given.target)
 
 
 def define_flags() -> flags.FlagValues:
@@ -58,6 +79,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("compiled", None, "directory of compiled programs", flag_values=flag_values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=flag_values)
     flags.DEFINE_integer("processes", None, "number of processes", flag_values=flag_values)
+    flags.DEFINE_bool("dry_run", False, "run nothing", flag_values=flag_values)
+    flags.DEFINE_string("target", None, "accelerator to compile for", flag_values=flag_values)
     flags.DEFINE_integer("process", None, "index of this process", flag_values=flag_values)
     return flag_values
 

@@ -114,10 +114,11 @@ def test_one_program_of_one_size_serves_any_population(programs):
 
 
 def test_members_are_mapped_without_sums():
-    mapped = p.map_members(lambda offset, x: ((), x**2 + offset), ONE_DEVICE, 2, REPLICATED)
+    program = p.stream(lambda offset, x: ((), x**2 + offset), None, ONE_DEVICE, 2, REPLICATED)
     values = np.arange(21.0, dtype=np.float32)
     blocks = plan_blocks(np.zeros(21, int), ONE_DEVICE, 2)
-    outputs = mapped(jnp.float32(1), ((block, p.stack_members(values, block.members)) for block in blocks))
+    members = ((block, p.stack_members(values, block.members)) for block in blocks)
+    outputs = p.map_members(program, ONE_DEVICE, jnp.float32(1), members)
     np.testing.assert_array_equal(outputs, values**2 + 1)
 
 

@@ -91,14 +91,25 @@ def test_empty_places_are_those_of_chunks_that_run():
 
 
 @pytest.mark.parametrize(
-    ("platform", "limit", "chunk"),
-    [("cpu", None, 1), ("gpu", 2**20, 1), ("gpu", 2**24, 8), ("tpu", 2**40, 64), ("gpu", None, 64)],
-)
-def test_the_chunk_fills_half_of_the_memory(platform, limit, chunk):
-    """A client takes 1 MiB here; 16 GiB where a backend does not say."""
+    ("platform", "limit", "members", "chunk"),
+    [
+        ("cpu", None, 200, 1), ("gpu", 2**20, 200, 1), ("gpu", 2**24, 200, 8), ("tpu", 2**40, 200, 64),
+        ("gpu", None, 200, 64), ("tpu", 2**40, 10, 8), ("tpu", 2**40, 2, 1), ("tpu", 2**40, 128, 64),
+    ],
+)  # fmt: skip
+def test_the_chunk_fills_half_of_the_memory(platform, limit, members, chunk):
+    """A client takes 1 MiB here; 16 GiB where a backend does not say. Two devices share the cohort."""
     cost = ModelCost(8, 0, 0, 2**19, 2**15, 2**15, 0.0, 0.0)
     stats = None if limit is None else {"bytes_limit": limit}
     device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
-    mesh = Mock(spec=Mesh, local_devices=[device], shape={"clients": 1, "experts": 1})
-    assert s.chunk_size(0, cost, mesh) == chunk
-    assert s.chunk_size(3, cost, mesh) == (1 if platform == "cpu" else 3)
+    mesh = Mock(spec=Mesh, local_devices=[device], shape={"clients": 2, "experts": 1})
+    assert s.chunk_size(0, cost, mesh, members) == chunk
+    assert s.chunk_size(3, cost, mesh, members) == (1 if platform == "cpu" else 3)
+
+
+def test_the_chunk_of_a_device_that_cannot_be_asked_follows_the_memory_given():
+    cost = ModelCost(8, 0, 0, 2**19, 2**15, 2**15, 0.0, 0.0)
+    mesh = Mock(
+        spec=Mesh, local_devices=[SimpleNamespace(platform="tpu")], shape={"clients": 1, "experts": 1}
+    )
+    assert s.chunk_size(0, cost, mesh, 200, memory_bytes=2**24) == 8

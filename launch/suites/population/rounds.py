@@ -147,7 +147,7 @@ class Rounds:
         self.budget = np.resize(np.array(experts, np.int32), num_clients)
         optimizer = build_optimizer(self.config.client, "sgd", "client")
         cost = model_cost(self.model, classification, self.config.model, optimizer, batch)
-        self.chunk = chunk or chunk_size(0, cost, mesh)
+        self.chunk = chunk or chunk_size(0, cost, mesh, num_clients)
         most_tokens = min(size.vocab_size, 1 + size.steps * size.batch_size * size.seq_len)
         setting = Setting(
             self.config, self.model, classification, frozen, self.budget, most_tokens, mesh, self.chunk

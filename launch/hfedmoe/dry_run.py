@@ -1,0 +1,210 @@
+"""What a run would cost, from shapes alone: nothing is trained, and nothing is written."""
+
+import re
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from hfedmoe_jax import Experiment, make_mesh
+from hfedmoe_jax.checks import check_config
+from hfedmoe_jax.devices import memory_needed, round_cost
+from hfedmoe_jax.models import tree_bytes
+from launch.hosts.devices import configure_devices
+from launch.run.progress import format_seconds, print_table
+from launch.targets import Chip, read_target, target_devices
+
+MEGABYTE = 1e6
+
+
+def dry_run(config: ConfigDict, target: str | None) -> None:
+    """Prints what a run of `config` would cost, and with a target whether its programs fit.
+
+    Args:
+      target: see `read_target`; None: what follows from shapes alone.
+
+    Raises:
+      InputError: the config, the data or the target cannot be used.
+    """
+    check_config(config)
+    chip = None if target is None else read_target(target)
+    experts = config.mesh.experts
+    configure_devices(config.fl.clients_per_round * experts, experts)
+    devices = None if target is None else target_devices(target)
+    mesh = make_mesh(devices, experts)
+    experiment = Experiment(config, mesh, memory_bytes=chip and chip.memory_bytes)
+    print_table(*parameters(experiment))
+    print_table(*classes(experiment))
+    if chip is not None:
+        print(f"\ncompiling for {target}, chunk {experiment.chunk} ...", flush=True)
+        print_table(*programs(experiment, chip))
+        print_table(*roofline(experiment, chip))
+
+
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def parameters(experiment: Experiment) -> Table:
+    """Returns the parts of the model: parameters, bytes, and who holds them."""
+    params, frozen = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    spread = experiment.config.mesh.experts
+    where = f"a shard on each of {spread} devices" if spread > 1 else "on every device"
+    rows = [
+        [name, f"{sum(x.size for x in jax.tree.leaves(tree)):,}", megabytes(tree_bytes(tree)), place]
+        for name, tree, place in (
+            ("experts", params.experts, where),
+            ("routers", params.router, "on every device"),
+            ("shared", params.shared, "on every device"),
+            ("frozen", frozen, "on every device, never sent"),
+        )
+    ]
+    return "Model", ["part", "parameters", "MB", "where"], rows
+
+
+def classes(experiment: Experiment) -> Table:
+    """Returns by device class: experts, memory, FLOP, bytes and simulated time of a round.
+
+    Tokens are taken to be spread evenly over the experts, and every assignment to be kept.
+    """
+    config, cost, algorithm = experiment.config, experiment.cost, experiment.algorithm
+    count = Counter(profile.name for profile in experiment.profiles)
+    budgets = {p.name: int(b) for p, b in zip(experiment.profiles, experiment.budgets, strict=True)}
+    rows = []
+    for profile in sorted(set(experiment.profiles)):
+        budget = budgets[profile.name]
+        assignments, trained = assignments_of(experiment, budget)
+        sent = float(algorithm.upload_bytes(np.array([budget]))[0])
+        one = round_cost(profile, cost, config.fl.local_steps, assignments, trained, sent, algorithm.scoring)
+        flop = step_flop(experiment, budget)
+        rows.append(
+            [
+                profile.name,
+                f"{count[profile.name]:,}",
+                f"{budget} of {cost.all_experts}",
+                megabytes(memory_needed(cost, budget, config.fl.forward)),
+                megabytes(profile.memory_bytes),
+                f"{flop / 1e9:,.3g}",
+                megabytes(0 if algorithm.personal else one.bytes_down + algorithm.broadcast_bytes),
+                megabytes(sent),
+                format_seconds(one.time_s),
+            ]
+        )
+    header = [
+        "class", "clients", "experts", "needs, MB", "has, MB", "GFLOP a step", "MB down", "MB up",
+        "simulated round",
+    ]  # fmt: skip
+    return "Device classes, tokens spread evenly over the experts", header, rows
+
+
+def assignments_of(experiment: Experiment, budget: int) -> tuple[float, float]:
+    """Returns the token-expert pairs of a step, all that are computed and those of trained experts."""
+    config, model = experiment.config, experiment.model
+    every = config.fl.batch_size * config.data.seq_len * model.top_k * model.num_layers
+    trained = every * budget / experiment.cost.all_experts
+    selects = experiment.algorithm.selects
+    return (trained if selects and config.fl.forward == "active" else every), trained
+
+
+def step_flop(experiment: Experiment, budget: int) -> float:
+    """Returns the FLOP of a local step, scoring left out: forward once, backward twice."""
+    assignments, trained = assignments_of(experiment, budget)
+    cost = experiment.cost
+    return 3 * cost.shared_flop + (assignments + 2 * trained) * cost.assignment_flop
+
+
+class Compiled(NamedTuple):
+    """What compiling a program showed.
+
+    Attributes:
+      arguments, temporaries, outputs: bytes on a chip; outputs without those that reuse arguments.
+      collectives: how many of each kind its text has.
+      seconds: that lowering and compiling took.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    collectives: Counter[str]
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """Bytes on a chip."""
+        return self.arguments + self.temporaries + self.outputs
+
+
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def compile_program(lower: Any) -> Compiled:
+    """Returns what compiling shows.
+
+    Args:
+      lower: () -> `jax.stages.Lowered`.
+    """
+    begun = time.perf_counter()
+    compiled = lower().compile()
+    seconds = time.perf_counter() - begun
+    memory = compiled.memory_analysis()
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        Counter(COLLECTIVE.findall(compiled.as_text() or "")),
+        seconds,
+    )
+
+
+def programs(experiment: Experiment, chip: Chip) -> Table:
+    """Returns each program's memory on a chip, its collectives, and the time to compile it."""
+    rows = []
+    for name, lower in experiment.lower():
+        found = compile_program(lower)
+        room = chip.memory_bytes - found.total
+        rows.append(
+            [
+                name,
+                *map(megabytes, (found.arguments, found.temporaries, found.outputs, found.total)),
+                f"{megabytes(abs(room))} {'free' if room >= 0 else 'too much'}",
+                ", ".join(f"{count} {kind}" for kind, count in sorted(found.collectives.items())) or "-",
+                format_seconds(found.seconds),
+            ]
+        )
+    header = [
+        "program",
+        "arguments",
+        "temporaries",
+        "outputs",
+        "in all",
+        "of the chip",
+        "collectives",
+        "compiled in",
+    ]
+    return f"Programs, MB on a chip of {megabytes(chip.memory_bytes)}", header, rows
+
+
+def roofline(experiment: Experiment, chip: Chip) -> Table:
+    """Returns the least time of a round by FLOP and by bytes of memory."""
+    config, cost = experiment.config, experiment.cost
+    chips = experiment.mesh.size
+    plan = experiment.plan(1)
+    steps = config.fl.local_steps * int(max(block.count.max() for block in plan.blocks)) * len(plan.blocks)
+    budget = int(max(experiment.budgets[plan.cohort]))
+    flop = steps * step_flop(experiment, budget) / config.mesh.experts
+    held = cost.shared_training_bytes + budget * (cost.expert_parameter_bytes + cost.expert_training_bytes)
+    moved = 2 * steps * held / config.mesh.experts
+    by_flop, by_bytes = flop / chip.flop_per_s[config.model.precision], moved / chip.bytes_per_s
+    rows = [
+        ["matrix products", f"{flop / 1e9:,.4g} GFLOP", f"{by_flop * 1e3:,.3g} ms"],
+        ["memory", megabytes(moved) + " MB", f"{by_bytes * 1e3:,.3g} ms"],
+    ]
+    title = f"Roofline of a round on one of {chips} chips: an estimate"
+    return title, ["limit", "of the busiest chip", "at the chip's peak"], rows
+
+
+def megabytes(count: float) -> str:
+    """Returns bytes in MB, as text."""
+    return f"{count / MEGABYTE:,.4g}" if count < 1e9 else f"{count / MEGABYTE:,.0f}"
