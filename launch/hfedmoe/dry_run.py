@@ -162,28 +162,45 @@ def programs(experiment: Experiment, chip: Chip) -> Table:
     """Returns each program's memory on a chip, its collectives, and the time to compile it."""
     rows = []
     for name, lower in experiment.lower():
-        found = compile_program(lower)
-        room = chip.memory_bytes - found.total
-        rows.append(
-            [
-                name,
-                *map(megabytes, (found.arguments, found.temporaries, found.outputs, found.total)),
-                f"{megabytes(abs(room))} {'free' if room >= 0 else 'too much'}",
-                ", ".join(f"{count} {kind}" for kind, count in sorted(found.collectives.items())) or "-",
-                format_seconds(found.seconds),
-            ]
-        )
+        try:
+            rows.append([name, *compiled_cells(compile_program(lower), chip)])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            rows.append([name, *too_large_cells(str(error))])
     header = [
-        "program",
-        "arguments",
-        "temporaries",
-        "outputs",
-        "in all",
-        "of the chip",
-        "collectives",
-        "compiled in",
-    ]
+        "program", "arguments", "temporaries", "outputs", "in all", "of the chip",
+        "collectives", "compiled in",
+    ]  # fmt: skip
     return f"Programs, MB on a chip of {megabytes(chip.memory_bytes)}", header, rows
+
+
+def compiled_cells(found: Compiled, chip: Chip) -> list[str]:
+    """Returns the cells of a program after its name."""
+    room = chip.memory_bytes - found.total
+    return [
+        *map(megabytes, (found.arguments, found.temporaries, found.outputs, found.total)),
+        f"{megabytes(abs(room))} {'free' if room >= 0 else 'too much'}",
+        ", ".join(f"{count} {kind}" for kind, count in sorted(found.collectives.items())) or "-",
+        format_seconds(found.seconds),
+    ]
+
+
+TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds available \w+ \(([\d.]+)([KMG])\)")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def too_large_cells(message: str) -> list[str]:
+    """Returns the cells of a program that XLA refuses for its memory.
+
+    >>> too_large_cells("... HLO temporaries (20.5G) exceeds available HBM (15.75G). ...")
+    ['-', '22,012', '-', '-', '5,100 too much', '-', '-']
+    """
+    found = TOO_LARGE.search(message)
+    if found is None:
+        return ["-", "-", "-", "-", "too much: " + message.splitlines()[0], "-", "-"]
+    needed, there = (float(found[place]) * UNITS[found[place + 1]] for place in (1, 3))
+    return ["-", megabytes(needed), "-", "-", f"{megabytes(needed - there)} too much", "-", "-"]
 
 
 def roofline(experiment: Experiment, chip: Chip) -> Table:
