@@ -1,4 +1,4 @@
-"""How good a model is, and how it routes: sums over batches, through the population engine.
+"""What a model answers and how it routes: sums over batches, through the population engine.
 
 Axes: M batches, B batch, N tokens, L MoE layers, E experts.
 """
@@ -56,25 +56,13 @@ class BatchScore(NamedTuple):
       scores: of the task.
       load: tokens that each expert served, [L, E].
       entropy: of the gates in nats, mean over layers, over the real tokens.
+      evidence: of the task, [B, ...]; () if it has none.
     """
 
     scores: dict[str, Ratio]
     load: Float[Array, "*batches layers experts"]
     entropy: Ratio
-
-
-class Quality(NamedTuple):
-    """What `summarize` makes of batch scores.
-
-    Attributes:
-      scores: the task's scores by name.
-      load: [L, E], share of a layer's tokens that each expert served.
-      router_entropy: in nats.
-    """
-
-    scores: dict[str, float]
-    load: np.ndarray
-    router_entropy: float
+    evidence: Any
 
 
 class Evaluator:
@@ -180,7 +168,8 @@ class Evaluator:
         tokens = jnp.sum(token_mask, dtype=jnp.float32)
         entropy = Ratio(tokens * gate_entropy(out.routing.gates, token_mask), tokens)
         scores = self._task.score(out.output, batch, weight)
-        return (), BatchScore(scores, out.routing.kept.astype(jnp.float32), entropy)
+        evidence = () if self._task.evidence is None else self._task.evidence(out.output, batch)
+        return (), BatchScore(scores, out.routing.kept.astype(jnp.float32), entropy, evidence)
 
     def _usage_of_client(self, broadcast: Any, member: tuple[ClientData, Any]):
         client, own = member
@@ -205,26 +194,3 @@ def predict(
     params, bias = snapshot
     budget = open_budget(params.experts, model.num_experts, place, bias)
     return model.apply(params, frozen, batch, budget, training)
-
-
-def ratio_mean(ratio: Ratio) -> float:
-    """Returns the mean over all batches, summed in float64."""
-    total, count = (np.sum(x, dtype=np.float64) for x in ratio)
-    return float(total / count)
-
-
-def summarize(scores: BatchScore) -> Quality:
-    """Returns means over all examples, summed in float64."""
-    load = np.sum(scores.load, axis=0, dtype=np.float64)
-    served = np.maximum(load.sum(axis=-1, keepdims=True), 1)
-    return Quality(
-        scores={name: ratio_mean(ratio) for name, ratio in scores.scores.items()},
-        load=load / served,
-        router_entropy=ratio_mean(scores.entropy),
-    )
-
-
-def client_spread(score: np.ndarray) -> tuple[float, float, float]:
-    """Returns mean, standard deviation and the mean of the worst 10% (at least one) of scores [C]."""
-    worst = np.sort(score)[: max(1, int(np.ceil(0.1 * len(score))))]
-    return float(np.mean(score)), float(np.std(score)), float(np.mean(worst))

@@ -31,23 +31,21 @@ from hfedmoe_jax.cost import model_cost
 from hfedmoe_jax.data import (
     FederatedData,
     Prefetch,
-    holdout_batches,
     host_of,
     load_federated,
     most_tokens,
     num_rows,
-    pad_batches,
     round_batches,
-    take,
 )
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.evaluation import EvaluationBatches, Evaluator, Quality, Snapshot, client_spread, summarize
+from hfedmoe_jax.evaluation import Evaluator, Snapshot
 from hfedmoe_jax.mesh import REPLICATED, is_described
 from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.models import ModelSizes, build_model
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
+from hfedmoe_jax.quality import Quality, Splits, client_spread
 from hfedmoe_jax.reports import NONFINITE
 from hfedmoe_jax.schedule import NOBODY, Block, chunk_size, empty_places
 from hfedmoe_jax.tasks import tasks
@@ -111,6 +109,7 @@ class Experiment:
       budgets: int [C], experts that each client can train, over all layers.
       sizes: int [C], passages that each client trains on.
       num_passages: of all clients, those they hold out included.
+      splits: evaluates models on the validation and the test split.
       hosts: how many processes share the work; `data` then has this one's clients only.
 
     Raises:
@@ -170,6 +169,7 @@ class Experiment:
             self.model, self.task, self.frozen, self.algorithm.personal, self.num_clients, mesh, self.chunk,
             config.importance.unit,
         )  # fmt: skip
+        self.splits = Splits(self._evaluator, self.data, config, self.task, self.hosts)
         self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
         self._next: tuple[CohortPlan, Prefetch] | None = None  # the next round, assembled while this one runs
 
@@ -273,7 +273,7 @@ class Experiment:
         model = jax.eval_shape(
             lambda key: self.algorithm.snapshot(self.algorithm.init(self.model.init(key)[0])), self.init_key
         )
-        batches, _, _ = self._validation
+        batches, _, _ = self.splits.validation
         rows = len(data.client)
         evaluated = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batches)
         for part, arguments in (
@@ -325,7 +325,7 @@ class Experiment:
         last = number == self.config.fl.rounds
         if number % self.config.eval.every == 0 or last:
             model = self.algorithm.snapshot(server)
-            quality, client_scores = self.evaluate(model)
+            quality, client_scores = self.splits.validate(model)
             mean, deviation, worst = client_spread(client_scores)
             metric = self.task.metric
             row |= {f"validation_{name}": value for name, value in quality.scores.items()}
@@ -349,45 +349,13 @@ class Experiment:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """Columns of metrics.csv, in order; those of an evaluation are missing in rounds without one."""
-        return metric_columns(list(self.task.scores), self.task.metric)
-
-    @cached_property
-    def _validation(self) -> tuple[EvaluationBatches, int, np.ndarray]:
-        """Validation batches, then one a client of its own held-out examples; how many; each one's host."""
-        count = num_rows(self.data.validation)
-        rng = np.random.default_rng([self.config.seed, COHORT_STREAM])
-        rows = rng.permutation(count)[: self.config.eval.max_examples or count]
-        size = self.config.eval.batch_size
-        parts = [pad_batches(take(self.data.validation, rows), size), holdout_batches(self.data, size)]
-        batch, weight = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-        num_validation = len(parts[0][1])
-        clients = np.concatenate([np.arange(num_validation) % self.num_clients, np.arange(self.num_clients)])
-        hosts = np.concatenate([np.arange(num_validation), np.arange(self.num_clients)])
-        batches = EvaluationBatches(batch, weight, clients.astype(np.int32))
-        return batches, num_validation, host_of(hosts, self.hosts)
-
-    def evaluate(self, model: Snapshot) -> tuple[Quality, np.ndarray]:
-        """Returns the quality on the validation split, and each client's score on its own examples.
-
-        For algorithms that keep a model a client, client i mod C is evaluated on validation batch i, and each
-        client its own examples.
-        """
-        batches, num_validation, hosts = self._validation
-        scores = self._evaluator.scores(model, batches, hosts)
-        quality = summarize(jax.tree.map(lambda x: x[:num_validation], scores))
-        own = scores.scores[self.task.metric]
-        return quality, own.total[num_validation:] / np.maximum(own.count[num_validation:], 1)
+        return metric_columns(self.task)
 
     def finish(self, state: RunState) -> Outcome:
         """Reads the test split, once, with the final and the best model, and describes the routing."""
-        batch, weight = pad_batches(self.data.test, self.config.eval.batch_size)
-        clients = (np.arange(len(weight)) % self.num_clients).astype(np.int32)
-        batches = EvaluationBatches(batch, weight, clients)
-        hosts = host_of(np.arange(len(weight)), self.hosts)
         last = self.algorithm.snapshot(state.server)
-        models = (last, state.best)
-        final, best = (summarize(self._evaluator.scores(model, batches, hosts)) for model in models)
-        validation, client_scores = self.evaluate(last)
+        final, best = self.splits.test(last), self.splits.test(state.best)
+        validation, client_scores = self.splits.validate(last)
         plan = self.plan(int(state.round))
         before = state.server.records.usage[plan.cohort]
         after = self._evaluator.usage(last, self.blocks(plan))

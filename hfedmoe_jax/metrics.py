@@ -9,6 +9,7 @@ import numpy as np
 
 from hfedmoe_jax.algorithms import RoundMetrics
 from hfedmoe_jax.reports import OK, OVER_BUDGET, STATUS_NAMES
+from hfedmoe_jax.tasks import Task
 
 
 def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float | None]:
@@ -38,18 +39,17 @@ def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float | None
     )
 
 
-def metric_columns(scores: list[str], metric: str) -> tuple[str, ...]:
+def metric_columns(task: Task) -> tuple[str, ...]:
     """Returns the columns of metrics.csv, in order.
 
-    Args:
-      scores: of the task, without the loss.
-      metric: the one of them that chooses.
+    The task's scores are of passages, those of whole documents are named so.
     """
+    scores, metric = task.scores, task.metric
     return (
         "round",
         "train_loss",
         *(f"train_{name}" for name in scores),
-        *(f"validation_{name}" for name in scores),
+        *(f"validation_{name}" for name in (*scores, *task.document_scores)),
         "validation_loss",
         "validation_router_entropy",
         *(f"client_{metric}_{part}" for part in ("mean", "std", "worst10")),

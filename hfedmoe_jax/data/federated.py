@@ -42,6 +42,7 @@ class FederatedData:
       train: the passages of all clients.
       validation: passages of documents that no client holds.
       test: likewise, or the source's own test set.
+      validation_document, test_document: the document that each passage is of.
       client_train: for each client, the rows of `train` it trains on, in ascending order.
       client_holdout: for each client, the rows of `train` cut from its own documents that it never
         trains on. A client with a single document has the same rows in both.
@@ -56,6 +57,8 @@ class FederatedData:
     train: Rows
     validation: Rows
     test: Rows
+    validation_document: Integer[np.ndarray, " _"]
+    test_document: Integer[np.ndarray, " _"]
     client_train: tuple[Int64[np.ndarray, " _"], ...]
     client_holdout: tuple[Int64[np.ndarray, " _"], ...]
     label_names: tuple[str, ...]
@@ -140,10 +143,16 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
     tokenizer = train_tokenizer(train_texts, data_config.tokenizer, data_config.vocab_size)
 
     train_rows, train_document = prepare(tokenizer, train_texts, train_labels, data_config)
+    validation_rows, validation_document = prepare(
+        tokenizer, _take(texts, validation), labels[validation], data_config
+    )
+    test_rows, test_document = prepare(tokenizer, test_texts, test_labels, data_config)
     return FederatedData(
         train=train_rows,
-        validation=prepare(tokenizer, _take(texts, validation), labels[validation], data_config)[0],
-        test=prepare(tokenizer, test_texts, test_labels, data_config)[0],
+        validation=validation_rows,
+        test=test_rows,
+        validation_document=validation_document,
+        test_document=test_document,
         client_train=_rows_of(kept, train_document),
         client_holdout=_rows_of(held, train_document),
         label_names=label_names,

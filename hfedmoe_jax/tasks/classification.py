@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from hfedmoe_jax.data.tokenizers import encode_passages
-from hfedmoe_jax.tasks.task import Batch, Ratio, Task, tasks
+from hfedmoe_jax.tasks.task import Batch, DocumentScores, Ratio, Task, tasks
 
 
 def prepare(
@@ -51,5 +52,59 @@ def majority_vote(train: dict[str, Any], test: dict[str, Any]) -> float:
     return float(np.mean(test["labels"] == np.bincount(train["labels"]).argmax()))
 
 
-classification = Task(prepare, "text", num_outputs, loss, score, ("accuracy",), "accuracy", majority_vote)
+def document_log_probs(
+    log_probs: Float[np.ndarray, "passages classes"], document: Int[np.ndarray, " passages"]
+) -> tuple[Float[np.ndarray, "documents classes"], Int[np.ndarray, " documents"]]:
+    """Returns the mean over each document's passages, and the place of its first passage.
+
+    Its exponential is the geometric mean of the passages' probabilities, up to a factor that classes share.
+    """
+    _, first, of_passage, count = np.unique(
+        document, return_index=True, return_inverse=True, return_counts=True
+    )
+    total = np.zeros((len(first), log_probs.shape[1]))
+    np.add.at(total, of_passage, log_probs)
+    return total / count[:, None], first
+
+
+def class_scores(
+    answer: Int[np.ndarray, " documents"], label: Int[np.ndarray, " documents"], num_classes: int
+) -> dict[str, Float[np.ndarray, " classes"]]:
+    """Returns precision, recall, F1 and the number of documents of each class.
+
+    A class that is never answered has precision 0, one without documents recall 0, and F1 follows.
+    """
+    right = np.bincount(label[answer == label], minlength=num_classes).astype(np.float64)
+    answered, there = (np.bincount(x, minlength=num_classes) for x in (answer, label))
+    return {
+        "precision": right / np.maximum(answered, 1),
+        "recall": right / np.maximum(there, 1),
+        "f1": 2 * right / np.maximum(answered + there, 1),
+        "documents": there.astype(np.float64),
+    }
+
+
+def score_documents(
+    log_probs: Float[np.ndarray, "passages classes"], rows: Batch, document: Int[np.ndarray, " passages"]
+) -> DocumentScores:
+    """Returns accuracy and macro F1 over documents; classes without documents are left out of the mean."""
+    means, first = document_log_probs(log_probs, document)
+    answer, label = np.argmax(means, axis=-1), rows["labels"][first]
+    by_class = class_scores(answer, label, log_probs.shape[1])
+    macro = np.mean(by_class["f1"][by_class["documents"] > 0])
+    scores = {"document_accuracy": float(np.mean(answer == label)), "document_macro_f1": float(macro)}
+    return DocumentScores(scores, by_class)
+
+
+def log_softmax(logits: Float[Array, "batch classes"], batch: Batch) -> Float[Array, "batch classes"]:
+    """Returns the log-probabilities of the classes."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+
+classification = Task(
+    prepare, "text", num_outputs, loss, score, ("accuracy",), "accuracy", majority_vote,
+    evidence=log_softmax,
+    score_documents=score_documents,
+    document_scores=("document_accuracy", "document_macro_f1"),
+)  # fmt: skip
 tasks.register("classification")(classification)

@@ -6,6 +6,7 @@ Axes: N passages (rows), B batch, T tokens.
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from hfedmoe_jax.registry import Registry
@@ -19,6 +20,21 @@ class Ratio(NamedTuple):
 
     total: Float[Array, "*batches"]
     count: Float[Array, "*batches"]
+
+
+class DocumentScores(NamedTuple):
+    """How well whole documents are answered, each from all of its passages.
+
+    Attributes:
+      scores: by name.
+      by_class: precision, recall, f1 and the number of documents, float64 [K] each; empty without classes.
+    """
+
+    scores: dict[str, float]
+    by_class: dict[str, np.ndarray]
+
+
+NO_DOCUMENTS = DocumentScores({}, {})
 
 
 class Task(NamedTuple):
@@ -35,6 +51,9 @@ class Task(NamedTuple):
       scores: names of the others beside `loss`.
       metric: the one of `scores` that chooses the best round; larger is better.
       baseline: (training rows, test rows) -> `metric` of the best constant answer.
+      evidence: (output, batch) -> what documents are scored from, float [B, ...]; None if they are not.
+      score_documents: (evidence [N, ...], rows, document [N]) -> `DocumentScores`, on the host.
+      document_scores: names of its scores.
     """
 
     prepare: Callable[..., tuple[Batch, Any]]
@@ -45,6 +64,9 @@ class Task(NamedTuple):
     scores: tuple[str, ...]
     metric: str
     baseline: Callable[[Batch, Batch], float]
+    evidence: Callable[[Any, Batch], Array] | None = None
+    score_documents: Callable[[np.ndarray, Batch, np.ndarray], DocumentScores] | None = None
+    document_scores: tuple[str, ...] = ()
 
 
 tasks = Registry("task.name")

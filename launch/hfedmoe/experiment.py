@@ -6,7 +6,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from hfedmoe_jax import Experiment, Outcome, RunState, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.data import num_rows
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.quality import Quality
 from hfedmoe_jax.reports import STATUS_NAMES
 from launch.hfedmoe.figures import write_figures
 from launch.hosts.devices import configure_devices, use_compilation_cache
@@ -29,9 +30,9 @@ from launch.hosts.distributed import (
 )
 from launch.run.checkpoints import Checkpoints
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
-from launch.run.report import write_report
+from launch.run.report import Comparison, write_report
 from launch.run.workdir import open_workdir, versions, write_json
-from launch.run.writers import MetricWriter, read_metrics
+from launch.run.writers import MetricWriter, read_metrics, write_rows
 
 
 def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
@@ -81,12 +82,14 @@ def write_results(experiment: Experiment, state: RunState, outcome: Outcome, wor
     rows = read_metrics(workdir / "metrics.csv")
     summary = summarize(experiment, state, outcome)
     figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures")
+    write_rows(workdir / "clients.csv", client_rows(experiment, state, outcome))
     write_report(
         workdir / "report.html",
         title=f"{config.fl.algorithm} on {config.data.source}",
         introduction=introduction(experiment),
-        summary=summary,
+        summary={name: value for name, value in summary.items() if name != "test_by_class"},
         sections=figures,
+        tables=class_tables(summary),
         command=f"python -m launch.main {shlex.join(sys.argv[1:])}",
     )
     write_json(workdir / "summary.json", summary)
@@ -185,6 +188,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
         "seed": config.seed,
         "rounds": int(state.round),
         **results,
+        "test_by_class": by_class(experiment.data.label_names, outcome.final),
         "best_round": int(state.best_round),
         f"validation_{metric}_best": float(state.best_score),
         f"baseline_{metric}": experiment.baseline,
@@ -201,6 +205,51 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
         **experiment.algorithm.summary(int(state.round)),
         "versions": versions(),
     }
+
+
+def by_class(label_names: Sequence[str], quality: Quality) -> dict[str, dict[str, float]]:
+    """Returns the scores of whole documents by label."""
+    scores = quality.by_class
+    return {
+        label: {name: float(values[index]) for name, values in scores.items()}
+        for index, label in enumerate(label_names)
+        if scores
+    }
+
+
+def class_tables(summary: dict[str, Any]) -> list[Comparison]:
+    """Returns the report's table of scores by label, if the task has them."""
+    scores = summary["test_by_class"]
+    if not scores:
+        return []
+    rows = [
+        [label, f"{of['documents']:.0f}", *(f"{of[name]:.3f}" for name in ("precision", "recall", "f1"))]
+        for label, of in scores.items()
+    ]
+    caption = "The last model; a document is answered from the mean of its passages' log-probabilities."
+    return [Comparison("Test documents by label", caption, CLASS_HEADER, rows)]
+
+
+CLASS_HEADER = ("label", "documents", "precision", "recall", "F1")
+
+
+def client_rows(experiment: Experiment, state: RunState, outcome: Outcome) -> list[dict[str, Any]]:
+    """Returns the rows of clients.csv."""
+    data, records, metric = experiment.data, state.server.records, experiment.task.metric
+    trained = np.asarray(records.times_trained)
+    return [
+        {
+            "client": client,
+            "name": data.client_names[client],
+            "device": experiment.profiles[client].name,
+            "expert_budget": int(experiment.budgets[client]),
+            "training_passages": int(experiment.sizes[client]),
+            "rounds": int(records.rounds_measured[client]),
+            "experts_aggregated": int((trained[client] > 0).sum()),
+            f"passage_{metric}": float(outcome.client_scores[client]),
+        }
+        for client in range(experiment.num_clients)
+    ]
 
 
 def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[str, Any]:
@@ -245,8 +294,8 @@ def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[s
     budgets = ", ".join(f"{name} {budget}" for name, budget in summary["expert_budget"].items())
     best = summary["best_round"]
     return [
-        (f"test {metric}", f"{summary[f'test_{metric}_final']:.4f} after the last round"),
-        ("", f"{summary[f'test_{metric}_best']:.4f} of round {best}, the best on validation"),
+        (f"test {metric}", f"{test_text(summary, 'final')} after the last round"),
+        ("", f"{test_text(summary, 'best')} of round {best}, the best on validation"),
         ("constant answer", f"{summary[f'baseline_{metric}']:.4f}, the best there is"),
         ("clients' own data", "{mean:.4f} mean, {std:.4f} std, {worst10:.4f} worst 10%".format(**spread)),
         ("expert budget", f"{budgets} of {summary['experts']}"),
@@ -258,6 +307,15 @@ def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[s
         ("report", workdir / "report.html"),
         ("everything", workdir),
     ]
+
+
+def test_text(summary: dict[str, Any], model: str) -> str:
+    """Returns the test score of the final or the best model, by passage and by document."""
+    metric = summary["metric"]
+    of_passages, of_documents = f"test_{metric}_{model}", f"test_document_{metric}_{model}"
+    if of_documents not in summary:
+        return f"{summary[of_passages]:.4f}"
+    return f"{summary[of_passages]:.4f} by passage, {summary[of_documents]:.4f} by document,"
 
 
 def privacy_text(privacy: dict[str, Any]) -> str:

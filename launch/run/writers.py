@@ -82,6 +82,16 @@ class MetricWriter:
         self._events.close()
 
 
+def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a CSV file of rows that have the same columns, at least one, atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(temporary, path)
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Number]]:
     """Returns the rows of a metrics.csv: numbers as they were written, None for an empty cell."""
     return [{name: _parse(text) for name, text in row.items()} for row in _whole_rows(pathlib.Path(path))]

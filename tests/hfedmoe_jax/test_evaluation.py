@@ -13,12 +13,11 @@ from hfedmoe_jax.evaluation import (
     EvaluationBatches,
     Evaluator,
     Snapshot,
-    client_spread,
     predict,
-    summarize,
 )
 from hfedmoe_jax.mesh import ALONE, make_mesh
 from hfedmoe_jax.population import stack_members
+from hfedmoe_jax.quality import client_spread, summarize
 from hfedmoe_jax.schedule import plan_blocks
 from hfedmoe_jax.tasks import Ratio, classification
 
@@ -84,12 +83,13 @@ def by_hand(model, apply, params, batch):
                 entropy -= float(np.sum(gates[layer, token] * np.log(gates[layer, token])))
                 num_tokens += 1
     scores = {"accuracy": Ratio(correct, count), "loss": Ratio(loss, count)}
-    return BatchScore(scores, load, Ratio(entropy / model.num_layers, num_tokens / model.num_layers))
+    entropy = Ratio(entropy / model.num_layers, num_tokens / model.num_layers)
+    return BatchScore(scores, load, entropy, ())
 
 
 def assert_scores(scores, expected):
     expected = jax.tree.map(lambda *batches: np.float32(np.stack(batches)), *expected)
-    chex.assert_trees_all_close(scores, expected, rtol=2e-4)
+    chex.assert_trees_all_close(scores._replace(evidence=()), expected, rtol=2e-4)
 
 
 def test_sums_are_those_of_a_loop_over_examples(model, apply, evaluator):
@@ -99,6 +99,11 @@ def test_sums_are_those_of_a_loop_over_examples(model, apply, evaluator):
     expected = [by_hand(model, apply, params, batch) for batch in per_batch]
     assert_scores(scores, expected)
     assert scores.scores["accuracy"].count.tolist() == [4, 3, 1]
+    for index in np.argwhere(data.weight > 0):
+        logits, *_ = apply(params, data.batch["tokens"][tuple(index)])
+        logits = np.asarray(logits[0], np.float64)
+        expected_evidence = logits - np.log(np.sum(np.exp(logits)))
+        np.testing.assert_allclose(scores.evidence[tuple(index)], expected_evidence, atol=1e-5)
     quality = summarize(scores)
     for name in ("accuracy", "loss"):
         total = sum(one.scores[name].total for one in expected)

@@ -60,6 +60,8 @@ def tiny_data() -> FederatedData:
         train=train,
         validation=without_rare(tiny_batches(2, 10)),
         test=without_rare(tiny_batches(3, 11)),
+        validation_document=np.arange(10) // 2,
+        test_document=np.arange(11) // 3,
         client_train=tuple(np.flatnonzero((owner == c) & ~held) for c in range(CLIENTS)),
         client_holdout=tuple(np.flatnonzero((owner == c) & held) for c in range(CLIENTS)),
         label_names=tuple("abc")[:CLASSES],
@@ -217,13 +219,23 @@ def make_quality(experiment):
         batch = {"tokens": tokens[None]}
         return predict(experiment.model, Snapshot(params), experiment.frozen, batch, False, ALONE).output[0]
 
-    def quality(params, rows):
+    def quality(params, rows, document):
         labels, logits = rows["labels"], np.array([answer(params, row) for row in rows["tokens"]], np.float64)
         chances = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
         loss = -np.mean([np.log(row[label]) for row, label in zip(chances, labels, strict=True)])
+        right, f1 = [], []
+        of_document = [np.flatnonzero(document == number) for number in np.unique(document)]
+        truth = [labels[passages[0]] for passages in of_document]
+        said = [np.log(chances[passages]).mean(axis=0).argmax() for passages in of_document]
+        right = [one == other for one, other in zip(said, truth, strict=True)]
+        for label in set(truth):
+            hits = sum(one == other == label for one, other in zip(said, truth, strict=True))
+            f1.append(2 * hits / (said.count(label) + truth.count(label)))
         return {
             "accuracy": float(np.mean(logits.argmax(axis=-1) == labels)),
             "loss": pytest.approx(loss, rel=1e-3),
+            "document_accuracy": np.mean(right),
+            "document_macro_f1": pytest.approx(np.mean(f1)),
         }
 
     return quality
@@ -235,11 +247,11 @@ def test_the_end_of_a_run(experiment, run):
     other = jax.tree.map(lambda x: jnp.asarray(x) * 1.5, params[0])
     outcome = experiment.finish(state._replace(best=Snapshot(other)))
     data, quality = experiment.data, make_quality(experiment)
-    assert outcome.final.scores == quality(params[-1], data.test)
-    assert outcome.best.scores == quality(other, data.test)
+    assert outcome.final.scores == quality(params[-1], data.test, data.test_document)
+    assert outcome.best.scores == quality(other, data.test, data.test_document)
     assert outcome.best.scores["loss"] != outcome.final.scores["loss"]
     for client, held in enumerate(data.client_holdout):
-        own = quality(params[-1], take(data.train, held))
+        own = quality(params[-1], take(data.train, held), held)
         assert outcome.client_scores[client] == pytest.approx(own["accuracy"])
     assert outcome.client_spread[0] == pytest.approx(rows[-1]["client_accuracy_mean"])
     np.testing.assert_allclose(outcome.expert_load.sum(axis=-1), 1)
@@ -269,7 +281,7 @@ def test_personal_models_are_evaluated_on_their_own_examples_and_take_turns_at_t
     head = jax.tree.map(jnp.zeros_like, params.shared["head"])
     head["classes"]["bias"] = jnp.eye(CLASSES)[answers]
     params = params._replace(shared={**params.shared, "head": head})
-    quality, accuracy = experiment.evaluate(Snapshot(params))
+    quality, accuracy = experiment.splits.validate(Snapshot(params))
     own = [np.mean(data.train["labels"][rows] == answer)
            for rows, answer in zip(data.client_holdout, answers, strict=True)]  # fmt: skip
     np.testing.assert_allclose(accuracy, own)
@@ -342,7 +354,7 @@ import jax
 import hfedmoe_jax.experiment
 from test_experiment import FIELDS, Experiment, make_mesh, tiny_config, tiny_data
 assert jax.device_count() == 8
-hfedmoe_jax.experiment.chunk_size = lambda wanted, cost, mesh: wanted  # as on an accelerator
+hfedmoe_jax.experiment.chunk_size = lambda wanted, *rest: wanted  # as on an accelerator
 results = []
 for devices, experts, chunk in ((2, 2, 1), (8, 2, 2)):
     every = 2 if devices == 8 else 5  # the other mesh does not compile an evaluation

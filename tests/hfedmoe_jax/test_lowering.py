@@ -57,7 +57,7 @@ def test_every_program_of_a_run_is_lowered_and_can_be_compiled():
     experiment = build(budget__fraction=0.5)
     lowered = {name: lower() for name, lower in experiment.lower()}
     assert set(lowered) == {"tier 4", "open", "settle", "finish", "evaluate", "usage"}
-    batches, _, _ = experiment._validation
+    batches, _, _ = experiment.splits.validation
     model = experiment.algorithm.snapshot(experiment.init().server)
     block = jax.tree.map(lambda x: np.zeros((16, *x.shape[1:]), x.dtype), EvaluationBatches(*batches))
     count = np.ones(1, np.int32)

@@ -27,6 +27,8 @@ def make_data():
         train=numbered(len(rows)),
         validation=numbered(0),
         test=numbered(0),
+        validation_document=np.arange(0),
+        test_document=np.arange(0),
         client_train=parts[:4],
         client_holdout=parts[4:],
         label_names=(),

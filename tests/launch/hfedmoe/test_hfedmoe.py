@@ -1,5 +1,6 @@
 """A whole run of the command line: every promised file, the same bits again, a damaged checkpoint."""
 
+import csv
 import json
 import math
 import pathlib
@@ -14,13 +15,13 @@ from tokenizers import Tokenizer
 
 from hfedmoe_jax import Experiment, Outcome, make_mesh, tasks
 from hfedmoe_jax.accounting import Ledger
-from hfedmoe_jax.evaluation import Quality
 from hfedmoe_jax.experiment import metric_columns
+from hfedmoe_jax.quality import Quality
 from launch.hfedmoe.experiment import summarize
 from launch.main import read_command
 from launch.run.writers import read_metrics
 
-COLUMNS = metric_columns(list(tasks["classification"].scores), "accuracy")
+COLUMNS = metric_columns(tasks["classification"])
 EVALUATION = {name for name in COLUMNS if name.startswith(("validation_", "client_accuracy_"))}
 FIGURES = {
     "budget_union",
@@ -72,6 +73,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
     assert "Summary" in out and str(finished.workdir / "report.html") in out
     assert {path.name for path in finished.workdir.iterdir()} == {
         "checkpoints",
+        "clients.csv",
         "config.json",
         "figures",
         "metrics.csv",
@@ -99,6 +101,33 @@ def test_metrics_have_a_row_a_round(finished):
         assert empty == (set() if row["round"] % 2 == 0 else EVALUATION)
         assert all(math.isfinite(value) for value in row.values() if value is not None)
         assert row["clients_ok"] == 3
+
+
+def test_every_client_has_a_row(finished):
+    with open(finished.workdir / "clients.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [f"client_{index}" for index in range(4)]
+    assert [row["client"] for row in rows] == list("0123")
+    summary = tiny_run.summary(finished.workdir)
+    assert sum(int(row["training_passages"]) for row in rows) <= 66
+    assert sum(int(row["rounds"]) for row in rows) == summary["client_rounds"]["ok"]
+    assert {row["expert_budget"] for row in rows} == {"3"}
+    accuracy = [float(row["passage_accuracy"]) for row in rows]
+    assert np.mean(accuracy) == pytest.approx(summary["client_accuracy"]["mean"])
+
+
+def test_scores_by_label_are_in_the_summary_and_the_report(finished):
+    summary = tiny_run.summary(finished.workdir)
+    by_class = summary["test_by_class"]
+    assert list(by_class) == ["law", "money", "sport"]
+    assert sum(scores["documents"] for scores in by_class.values()) == 12
+    macro = np.mean([scores["f1"] for scores in by_class.values()])
+    assert summary["test_document_macro_f1_final"] == pytest.approx(macro)
+    right = sum(scores["recall"] * scores["documents"] for scores in by_class.values())
+    assert summary["test_document_accuracy_final"] == pytest.approx(right / 12)
+    page = (finished.workdir / "report.html").read_text(encoding="utf-8")
+    assert "Test documents by label" in page and "<td>sport</td>" in page.replace('<th scope="row">', "<td>")
+    assert "by passage" in finished.screen.out and "by document" in finished.screen.out
 
 
 def test_tensorboard_has_the_same_numbers(finished):
@@ -150,7 +179,7 @@ def test_the_summary_takes_every_figure_from_its_place(finished):
     numbers = np.arange(10, 17).astype(np.float64)
     ledger = Ledger(*numbers)._replace(status_counts=np.array([1, 2, 3, 4]))
     state = experiment.init()._replace(round=5, best_round=3, best_score=0.7, ledger=ledger)
-    final, best = (Quality(dict(accuracy=a, loss=b), None, 0.0) for a, b in ((0.1, 0.2), (0.3, 0.4)))
+    final, best = (Quality(dict(accuracy=a, loss=b), None, 0.0, {}) for a, b in ((0.1, 0.2), (0.3, 0.4)))
     outcome = Outcome(final, best, None, (0.5, 0.6, 0.7), None, None, None)
     summary = summarize(experiment, state, outcome)
     assert [summary[f"test_{name}_final"] for name in ("accuracy", "loss")] == [0.1, 0.2]
