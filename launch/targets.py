@@ -34,7 +34,12 @@ class Chip(NamedTuple):
 
 def _tpu(memory_gib: int, tera_flop: float, giga_bytes: float, kind: str) -> Chip:
     peak = {"bfloat16": tera_flop * TERA, "float32": tera_flop * TERA}
-    alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": kind, "TPU_WORKER_HOSTNAMES": "localhost"}
+    alone = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": kind,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
     return Chip(memory_gib * GIBI, peak, giga_bytes * GIGA, alone)
 
 
@@ -112,7 +117,7 @@ def target_devices(name: str) -> Sequence[Any]:
             platform="cuda", topology_name="", target_config=H100, topology=f"1x{shape}"
         ).devices
     except Exception as error:  # of several types, by what is missing
-        package = "libtpu" if chip.environment else "jax[cuda12]"
+        extra = "tpu" if chip.environment else "cuda"
         problem = str(error).splitlines()[0]
-        remedy = f"install {package}, and give a shape that there is"
+        remedy = f"pip install -e '.[{extra}]', and give a shape that there is"
         raise InputError("--target", name, problem, remedy) from error

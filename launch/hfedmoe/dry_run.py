@@ -13,7 +13,7 @@ from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.devices import memory_needed, round_cost
 from hfedmoe_jax.models import tree_bytes
-from launch.hosts.devices import configure_devices
+from launch.hosts.devices import configure_devices, no_compilation_cache
 from launch.run.progress import format_seconds, print_table
 from launch.targets import Chip, read_target, target_devices
 
@@ -40,7 +40,8 @@ def dry_run(config: ConfigDict, target: str | None) -> None:
     print_table(*classes(experiment))
     if chip is not None:
         print(f"\ncompiling for {target}, chunk {experiment.chunk} ...", flush=True)
-        print_table(*programs(experiment, chip))
+        with no_compilation_cache():
+            print_table(*programs(experiment, chip))
         print_table(*roofline(experiment, chip))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -42,6 +43,17 @@ def num_devices(cores: int, most: int, experts: int) -> int:
     (2, 2)
     """
     return max(experts, min(cores, most) // experts * experts)
+
+
+@contextlib.contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """Compiles anew in its context: a program for a device that is not here cannot be read back."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:

@@ -98,7 +98,7 @@ def test_a_wrong_target_is_refused_in_one_line(tmp_path, train_path, monkeypatch
     monkeypatch.setattr(targets.topologies, "get_topology_desc", missing)
     screen = tiny_run.run_main([*command, "--dry_run", "--target=v5e:2x4"])
     assert screen.err == (
-        "error: --target='v5e:2x4': no libtpu; install libtpu, and give a shape that there is\n"
+        "error: --target='v5e:2x4': no libtpu; pip install -e '.[tpu]', and give a shape that there is\n"
     )
 
 
