@@ -142,7 +142,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
             f"{cell:<{width}}" if place == 0 else f"{cell:>{width}}"
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        console.print(Text("  " + "  ".join(cells), style=style), soft_wrap=True)
+        console.print(Text("  " + "  ".join(cells).rstrip(), style=style), soft_wrap=True)
 
 
 def format_seconds(seconds: float) -> str:

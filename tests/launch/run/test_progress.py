@@ -114,5 +114,5 @@ def test_a_table_is_aligned_and_not_broken(capsys, monkeypatch):
         "Solvers",
         "  solver                   served  mean latency",
         "  exact                     1,234   [red] 0.5 s",
-        "  milp    skipped: too many users              ",
+        "  milp    skipped: too many users",
     ]
