@@ -31,7 +31,7 @@ from launch.hosts.distributed import (
 from launch.run.checkpoints import Checkpoints
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
-from launch.run.workdir import open_workdir, versions, write_json
+from launch.run.workdir import hold_workdir, open_workdir, versions, write_json
 from launch.run.writers import MetricWriter, read_metrics, write_rows
 
 
@@ -64,16 +64,17 @@ def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
     """Does the part of this process: trains with the others; the first process writes the results."""
     check_same_config(config)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
-    if is_first_process():
-        open_workdir(workdir, config.to_dict())
-        (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
-        use_compilation_cache(host.compiled or workdir / "compiled")
-    wait_for_processes()  # the others must not use the directory before it exists
-    describe(experiment, workdir)
-    state = train(experiment, workdir)
-    outcome = experiment.finish(state)
-    if is_first_process():
-        write_results(experiment, state, outcome, workdir)
+    with hold_workdir(workdir) if is_first_process() else contextlib.nullcontext():
+        if is_first_process():
+            open_workdir(workdir, config.to_dict())
+            (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
+            use_compilation_cache(host.compiled or workdir / "compiled")
+        wait_for_processes()  # the others must not use the directory before it exists
+        describe(experiment, workdir)
+        state = train(experiment, workdir)
+        outcome = experiment.finish(state)
+        if is_first_process():
+            write_results(experiment, state, outcome, workdir)
 
 
 def write_results(experiment: Experiment, state: RunState, outcome: Outcome, workdir: pathlib.Path) -> None:

@@ -1,5 +1,8 @@
 """The work directory, which holds all files of one run and the config that it was started with."""
 
+import contextlib
+import datetime
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -8,14 +11,17 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Mapping
-from typing import Any
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "numpy", "scipy")
 
 
@@ -38,6 +44,47 @@ def default_workdir(config: ConfigDict, name: str, preset: str = "") -> pathlib.
     return pathlib.Path("runs", re.sub(r"[^\w.-]+", "_", "-".join(part for part in parts if part)))
 
 
+@contextlib.contextmanager
+def hold_workdir(path: str | os.PathLike) -> Iterator[None]:
+    """Creates the work directory of a run and keeps other runs out of it until the context is left.
+
+    The lock is the kernel's: it ends with the process, however that ends. Its file stays.
+
+    Args:
+      path: the directory; it and its parents are created.
+
+    Raises:
+      InputError: another process holds the directory, or it cannot be written or has other files.
+    """
+    _entries(path)
+    with _open_lock(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"is in use by {file.read().strip() or 'another process'}"
+            remedy = "wait for it or stop it, or give another --workdir"
+            raise InputError("workdir", str(path), problem, remedy) from None
+        except OSError as error:
+            print(
+                f"warning: {path} cannot be locked ({error.strerror}): start no second run in it",
+                file=sys.stderr,
+            )
+        now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
+        file.flush()
+        yield
+
+
+def _open_lock(path: str | os.PathLike) -> TextIO:
+    try:
+        descriptor = os.open(pathlib.Path(path, LOCK_FILE), os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        problem = f"its {LOCK_FILE} cannot be written ({error.strerror})"
+        raise InputError("workdir", str(path), problem, "give another --workdir") from None
+    return os.fdopen(descriptor, "r+", encoding="utf-8")
+
+
 def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> pathlib.Path:
     """Creates the work directory of a run, or opens it again if its run has the same config.
 
@@ -49,6 +96,16 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> pathlib.
       InputError: the directory cannot be written, has another config, or has files but no config.
     """
     directory = pathlib.Path(path)
+    if CONFIG_FILE in _entries(directory):
+        _check_same_config(directory, json.loads(_to_json(config)))
+    else:
+        write_json(directory / CONFIG_FILE, config)
+    return directory
+
+
+def _entries(path: str | os.PathLike) -> set[str]:
+    """Creates a directory, checks that a run may use it, and returns the names of what it holds."""
+    directory = pathlib.Path(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
@@ -57,15 +114,12 @@ def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> pathlib.
     except OSError as error:
         problem = f"is no directory that can be written ({error.strerror})"
         raise InputError("workdir", str(path), problem, "give another --workdir") from None
-    if CONFIG_FILE in present:
-        _check_same_config(directory, json.loads(_to_json(config)))
     # A run killed while writing its config has left only the temporary file.
-    elif present - {_temporary(directory / CONFIG_FILE).name}:
+    own = {CONFIG_FILE, LOCK_FILE, _temporary(directory / CONFIG_FILE).name}
+    if CONFIG_FILE not in present and present - own:
         problem = f"holds other files and no {CONFIG_FILE}"
         raise InputError("workdir", str(path), problem, "give a new or empty --workdir")
-    else:
-        write_json(directory / CONFIG_FILE, config)
-    return directory
+    return present
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

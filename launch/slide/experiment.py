@@ -14,7 +14,7 @@ from launch.hosts.devices import use_compilation_cache
 from launch.hosts.distributed import SINGLE_PROCESS, Host
 from launch.run.progress import print_summary, print_table
 from launch.run.report import write_report
-from launch.run.workdir import open_workdir, versions, write_json
+from launch.run.workdir import hold_workdir, open_workdir, versions, write_json
 from launch.run.writers import MetricWriter
 from launch.slide.figures import write_figures
 from launch.slide.report import (
@@ -59,10 +59,16 @@ def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGL
     Raises:
       InputError: the config, the scenario or the directory cannot be used; nothing was written.
     """
-    begun = time.perf_counter()
     check_single_process(host)
     check_config(config)
     problem = read_scenario(config.scenario.path) if config.scenario.path else sample_drop(config)
+    with hold_workdir(workdir):
+        run_cell(config, problem, workdir, host)
+
+
+def run_cell(config: ConfigDict, problem: Problem, workdir: pathlib.Path, host: Host) -> None:
+    """Solves the cell, runs the sweeps and writes the results."""
+    begun = time.perf_counter()
     open_workdir(workdir, identity(config))
     use_compilation_cache(host.compiled or workdir / "compiled")
     print(f"{title(config, problem)}, in {workdir}", flush=True)

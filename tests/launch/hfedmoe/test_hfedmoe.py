@@ -72,6 +72,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
     assert re.search(r"rounds 6/6  accuracy [\d.]+  loss [\d.e-]+  .*elapsed", out)
     assert "Summary" in out and str(finished.workdir / "report.html") in out
     assert {path.name for path in finished.workdir.iterdir()} == {
+        ".lock",
         "checkpoints",
         "clients.csv",
         "config.json",

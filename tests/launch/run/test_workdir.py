@@ -1,6 +1,13 @@
+import errno
+import fcntl
 import json
 import math
+import os
 import pathlib
+import re
+import socket
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
-from launch.run.workdir import default_workdir, open_workdir, versions, write_json
+from launch.run.workdir import default_workdir, hold_workdir, open_workdir, versions, write_json
 
 CONFIG = {"seed": 0, "data": {"source": "bbc", "lengths": (1, 2)}, "rate": 0.1}
 
@@ -133,3 +140,54 @@ def test_versions_are_text():
         found
     )
     assert all(isinstance(value, str) and value for value in found.values())
+
+
+HOLDER = """
+import sys
+from launch.run.workdir import hold_workdir
+with hold_workdir(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_told_who_holds_the_directory_until_that_process_is_dead(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "a" / "run")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdout and child.stdout.readline() == b"held\n"
+        with pytest.raises(InputError) as error, hold_workdir(tmp_path / "a" / "run"):
+            pass
+        child.kill()
+    holder = f"process {child.pid} on {re.escape(socket.gethostname())}, since 20[-0-9]+ [0-9:+-]+"
+    assert error.value.field == "workdir"
+    assert re.fullmatch(f"is in use by {holder}", error.value.problem)
+    with hold_workdir(tmp_path / "a" / "run"):
+        pass
+
+
+def test_a_held_directory_is_free_again_and_becomes_a_work_directory(tmp_path):
+    for _ in range(2):
+        with hold_workdir(tmp_path):
+            open_workdir(tmp_path, CONFIG)
+            with pytest.raises(InputError, match=f"process {os.getpid()} on"), hold_workdir(tmp_path):
+                pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
+
+
+def test_nothing_is_left_in_a_directory_of_others(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="holds other files"), hold_workdir(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_without_locks_of_the_file_system_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, capsys):
+    def fail(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with hold_workdir(tmp_path):
+        open_workdir(tmp_path, CONFIG)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"warning: {tmp_path} cannot be locked (No locks available): start no second run in it"

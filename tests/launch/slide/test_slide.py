@@ -78,6 +78,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
     assert [line.split()[0] for line in table[1:]] == list(SOLVERS)
     assert re.search(r"points (\d+)/\1 ", out) and str(finished.workdir / "report.html") in out
     assert {path.name for path in finished.workdir.iterdir()} == {
+        ".lock",
         "allocation.json",
         "config.json",
         "figures",

@@ -103,4 +103,4 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(tmp_path):
     screen = tiny_run.run_main(slide_run.arguments(tmp_path))
     (line,) = screen.err.splitlines()
     assert screen.code == 2 and "give that value again, or another --workdir" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json"]
