@@ -8,34 +8,14 @@ from hfedmoe_jax.aggregation.sums import MOST_MEMBERS
 from hfedmoe_jax.algorithms import Method, algorithms
 from hfedmoe_jax.algorithms.method import refuse_spread_experts
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import ModelSizes, families
+from hfedmoe_jax.models import ModelSizes, check_sizes, families
 from hfedmoe_jax.optimizers import optimizers
+from hfedmoe_jax.ranges import check_ranges
 from hfedmoe_jax.registry import unknown_name
 from hfedmoe_jax.schedule import MOST_CHUNK
 from hfedmoe_jax.scores import estimates
 from hfedmoe_jax.tasks import tasks
 
-AT_LEAST_ONE = (
-    "fl.clients",
-    "fl.clients_per_round",
-    "fl.rounds",
-    "fl.local_steps",
-    "fl.batch_size",
-    "eval.every",
-    "eval.batch_size",
-    "checkpoint.every",
-    "checkpoint.keep",
-)
-NOT_NEGATIVE = (
-    "seed",
-    "fl.chunk",
-    "budget.tiers",
-    "eval.max_examples",
-    "importance.beta",
-    "aggregation.tau",
-    "model.load_balance",
-    "client.proximal_mu",
-)
 CHOICES = {
     "fl.forward": ("routed", "active"),
     "importance.refresh": ("step", "previous", "round"),
@@ -56,12 +36,7 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       InputError: the first field at fault.
     """
-    for field in AT_LEAST_ONE:
-        if lookup(config, field) < 1:
-            raise InputError(field, lookup(config, field), "must be at least 1", "give a positive number")
-    for field in NOT_NEGATIVE:
-        if not lookup(config, field) >= 0:
-            raise InputError(field, lookup(config, field), "must not be negative", "give 0 or more")
+    check_ranges(lambda field: lookup(config, field))
     for field, known in CHOICES.items():
         if lookup(config, field) not in known:
             raise unknown_name(field, lookup(config, field), list(known))
@@ -74,18 +49,13 @@ def check_config(config: ConfigDict) -> None:
             f"above {MOST_MEMBERS:,}, the most that exact sums have room for",
             "sample fewer clients a round",
         )
-    if config.mesh.experts < 1 or config.model.num_experts % config.mesh.experts:
+    if config.model.num_experts % config.mesh.experts:
         raise InputError(
             "mesh.experts",
             config.mesh.experts,
             f"does not divide model.num_experts={config.model.num_experts}",
             f"use one of {divisors(config.model.num_experts)}",
         )
-    if not 0 <= config.importance.lam <= 1:
-        raise InputError("importance.lam", config.importance.lam, "must be in [0, 1]", "use e.g. 0.5")
-    probability = config.fl.dropout_probability
-    if not 0 <= probability < 1:
-        raise InputError("fl.dropout_probability", probability, "must be in [0, 1)", "use e.g. 0.1")
     if config.fl.clients_per_round > config.fl.clients:
         raise InputError(
             "fl.clients_per_round",
@@ -100,6 +70,7 @@ def check_config(config: ConfigDict) -> None:
             "no validation split, which chooses the best round",
             "use e.g. 0.1",
         )
+    check_sizes(config.model)
     check_task(config)
     build = algorithms[config.fl.algorithm](config)
     if isinstance(build, Method):

@@ -30,6 +30,10 @@ class DeviceProfile(NamedTuple):
     downlink_bps: float
 
 
+MOST = 1e21
+"""The largest figure of a device: a thousand exaflop/s."""
+
+
 class ScoringPasses(NamedTuple):
     """What scoring adds to a client's round, in units of forward passes.
 
@@ -60,20 +64,19 @@ def read_profiles(classes: ConfigDict) -> tuple[list[DeviceProfile], list[float]
     """Returns the profiles of the section `devices` in order of name, and their shares of the population.
 
     Raises:
-      InputError: a profile with a non-positive figure, or shares that sum to nothing.
+      InputError: a profile with a figure out of range, or shares that sum to nothing.
     """
     profiles, shares = [], []
     for name in sorted(classes):
         entry = classes[name]
         profile = DeviceProfile(name, *(float(entry[field]) for field in DeviceProfile._fields[1:]))
         for field, value in zip(DeviceProfile._fields[1:], profile[1:], strict=True):
-            if not (value > 0 and np.isfinite(value)):
-                raise InputError(f"devices.{name}.{field}", value, "must be positive and finite",
-                                 "give the device's figure")  # fmt: skip
-        if not entry.share >= 0:
-            raise InputError(
-                f"devices.{name}.share", entry.share, "must not be negative", "use 0 to leave it out"
-            )
+            if not 1 <= value <= MOST:
+                problem = f"must be at least 1 and at most {MOST:g}"
+                raise InputError(f"devices.{name}.{field}", value, problem, "give the device's figure")
+        if not 0 <= entry.share < np.inf:
+            problem = "must be finite and not negative"
+            raise InputError(f"devices.{name}.share", entry.share, problem, "use 0 to leave it out")
         profiles.append(profile)
         shares.append(float(entry.share))
     if not sum(shares) > 0:

@@ -31,6 +31,7 @@ from hfedmoe_jax.cost import model_cost
 from hfedmoe_jax.data import (
     FederatedData,
     Prefetch,
+    fingerprint,
     host_of,
     load_federated,
     most_tokens,
@@ -40,12 +41,13 @@ from hfedmoe_jax.data import (
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Evaluator, Snapshot
-from hfedmoe_jax.mesh import REPLICATED, is_described
+from hfedmoe_jax.mesh import EXPERTS, REPLICATED, is_described
 from hfedmoe_jax.metrics import metric_columns, round_row
-from hfedmoe_jax.models import ModelSizes, build_model
+from hfedmoe_jax.models import ModelSizes, build_model, tree_bytes
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.quality import Quality, Splits, client_spread
+from hfedmoe_jax.ranges import check_memory
 from hfedmoe_jax.reports import NONFINITE
 from hfedmoe_jax.schedule import NOBODY, Block, chunk_size, empty_places
 from hfedmoe_jax.tasks import tasks
@@ -109,6 +111,7 @@ class Experiment:
       budgets: int [C], experts that each client can train, over all layers.
       sizes: int [C], passages that each client trains on.
       num_passages: of all clients, those they hold out included.
+      fingerprint: of the data, see `hfedmoe_jax.data.fingerprint`.
       splits: evaluates models on the validation and the test split.
       hosts: how many processes share the work; `data` then has this one's clients only.
 
@@ -136,6 +139,8 @@ class Experiment:
             self.task.num_outputs(data.label_names, data.vocab_size), data.vocab_size, config.data.seq_len
         )
         self.model = build_model(config.model, sizes, batch)
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+        check_memory(tree_bytes(shapes), memory_bytes and memory_bytes * mesh.shape[EXPERTS])
         self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
         optimizer = build_optimizer(config.client, config.client.optimizer, "client")
         self.cost = model_cost(self.model, self.task, config.model, optimizer, batch)
@@ -158,6 +163,7 @@ class Experiment:
             )
         # Computed from all data, so alike on every host; from here on a host has its own clients' data only.
         self.baseline = self.task.baseline(data.train, data.test)
+        self.fingerprint = fingerprint(data)
         table_rows = most_tokens(data, config.fl)
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
         self.frozen = self._frozen()

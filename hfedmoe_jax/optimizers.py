@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation.running_mean import widen
 from hfedmoe_jax.arrays import AnyArray
-from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import Params
 from hfedmoe_jax.registry import Registry, unknown_name
 
@@ -104,6 +103,4 @@ def build_optimizer(section: ConfigDict, name: str, field: str) -> optax.Gradien
     """
     if name not in optimizers:
         raise unknown_name(f"{field}.optimizer", name, list(optimizers))
-    if not section.learning_rate > 0:
-        raise InputError(f"{field}.learning_rate", section.learning_rate, "must be above 0", "use e.g. 1e-3")
     return optimizers[name](section)

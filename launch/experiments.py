@@ -9,24 +9,31 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.registry import unknown_name
 from launch.hosts.distributed import SINGLE_PROCESS, Host
 from launch.run.command import Command
+from launch.run.workdir import Fingerprint
 
 EXPERIMENTS = {"hfedmoe": "launch.hfedmoe", "slide": "launch.slide"}
-"""Packages by the config's field `experiment`: `experiment.run_experiment(config, workdir, host)`, and
-`dry_run.dry_run(config, target)`."""
+"""Packages by the config's field `experiment`: each has `experiment.run_experiment`, with the
+arguments of the function below, and `dry_run.dry_run(config, target)`."""
 
 
-def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
+def run_experiment(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    host: Host = SINGLE_PROCESS,
+    source: Fingerprint | None = None,
+) -> None:
     """Runs or continues the experiment of `config` and writes its results into `workdir`.
 
     Args:
       config: locked; its field `experiment` is one of `EXPERIMENTS`.
       workdir: created; see `launch.run.workdir.open_workdir`.
       host: this process among those of the run.
+      source: the text of the config's file, which may hold parts of the program; if there is a file.
 
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written.
     """
-    experiment_module(config, "experiment").run_experiment(config, workdir, host)
+    experiment_module(config, "experiment").run_experiment(config, workdir, host, source)
 
 
 def run_command(command: Command) -> None:
@@ -38,7 +45,7 @@ def run_command(command: Command) -> None:
     if command.dry_run:
         experiment_module(command.config, "dry_run").dry_run(command.config, command.target)
     else:
-        run_experiment(command.config, command.workdir, command.host)
+        run_experiment(command.config, command.workdir, command.host, command.source)
 
 
 def experiment_module(config: ConfigDict, module: str) -> ModuleType:

@@ -26,7 +26,6 @@ from hfedmoe_jax.algorithms.composition import compose, refuse_literal_gating
 from hfedmoe_jax.algorithms.method import Method
 from hfedmoe_jax.algorithms.parts import Change, Transformed
 from hfedmoe_jax.arrays import AnyArray
-from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import Params
 
 VALUE_BYTES = INDEX_BYTES = SCALE_BYTES = 4
@@ -37,8 +36,6 @@ LEVELS = 127
 def topk(config: ConfigDict) -> Method:
     """Returns `fl.base` whose clients send the largest `compression.fraction` of every tensor."""
     fraction = config.compression.fraction
-    if not 0 < fraction <= 1:
-        raise InputError("compression.fraction", fraction, "must be in (0, 1]", "use e.g. 0.1")
 
     def count(size: int) -> int:
         return math.ceil(fraction * size - 1e-9)

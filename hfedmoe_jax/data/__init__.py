@@ -3,6 +3,7 @@
 from hfedmoe_jax.data.batches import holdout_batches, most_tokens, pad_batches, round_batches
 from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.data.federated import FederatedData, Rows, host_of, load_federated, num_rows, take
+from hfedmoe_jax.data.fingerprint import fingerprint
 from hfedmoe_jax.data.partition import PARTITIONS, partition_documents
 from hfedmoe_jax.data.prefetch import Prefetch
 from hfedmoe_jax.data.sources import Corpus, load_source
@@ -16,6 +17,7 @@ __all__ = [
     "Prefetch",
     "Rows",
     "encode_passages",
+    "fingerprint",
     "from_json",
     "holdout_batches",
     "host_of",

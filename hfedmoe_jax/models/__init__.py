@@ -1,7 +1,7 @@
 """Mixture-of-experts models: Flax modules by family, and what the rest of the package sees of them."""
 
 from hfedmoe_jax.models import switch
-from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, families
+from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, check_sizes, families
 from hfedmoe_jax.models.params import NO_PARAMS, Params, merge_params, params_specs, split_params, tree_bytes
 from hfedmoe_jax.models.routing import Routing, load_balancing_loss, own_choice
 
@@ -13,6 +13,7 @@ __all__ = [
     "Params",
     "Routing",
     "build_model",
+    "check_sizes",
     "families",
     "load_balancing_loss",
     "merge_params",

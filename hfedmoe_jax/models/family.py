@@ -128,12 +128,6 @@ def check_sizes(config: ConfigDict) -> None:
     """Raises InputError for what no family can be built of."""
     if config.precision not in PRECISIONS:
         raise unknown_name("model.precision", config.precision, list(PRECISIONS))
-    for name in ("num_layers", "width", "num_heads", "hidden", "num_experts", "top_k"):
-        if config[name] < 1:
-            raise InputError(f"model.{name}", config[name], "must be at least 1", "give a positive number")
     if config.top_k > config.num_experts:
         raise InputError("model.top_k", config.top_k, f"above model.num_experts={config.num_experts}",
                          "route a token to at most all experts")  # fmt: skip
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        if not config[name] > 0:
-            raise InputError(f"model.{name}", config[name], "must be above 0", "use e.g. 1.5")

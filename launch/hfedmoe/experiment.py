@@ -31,11 +31,16 @@ from launch.hosts.distributed import (
 from launch.run.checkpoints import Checkpoints
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
-from launch.run.workdir import hold_workdir, open_workdir, versions, write_json
+from launch.run.workdir import Fingerprint, hold_workdir, open_workdir, versions, write_json
 from launch.run.writers import MetricWriter, read_metrics, write_rows
 
 
-def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
+def run_experiment(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    host: Host = SINGLE_PROCESS,
+    source: Fingerprint | None = None,
+) -> None:
     """Runs or continues the experiment of `config` in `workdir`, and writes everything there.
 
     With several processes, all of them compute; only the first writes files and prints.
@@ -50,7 +55,7 @@ def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGL
         start_processes(host.coordinator, host.processes, host.process, workdir / "checkpoints"),
         contextlib.nullcontext() if is_first_process() else no_stdout(),
     ):
-        run_process(config, workdir, host)
+        run_process(config, workdir, host, source)
 
 
 @contextlib.contextmanager
@@ -60,13 +65,13 @@ def no_stdout() -> Iterator[None]:
         yield
 
 
-def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
+def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host, source: Fingerprint | None) -> None:
     """Does the part of this process: trains with the others; the first process writes the results."""
     check_same_config(config)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
     with hold_workdir(workdir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
-            open_workdir(workdir, config.to_dict())
+            open_workdir(workdir, config.to_dict(), fingerprints(experiment, source), raisable=["fl.rounds"])
             (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
             use_compilation_cache(host.compiled or workdir / "compiled")
         wait_for_processes()  # the others must not use the directory before it exists
@@ -75,6 +80,15 @@ def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host) -> None:
         outcome = experiment.finish(state)
         if is_first_process():
             write_results(experiment, state, outcome, workdir)
+
+
+def fingerprints(experiment: Experiment, source: Fingerprint | None) -> list[Fingerprint]:
+    """Returns what the run belongs to beside its config: the config file, and the data as they were read."""
+    data = experiment.config.data
+    field = "train_path" if data.train_path else "source"
+    found = experiment.fingerprint.items()
+    of_data = [Fingerprint(f"data.{field}", data[field], what, digest) for what, digest in found]
+    return [*([source] if source else []), *of_data]
 
 
 def write_results(experiment: Experiment, state: RunState, outcome: Outcome, workdir: pathlib.Path) -> None:

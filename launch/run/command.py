@@ -4,6 +4,7 @@
 """
 
 import difflib
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from hfedmoe_jax.errors import InputError
 from launch.hosts.distributed import Host
 from launch.run.program import is_input_error
-from launch.run.workdir import default_workdir
+from launch.run.workdir import Fingerprint, default_workdir
 
 PROGRAM = "launch.main"
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
@@ -32,6 +33,7 @@ class Command(NamedTuple):
       config: locked, with its overrides applied.
       workdir: the work directory.
       host: this process among those of the run.
+      source: the text of the config file.
       dry_run: say what the run would cost, and run nothing.
       target: compile for it, see `launch.targets.read_target`; with `dry_run` only.
     """
@@ -39,6 +41,7 @@ class Command(NamedTuple):
     config: ConfigDict
     workdir: pathlib.Path
     host: Host
+    source: Fingerprint
     dry_run: bool
     target: str | None
 
@@ -68,7 +71,9 @@ def read_command(arguments: list[str]) -> Command:
     if given.target and not given.dry_run:
         raise InputError("--target", given.target, "is only compiled for", "add --dry_run")
     host = Host(compiled, given.coordinator, given.processes, given.process)
-    return Command(config, workdir, host, given.dry_run, given.target)
+    text = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
+    source = Fingerprint("config", given.config, "the text of the config file", text)
+    return Command(config, workdir, host, source, given.dry_run, given.target)
 
 
 def define_flags() -> flags.FlagValues:

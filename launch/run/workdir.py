@@ -13,14 +13,15 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
 
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
 
 CONFIG_FILE = "config.json"
+FINGERPRINTS_FILE = "fingerprints.json"
 LOCK_FILE = ".lock"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "numpy", "scipy")
 
@@ -85,21 +86,50 @@ def _open_lock(path: str | os.PathLike) -> TextIO:
     return os.fdopen(descriptor, "r+", encoding="utf-8")
 
 
-def open_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> pathlib.Path:
-    """Creates the work directory of a run, or opens it again if its run has the same config.
+class Fingerprint(NamedTuple):
+    """Something beside the config that a run belongs to.
+
+    Attributes:
+      field, value: of the config or the command, which names it in errors.
+      what: it is, e.g. "the texts or labels".
+      digest: equal for equal things.
+    """
+
+    field: str
+    value: Any
+    what: str
+    digest: str
+
+
+def open_workdir(
+    path: str | os.PathLike,
+    config: Mapping[str, Any],
+    fingerprints: Sequence[Fingerprint] = (),
+    raisable: Sequence[str] = (),
+) -> pathlib.Path:
+    """Creates the work directory of a run, or opens it again if it belongs to the same run.
 
     Args:
       path: the directory; it and its parents are created.
       config: the run's config as nested dicts; written to config.json.
+      fingerprints: of what else the run belongs to; written to fingerprints.json.
+      raisable: fields, by dotted name, whose number may be larger than it was; config.json follows.
 
     Raises:
-      InputError: the directory cannot be written, has another config, or has files but no config.
+      InputError: the directory cannot be written, has another config or other fingerprints, or has files but
+        no config.
     """
     directory = pathlib.Path(path)
+    now = json.loads(_to_json(config))
     if CONFIG_FILE in _entries(directory):
-        _check_same_config(directory, json.loads(_to_json(config)))
+        raised = _check_same_config(directory, now, raisable)
+        _check_same_fingerprints(directory, fingerprints)
+        if raised:
+            write_json(directory / CONFIG_FILE, config)
     else:
-        write_json(directory / CONFIG_FILE, config)
+        if fingerprints:
+            write_json(directory / FINGERPRINTS_FILE, {each.what: each.digest for each in fingerprints})
+        write_json(directory / CONFIG_FILE, config)  # last: it makes the directory one of a run
     return directory
 
 
@@ -114,8 +144,9 @@ def _entries(path: str | os.PathLike) -> set[str]:
     except OSError as error:
         problem = f"is no directory that can be written ({error.strerror})"
         raise InputError("workdir", str(path), problem, "give another --workdir") from None
-    # A run killed while writing its config has left only the temporary file.
-    own = {CONFIG_FILE, LOCK_FILE, _temporary(directory / CONFIG_FILE).name}
+    # A run killed before its config was written has left only these.
+    files = (CONFIG_FILE, FINGERPRINTS_FILE)
+    own = {LOCK_FILE, *files, *(_temporary(directory / name).name for name in files)}
     if CONFIG_FILE not in present and present - own:
         problem = f"holds other files and no {CONFIG_FILE}"
         raise InputError("workdir", str(path), problem, "give a new or empty --workdir")
@@ -171,28 +202,53 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check_same_config(directory: pathlib.Path, config: dict[str, Any]) -> None:
-    path = directory / CONFIG_FILE
-    try:
-        earlier = _flat(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
-        raise InputError(
-            "workdir", str(directory), f"{path} cannot be read", "give another --workdir"
-        ) from None
-    now = _flat(config)
+def _check_same_config(directory: pathlib.Path, config: dict[str, Any], raisable: Sequence[str]) -> bool:
+    """Checks that a run's config is that of the directory, and says whether a raisable number was raised."""
+    earlier, now = _flat(_read_json(directory, CONFIG_FILE)), _flat(config)
     absent = object()
     differing = sorted(
         field for field in earlier | now if earlier.get(field, absent) != now.get(field, absent)
     )
-    if not differing:
-        return
-    field, *others = differing
+    refused = [field for field in differing if field not in raisable or not _is_raised(earlier, now, field)]
+    if not refused:
+        return bool(differing)
+    field, *others = refused
     was = repr(earlier[field]) if field in earlier else "no such field"
     more = (
         f" ({len(others)} more {'fields differ' if len(others) > 1 else 'field differs'})" if others else ""
     )
     problem = f"the run in {directory} was started with {was}{more}"
-    raise InputError(field, now.get(field), problem, "give that value again, or another --workdir")
+    remedy = "give that value again, or another --workdir"
+    if field in raisable:
+        remedy = "give that value again or a larger one, or another --workdir"
+    raise InputError(field, now.get(field), problem, remedy)
+
+
+def _is_raised(earlier: dict[str, Any], now: dict[str, Any], field: str) -> bool:
+    numbers = earlier.get(field), now.get(field)
+    return all(type(number) in (int, float) for number in numbers) and numbers[1] > numbers[0]
+
+
+def _check_same_fingerprints(directory: pathlib.Path, fingerprints: Sequence[Fingerprint]) -> None:
+    if not (directory / FINGERPRINTS_FILE).exists():  # an older version of this program made the directory
+        return
+    earlier = _read_json(directory, FINGERPRINTS_FILE)
+    for field, value, what, found in fingerprints:
+        if earlier.get(what, found) != found:
+            problem = f"{what} changed since the run in {directory} was started"
+            raise InputError(field, value, problem, "restore them, or give another --workdir")
+
+
+def _read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:
+    """Returns a JSON object of the directory."""
+    path = directory / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise InputError("workdir", str(directory), f"{path} cannot be read", "give another --workdir")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from launch.hosts.devices import use_compilation_cache
 from launch.hosts.distributed import SINGLE_PROCESS, Host
 from launch.run.progress import print_summary, print_table
 from launch.run.report import write_report
-from launch.run.workdir import hold_workdir, open_workdir, versions, write_json
+from launch.run.workdir import Fingerprint, hold_workdir, open_workdir, versions, write_json
 from launch.run.writers import MetricWriter
 from launch.slide.figures import write_figures
 from launch.slide.report import (
@@ -53,7 +53,12 @@ MOST_S_TO_REPEAT = 5.0
 """Solvers that took at most this long, compilation included, run again to be timed without it."""
 
 
-def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGLE_PROCESS) -> None:
+def run_experiment(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    host: Host = SINGLE_PROCESS,
+    source: Fingerprint | None = None,
+) -> None:
     """Runs the experiment of `config` and writes everything into `workdir`.
 
     Raises:
@@ -63,13 +68,13 @@ def run_experiment(config: ConfigDict, workdir: pathlib.Path, host: Host = SINGL
     check_config(config)
     problem = read_scenario(config.scenario.path) if config.scenario.path else sample_drop(config)
     with hold_workdir(workdir):
+        open_workdir(workdir, identity(config), [source] if source else [])
         run_cell(config, problem, workdir, host)
 
 
 def run_cell(config: ConfigDict, problem: Problem, workdir: pathlib.Path, host: Host) -> None:
     """Solves the cell, runs the sweeps and writes the results."""
     begun = time.perf_counter()
-    open_workdir(workdir, identity(config))
     use_compilation_cache(host.compiled or workdir / "compiled")
     print(f"{title(config, problem)}, in {workdir}", flush=True)
     if problem.num_users <= SCENARIO_USERS:

@@ -35,7 +35,7 @@ def runs(tmp_path, monkeypatch):
     """An empty directory with a config file in it, an experiment that only notes its calls, and they."""
     calls = []
     module = types.ModuleType("launch.hfedmoe.experiment")
-    module.run_experiment = lambda config, workdir, host: calls.append((config, workdir))
+    module.run_experiment = lambda config, workdir, host, source: calls.append((config, workdir))
     monkeypatch.setitem(sys.modules, "launch.hfedmoe.experiment", module)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.py").write_text(CONFIG_FILE)
@@ -184,7 +184,7 @@ def test_a_program_can_run_several_configs(runs, tmp_path):
 
 
 def _raises(error):
-    def run(config, workdir, host):
+    def run(config, workdir, host, source):
         raise error
 
     return run
@@ -209,7 +209,7 @@ STUB = """
 import sys, types
 experiment = types.ModuleType("launch.hfedmoe.experiment")
 sys.modules["launch.hfedmoe.experiment"] = experiment
-def run(config, workdir, host):
+def run(config, workdir, host, source):
 {body}
 experiment.run_experiment = run
 from launch.main import main

@@ -173,8 +173,6 @@ def test_clients_may_hold_rows_of_a_table_that_is_trained():
         ("num_heads", 3, "divisor"),
         ("top_k", 9, "at most all"),
         ("precision", "bfloat", "did you mean 'bfloat16'"),
-        ("num_layers", 0, "positive"),
-        ("capacity_factor", 0.0, "e.g."),
         ("family", "swich", "did you mean 'switch'"),
     ],
 )

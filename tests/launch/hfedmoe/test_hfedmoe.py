@@ -77,6 +77,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
         "clients.csv",
         "config.json",
         "figures",
+        "fingerprints.json",
         "metrics.csv",
         "report.html",
         "summary.json",
@@ -218,6 +219,43 @@ def test_the_same_command_elsewhere_gives_the_same_bits(finished, tmp_path):
     command = tiny_run.arguments(tmp_path / "again", finished.train_path, **FIELDS)
     assert tiny_run.run_main(command).code == 0
     tiny_run.assert_same_results(tmp_path / "again", finished.workdir)
+
+
+def test_a_run_belongs_to_its_data(finished, copy, tmp_path):
+    """The same path with other texts: a first half of the file, and the labels of another."""
+    workdir, command = copy
+    train_path = tmp_path / "train.jsonl"
+    rows = [json.loads(line) for line in finished.train_path.read_text().splitlines()]
+    before = {
+        path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    relabelled = [row | {"label": rows[index - 1]["label"]} for index, row in enumerate(rows)]
+    for other in (rows[: len(rows) // 2], relabelled):
+        tiny_run.write_jsonl(train_path, other)
+        moved = [argument.replace(str(finished.train_path), str(train_path)) for argument in command]
+        kept = (workdir / "config.json").read_text()
+        (workdir / "config.json").write_text(kept.replace(str(finished.train_path), str(train_path)))
+        screen = tiny_run.run_main(moved)
+        assert screen.code == 2
+        assert screen.err.startswith(
+            f"error: data.train_path='{train_path}': the texts or labels changed since"
+        )
+        assert screen.err.endswith("was started; restore them, or give another --workdir\n")
+        (workdir / "config.json").write_text(kept)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_more_rounds_continue_a_finished_run(finished, copy, tmp_path):
+    """Evaluated every two rounds, so that its last round is no special one in a longer run."""
+    workdir, command = copy
+    longer = [*command, "--config.fl.rounds=8"]
+    screen = tiny_run.run_main(longer)
+    assert screen.code == 0 and "continuing after round 6 of 8" in screen.out
+    fresh = tiny_run.arguments(tmp_path / "fresh", finished.train_path, **FIELDS)
+    assert tiny_run.run_main([*fresh, "--config.fl.rounds=8"]).code == 0
+    tiny_run.assert_same_results(workdir, tmp_path / "fresh")
+    screen = tiny_run.run_main(command)
+    assert screen.code == 2 and "fl.rounds=6: the run in" in screen.err
 
 
 def test_a_finished_run_is_not_trained_again(finished, copy):

@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
-from launch.run.workdir import default_workdir, hold_workdir, open_workdir, versions, write_json
+from launch.run.workdir import Fingerprint, default_workdir, hold_workdir, open_workdir, versions, write_json
 
 CONFIG = {"seed": 0, "data": {"source": "bbc", "lengths": (1, 2)}, "rate": 0.1}
 
@@ -62,6 +62,38 @@ def test_conflicting_config_names_the_field_and_both_values(tmp_path, config, te
         open_workdir(tmp_path, config)
     assert str(error.value).startswith(text.replace("DIR", str(tmp_path)))
     open_workdir(tmp_path, CONFIG)
+
+
+PRINTS = [Fingerprint("config", "mine.py", "its text", "aa"), Fingerprint("data.path", "x", "the rows", "bb")]
+
+
+def test_a_directory_belongs_to_what_its_run_was_made_of(tmp_path):
+    open_workdir(tmp_path, CONFIG, PRINTS)
+    assert json.loads((tmp_path / "fingerprints.json").read_text()) == {"its text": "aa", "the rows": "bb"}
+    open_workdir(tmp_path, CONFIG, PRINTS)
+    with pytest.raises(InputError) as error:
+        open_workdir(tmp_path, CONFIG, [PRINTS[0], PRINTS[1]._replace(value="y", digest="cc")])
+    assert str(error.value) == (
+        f"data.path='y': the rows changed since the run in {tmp_path} was started; restore them, "
+        "or give another --workdir"
+    )
+    (tmp_path / "fingerprints.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"fingerprints\.json cannot be read; give another --workdir"):
+        open_workdir(tmp_path, CONFIG, PRINTS)
+    (tmp_path / "fingerprints.json").unlink()  # of a version that had none
+    open_workdir(tmp_path, CONFIG, PRINTS)
+
+
+def test_a_raisable_number_may_grow_and_nothing_else_may(tmp_path):
+    open_workdir(tmp_path, {"fl": {"rounds": 4}, "seed": 1})
+    open_workdir(tmp_path, {"fl": {"rounds": 6}, "seed": 1}, raisable=["fl.rounds"])
+    assert json.loads((tmp_path / "config.json").read_text())["fl"] == {"rounds": 6}
+    for rounds, seed, error in ((5, 1, "fl.rounds=5: .*with 6; give that value again or a larger one"),
+                                (7, 2, "seed=2: .*started with 1; give that value again, or"),
+                                ("7", 1, "fl.rounds='7'")):  # fmt: skip
+        with pytest.raises(InputError, match=error):
+            open_workdir(tmp_path, {"fl": {"rounds": rounds}, "seed": seed}, raisable=["fl.rounds"])
+    assert json.loads((tmp_path / "config.json").read_text()) == {"fl": {"rounds": 6}, "seed": 1}
 
 
 def test_directory_with_other_files_is_refused(tmp_path):
