@@ -157,6 +157,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     data = config.data = ConfigDict()
     data.source = "bbc_news"  # bbc_news | file | hub:NAME | tfds:NAME
     data.train_path = ""  # file: parquet, csv or jsonl
+    data.validation_path = ""  # file: optional; without it a validation split is cut from the training file
     data.test_path = ""  # file: optional; without it a test split is cut from the training file
     data.text_column = "text"
     data.label_column = "label"

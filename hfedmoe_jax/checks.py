@@ -63,7 +63,7 @@ def check_config(config: ConfigDict) -> None:
             f"above fl.clients={config.fl.clients}",
             "sample at most all clients",
         )
-    if not config.data.validation_fraction > 0:
+    if not (config.data.validation_fraction > 0 or config.data.validation_path):
         raise InputError(
             "data.validation_fraction",
             config.data.validation_fraction,

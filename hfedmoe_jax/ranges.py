@@ -37,7 +37,7 @@ def size(high: float, example: float, low: float = 1) -> Range:
 
 POSITIVE = Range(0, 1e9, 1.0, above_low=True)
 NOT_NEGATIVE = Range(0, 1e9, 0.1)
-RATE = Range(0, 1e6, 1e-3, above_low=True)
+RATE = Range(0, 1e38, 1e-3, above_low=True)  # what float32 holds
 MOMENTUM = Range(0, 1, 0.9, below_high=True)
 SHARE = Range(0, 1, 0.5)
 EPSILON = Range(0, 1, 1e-8, above_low=True)
@@ -76,7 +76,7 @@ RANGES = {
     "dp.noise_multiplier": NOT_NEGATIVE._replace(example=1.0),
     "dp.delta": Range(0, 1, 1e-5, above_low=True, below_high=True),
     "compression.fraction": Range(0, 1, 0.1, above_low=True),
-    "server.learning_rate": Range(0, 1e6, 1.0),
+    "server.learning_rate": Range(0, 1e38, 1.0),
     "server.momentum": MOMENTUM,
     "server.second_momentum": MOMENTUM._replace(example=0.99),
     "server.epsilon": EPSILON._replace(example=1e-3),

@@ -2,6 +2,7 @@
 
 from hfedmoe_jax.data.batches import holdout_batches, most_tokens, pad_batches, round_batches
 from hfedmoe_jax.data.columns import Documents
+from hfedmoe_jax.data.facts import Facts
 from hfedmoe_jax.data.federated import FederatedData, Rows, host_of, load_federated, num_rows, take
 from hfedmoe_jax.data.fingerprint import fingerprint
 from hfedmoe_jax.data.partition import PARTITIONS, partition_documents
@@ -13,6 +14,7 @@ __all__ = [
     "PARTITIONS",
     "Corpus",
     "Documents",
+    "Facts",
     "FederatedData",
     "Prefetch",
     "Rows",

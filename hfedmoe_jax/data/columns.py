@@ -17,6 +17,10 @@ class Documents(NamedTuple):
     labels: list[str]
     clients: list[str] | None
 
+    def take(self, index: Sequence[int] | np.ndarray) -> "Documents":
+        """Returns documents by index."""
+        return Documents(*(None if part is None else [part[i] for i in index] for part in self))
+
 
 def wanted_columns(
     names: Iterable[str], data_config: ConfigDict, with_clients: bool, where: str

@@ -12,8 +12,10 @@ from jaxtyping import Int32, Int64, Integer
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.data.columns import Documents, ordered_names
+from hfedmoe_jax.data.facts import Facts, check_unknown, facts_of, unknown_share
 from hfedmoe_jax.data.partition import partition_documents
-from hfedmoe_jax.data.sources import Corpus, check_labels, load_source
+from hfedmoe_jax.data.sources import load_source
+from hfedmoe_jax.data.splits import bad_fraction, cut_own_texts, first_copies, split_corpus
 from hfedmoe_jax.data.tokenizers import (
     check_passages,
     check_tokenizer,
@@ -24,9 +26,6 @@ from hfedmoe_jax.errors import InputError
 
 # Each use of chance has a stream of its own, so that changing one leaves the others as they were.
 SPLIT_STREAM, PARTITION_STREAM, HOLDOUT_STREAM, BATCH_STREAM = range(4)
-# One each for training, validation and test.
-MINIMUM_TO_SPLIT = 3
-
 
 Rows = dict[str, np.ndarray]
 """What a task makes of documents: arrays [N, ...] by name, `tokens` [N, T] among them."""
@@ -45,13 +44,12 @@ class FederatedData:
       validation_document, test_document: the document that each passage is of.
       client_train: for each client, the rows of `train` it trains on, in ascending order.
       client_holdout: for each client, the rows of `train` cut from its own documents that it never
-        trains on. A client with a single document has the same rows in both.
+        trains on. A client with a single text has the same rows in both.
       label_names: by label index.
       client_names: by client index; the owners' names in a natural partition.
       vocab_size: the tokenizer's actual size, at most `data.vocab_size`.
       tokenizer_json: for `from_json`.
-      duplicates_removed: training documents dropped as exact copies of an earlier one or of a test
-        document.
+      facts: what is worth telling about the data.
     """
 
     train: Rows
@@ -65,7 +63,7 @@ class FederatedData:
     client_names: tuple[str, ...]
     vocab_size: int
     tokenizer_json: str
-    duplicates_removed: int
+    facts: Facts
 
     def of_host(self, host: int, hosts: int) -> "FederatedData":
         """Returns the same with the training passages of this host's clients only (see `host_of`).
@@ -120,33 +118,29 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
     """
     _check(config)
     data_config = config.data
-    corpus, duplicates_removed = without_duplicates(load_source(data_config))
-    check_labels(corpus, data_config)
-    texts, label_strings, clients = corpus.train
-    label_names = ordered_names(label_strings)
-    labels = _label_indices(label_strings, label_names)
+    corpus = load_source(data_config)
+    splits = split_corpus(corpus, config, np.random.default_rng([config.seed, SPLIT_STREAM]))
+    label_names = ordered_names(splits.train.labels)
+    train_labels = _label_indices(splits.train.labels, label_names)
 
-    train, validation, test = _split(labels, corpus.test is None, config)
-    train_texts, train_labels = _take(texts, train), labels[train]
-    test_texts, test_labels = _take(texts, test), labels[test]
-    if corpus.test is not None:
-        test_texts, test_labels = corpus.test.texts, _label_indices(corpus.test.labels, label_names)
-
-    owners = None if clients is None else _take(clients, train)
+    owners = splits.train.clients
     partition_rng = np.random.default_rng([config.seed, PARTITION_STREAM])
     parts = partition_documents(train_labels, owners, config.fl.clients, config.partition, partition_rng)
     holdout_rng = np.random.default_rng([config.seed, HOLDOUT_STREAM])
-    kept, held = zip(
-        *(cut_holdout(part, data_config.holdout_fraction, holdout_rng) for part in parts), strict=True
-    )
+    first = first_copies(splits.train.texts)
+    cuts = (cut_own_texts(part, first, data_config.holdout_fraction, holdout_rng) for part in parts)
+    kept, held = zip(*cuts, strict=True)
 
-    tokenizer = train_tokenizer(train_texts, data_config.tokenizer, data_config.vocab_size)
+    tokenizer = train_tokenizer(splits.train.texts, data_config.tokenizer, data_config.vocab_size)
 
-    train_rows, train_document = prepare(tokenizer, train_texts, train_labels, data_config)
-    validation_rows, validation_document = prepare(
-        tokenizer, _take(texts, validation), labels[validation], data_config
-    )
-    test_rows, test_document = prepare(tokenizer, test_texts, test_labels, data_config)
+    def encode(part: Documents) -> tuple[Rows, np.ndarray]:
+        return prepare(tokenizer, part.texts, _label_indices(part.labels, label_names), data_config)
+
+    train_rows, train_document = encode(splits.train)
+    validation_rows, validation_document = encode(splits.validation)
+    test_rows, test_document = encode(splits.test)
+    unknown = unknown_share(train_rows["tokens"])
+    check_unknown(unknown, data_config)
     return FederatedData(
         train=train_rows,
         validation=validation_rows,
@@ -159,72 +153,8 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
         client_names=_client_names(parts, owners if config.partition.name == "column" else None),
         vocab_size=tokenizer.get_vocab_size(),
         tokenizer_json=to_json(tokenizer),
-        duplicates_removed=duplicates_removed,
+        facts=facts_of(corpus, splits, unknown),
     )
-
-
-def without_duplicates(corpus: Corpus) -> tuple[Corpus, int]:
-    """Drops training documents whose exact text came before or is in the test set, and counts them."""
-    seen = set(corpus.test.texts if corpus.test else [])
-    kept = []
-    for index, text in enumerate(corpus.train.texts):
-        if text not in seen:
-            seen.add(text)
-            kept.append(index)
-    texts, labels, clients = corpus.train
-    train = Documents(
-        _take(texts, kept), _take(labels, kept), None if clients is None else _take(clients, kept)
-    )
-    return Corpus(train, corpus.test), len(texts) - len(kept)
-
-
-def split_documents(
-    labels: Integer[np.ndarray, " D"],
-    validation_fraction: float,
-    test_fraction: float,
-    rng: np.random.Generator,
-) -> tuple[Int64[np.ndarray, " D_t"], Int64[np.ndarray, " D_v"], Int64[np.ndarray, " D_e"]]:
-    """Splits documents into training, validation and test, label by label.
-
-    A label with fewer than 3 documents stays in training. Any other has at least one document in
-    training and in every split whose fraction is above 0.
-
-    Returns:
-      Three sorted, disjoint arrays of indices that cover all documents.
-    """
-    train, validation, test = [], [], []
-    for label in np.unique(labels):
-        documents = rng.permutation(np.flatnonzero(labels == label))
-        count = len(documents)
-        num_validation = num_test = 0
-        if count >= MINIMUM_TO_SPLIT:
-            if validation_fraction > 0:
-                num_validation = max(1, round(count * validation_fraction))
-                num_validation = min(num_validation, count - 1 - (test_fraction > 0))
-            if test_fraction > 0:
-                num_test = min(max(1, round(count * test_fraction)), count - 1 - num_validation)
-        validation.extend(documents[:num_validation])
-        test.extend(documents[num_validation : num_validation + num_test])
-        train.extend(documents[num_validation + num_test :])
-
-    def ordered(part: list) -> np.ndarray:
-        return np.sort(np.array(part, np.int64))
-
-    return ordered(train), ordered(validation), ordered(test)
-
-
-def cut_holdout(
-    documents: Int64[np.ndarray, " D_c"], fraction: float, rng: np.random.Generator
-) -> tuple[Int64[np.ndarray, " D_k"], Int64[np.ndarray, " D_h"]]:
-    """Cuts a client's documents into those it trains on and those held out, at least one each.
-
-    A single document serves as both, so its client's own accuracy is one on training data.
-    """
-    if len(documents) < 2:
-        return documents, documents
-    num_held = min(max(1, round(len(documents) * fraction)), len(documents) - 1)
-    shuffled = rng.permutation(documents)
-    return np.sort(shuffled[num_held:]), np.sort(shuffled[:num_held])
 
 
 def _check(config: ConfigDict) -> None:
@@ -236,36 +166,11 @@ def _check(config: ConfigDict) -> None:
         raise InputError("fl.clients", config.fl.clients, "must be at least 1", "use e.g. 20")
     for name in ("validation_fraction", "test_fraction"):
         if not 0 <= data[name] < 1:
-            raise _bad_fraction(config, name, "must be at least 0 and below 1")
+            raise bad_fraction(config, name, "must be at least 0 and below 1")
     if not 0 < data.holdout_fraction < 1:
-        raise _bad_fraction(config, "holdout_fraction", "must be above 0 and below 1")
+        raise bad_fraction(config, "holdout_fraction", "must be above 0 and below 1")
     check_tokenizer(data.tokenizer, data.vocab_size)
     check_passages(data.seq_len, data.long_text)
-
-
-def _split(labels: np.ndarray, cuts_test: bool, config: ConfigDict) -> tuple[np.ndarray, ...]:
-    data = config.data
-    if cuts_test and data.test_fraction == 0:
-        raise _bad_fraction(config, "test_fraction", "must be above 0 where there is no separate test set")
-    if cuts_test and data.validation_fraction + data.test_fraction >= 1:
-        raise _bad_fraction(
-            config,
-            "test_fraction",
-            f"with validation_fraction={data.validation_fraction} nothing is left to train on",
-        )
-    test_fraction = data.test_fraction if cuts_test else 0.0
-    rng = np.random.default_rng([config.seed, SPLIT_STREAM])
-    train, validation, test = split_documents(labels, data.validation_fraction, test_fraction, rng)
-    for name, documents in (("validation", validation), ("test", test)):
-        is_needed = data.validation_fraction > 0 if name == "validation" else cuts_test
-        if is_needed and not len(documents):
-            problem = f"no label has {MINIMUM_TO_SPLIT} documents, so none can be cut"
-            raise _bad_fraction(config, f"{name}_fraction", problem, "add documents or give data.test_path")
-    return train, validation, test
-
-
-def _bad_fraction(config: ConfigDict, name: str, problem: str, remedy: str = "use e.g. 0.1") -> InputError:
-    return InputError(f"data.{name}", config.data[name], problem, remedy)
 
 
 def _rows_of(parts: Sequence[np.ndarray], document: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -290,10 +195,6 @@ def _client_names(parts: Sequence[np.ndarray], owners: Sequence[str] | None) -> 
         return tuple(f"client_{index:0{width}d}" for index in range(len(parts)))
     names = []
     for part in parts:
-        first, *others = ordered_names(_take(owners, part))
+        first, *others = ordered_names(owners[index] for index in part)
         names.append(f"{first} (+{len(others)} more)" if others else first)
     return tuple(names)
-
-
-def _take(values: Sequence[str], indices: Sequence[int] | np.ndarray) -> list[str]:
-    return [values[index] for index in indices]

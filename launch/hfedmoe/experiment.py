@@ -18,6 +18,7 @@ from hfedmoe_jax.data import num_rows
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.quality import Quality
 from hfedmoe_jax.reports import STATUS_NAMES
+from launch.hfedmoe.data_notes import print_data_notes
 from launch.hfedmoe.figures import write_figures
 from launch.hosts.devices import configure_devices, use_compilation_cache
 from launch.hosts.distributed import (
@@ -164,6 +165,8 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     budgets = budget_by_class(experiment)
     print(f"experts that a client can train, of {experiment.cost.all_experts}: "
           + ", ".join(f"{name} {budget}" for name, budget in budgets.items()))  # fmt: skip
+    if is_first_process():
+        print_data_notes(data.facts, len(data.client_train), config)
     print_hints(experiment)
     print("compiling the first round ...", flush=True)
 

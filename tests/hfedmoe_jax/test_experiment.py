@@ -15,7 +15,7 @@ from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config
 from hfedmoe_jax import Experiment, FederatedData, InputError, make_mesh
 from hfedmoe_jax.algorithms import algorithms, compose
 from hfedmoe_jax.client import LocalRule
-from hfedmoe_jax.data import take
+from hfedmoe_jax.data import Facts, take
 from hfedmoe_jax.devices import memory_needed
 from hfedmoe_jax.evaluation import Snapshot, predict
 from hfedmoe_jax.experiment import COHORT_STREAM
@@ -68,7 +68,7 @@ def tiny_data() -> FederatedData:
         client_names=tuple(f"client {c}" for c in range(CLIENTS)),
         vocab_size=3 * VOCABULARY,  # more than a round's words: clients hold rows of the table
         tokenizer_json="{}",
-        duplicates_removed=0,
+        facts=Facts({}),
     )
 
 

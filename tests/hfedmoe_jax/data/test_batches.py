@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data import FederatedData, holdout_batches, most_tokens, pad_batches, round_batches
+from hfedmoe_jax.data import Facts, FederatedData, holdout_batches, most_tokens, pad_batches, round_batches
 
 COUNTS = (1, 3, 10, 40)
 
@@ -35,7 +35,7 @@ def make_data():
         client_names=(),
         vocab_size=0,
         tokenizer_json="",
-        duplicates_removed=0,
+        facts=Facts({}),
     )
 
 

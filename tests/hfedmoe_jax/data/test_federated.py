@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hfedmoe_jax import data as d
 from hfedmoe_jax.data import from_json, num_rows
-from hfedmoe_jax.data.federated import cut_holdout, split_documents
+from hfedmoe_jax.data.splits import cut_holdout, split_documents
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.tasks import classification
 
@@ -110,7 +110,8 @@ def test_the_whole_way(make_config, corpus_file, name, tokenizer):
     )
     data = load_federated(config)
     assert data.label_names == ("animals", "food", "sky")
-    assert data.duplicates_removed == 0
+    assert (data.facts.copies, data.facts.left_out, data.facts.moved) == (0, {}, 0)
+    assert data.facts.label_counts == {"animals": 24, "food": 24, "sky": 24}
     assert data.vocab_size == from_json(data.tokenizer_json).get_vocab_size() <= 300
     for examples in (data.train, data.validation, data.test):
         assert examples["tokens"].dtype == examples["labels"].dtype == np.int32
@@ -203,27 +204,6 @@ def test_the_seed_moves_partition_and_holdout(make_config, corpus_file):
     assert not same(one.client_holdout, other.client_holdout)
 
 
-def test_duplicates_go_and_the_test_set_comes_first(make_config, write_rows):
-    rows = topic_rows(12)
-    doubled = [*rows, rows[0], {**rows[5], "label": "sky"}, *rows[:3]]
-    data = load_federated(make_config(train_path=write_rows(doubled)))
-    assert data.duplicates_removed == 5
-    assert same(data.train, load_federated(make_config(train_path=write_rows(rows))).train)
-
-    test_path = write_rows([rows[0], rows[13], {"text": "unseen", "label": "sky"}], "test.jsonl")
-    config = make_config(
-        train_path=write_rows(doubled), test_path=test_path, tokenizer="bpe", seq_len=200, test_fraction=0.0
-    )
-    data = load_federated(config)
-    # rows[0] thrice and rows[13] once are in the test set; rows 1, 2 and 5 come twice.
-    assert data.duplicates_removed == 7
-    assert read_back(data, data.test["tokens"]) == [rows[0]["text"], rows[13]["text"], "unseen"]
-    assert data.test["labels"].tolist() == [0, 1, 2]
-    assert num_rows(data.train) + num_rows(data.validation) == 34
-    rest = read_back(data, np.r_[data.train["tokens"], data.validation["tokens"]])
-    assert not {rows[0]["text"], rows[13]["text"]} & set(rest)
-
-
 def test_the_tokenizer_sees_training_documents_only(make_config, write_rows):
     rows = topic_rows(12)
     test = [{"text": "quetzalcoatl " * 9 + str(number), "label": "sky"} for number in range(9)]
@@ -297,22 +277,9 @@ def test_errors_name_field_and_value(make_config, corpus_file, field, value, par
     assert part in str(error) and str(error).startswith(f"{field}={value!r}: ")
 
 
-def test_too_few_documents_to_split(make_config, write_rows):
-    path = write_rows([{"text": text, "label": text} for text in "abcdef"])
-    assert error_of(make_config(train_path=path)).field == "data.validation_fraction"
-    error = error_of(make_config(train_path=path, validation_fraction=0.0))
-    assert error.field == "data.test_fraction" and "3 documents" in str(error)
-
-
-def test_labels_that_only_duplicates_have(make_config, write_rows):
-    rows = [{"text": f"a{number}", "label": "x"} for number in range(9)]
-    error = error_of(make_config(train_path=write_rows([*rows, {"text": "a0", "label": "y"}])))
-    assert error.field == "data.label_column" and "1 distinct label" in str(error)
-
-
 def test_bbc_news_by_default(make_config):
     data = load_federated(make_config(clients=20, source="bbc_news", vocab_size=8192, seq_len=64))
-    assert data.duplicates_removed == 98
+    assert data.facts.copies == 0 and sum(data.facts.label_counts.values()) == 2127
     assert data.vocab_size == 8192 and len(data.label_names) == 5
     assert 10_000 < num_rows(data.train) < 15_000
     shares = [len(examples["labels"]) / num_rows(data.train) for examples in (data.validation, data.test)]
