@@ -70,10 +70,9 @@ def read_profiles(classes: ConfigDict) -> tuple[list[DeviceProfile], list[float]
             if not (value > 0 and np.isfinite(value)):
                 raise InputError(f"devices.{name}.{field}", value, "must be positive and finite",
                                  "give the device's figure")  # fmt: skip
-        if not entry.share >= 0:
-            raise InputError(
-                f"devices.{name}.share", entry.share, "must not be negative", "use 0 to leave it out"
-            )
+        if not 0 <= entry.share < np.inf:
+            problem = "must be 0 or more, and finite"
+            raise InputError(f"devices.{name}.share", entry.share, problem, "use 0 to leave it out")
         profiles.append(profile)
         shares.append(float(entry.share))
     if not sum(shares) > 0:
