@@ -52,7 +52,7 @@ RANGES = {
     "model.width": size(2**17, 128),
     "model.num_heads": size(2**17, 4),
     "model.hidden": size(2**20, 256),
-    "model.num_experts": size(2**14, 8),
+    "model.num_experts": size(2**14, 8, low=2),
     "model.top_k": size(2**14, 1),
     "model.capacity_factor": Range(0, 1e4, 1.5, above_low=True),
     "model.eval_capacity_factor": Range(0, 1e4, 2.0, above_low=True),

@@ -16,6 +16,7 @@ from test_configs import fields
 import slide_jax
 from configs import hfedmoe, slide
 from hfedmoe_jax.algorithms import algorithms
+from hfedmoe_jax.ranges import RANGES
 from launch.main import main
 from launch.run.command import read_command
 from slide_jax.profiles import PROFILES
@@ -123,7 +124,7 @@ def test_commands_are_valid(command, monkeypatch, solvers_restored):
 @pytest.mark.parametrize(("config", "place"), [(hfedmoe, 0), (slide, 2)], ids=["hfedmoe", "slide"])
 def test_every_config_field_is_documented_with_its_default(config, place):
     page = TEXTS["docs/config.md"].partition("\n## SLIDE\n")[place]
-    documented = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", page, re.MULTILINE))
+    documented = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \| ", page, re.MULTILINE))
     config = config.get_config()
     names = {name for name in fields(config) if not name.startswith("devices.")}
     assert {name: shown(operator.attrgetter(name)(config)) for name in names}.items() <= documented.items()
@@ -136,6 +137,13 @@ def shown(value) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return str(value) or "–"
+
+
+def test_every_range_is_documented():
+    documented = re.findall(
+        r"^\| `([\w.]+)` \| ((?:at least|above).*) \|$", TEXTS["docs/config.md"], re.MULTILINE
+    )
+    assert documented == [(field, str(allowed)) for field, allowed in RANGES.items()]
 
 
 def test_every_field_of_a_device_is_documented():

@@ -44,6 +44,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, keep: int):
         self._directory = pathlib.Path(directory).absolute()
+        self._saving: ocp.AsyncResponse[bool] | None = None
         with _suppress_output():
             self._checkpointer = ocp.training.Checkpointer(
                 str(self._directory),
@@ -59,10 +60,11 @@ class Checkpoints:
 
     def save(self, step: int, state: PyTree) -> None:
         """Saves `state` in the background, after an earlier save has ended."""
+        self.wait()
         leaves = {name: _stored(leaf) for name, leaf in _named_leaves(state)}
         # Orbax does not detect a changed byte within an array, so a digest of all arrays is saved too.
         saved = {"digest": fingerprint(leaves), "leaves": {k: v for k, v in leaves.items() if v.size}}
-        self._checkpointer.save_async(step, saved, force=True, overwrite=True)
+        self._saving = self._checkpointer.save_async(step, saved, force=True, overwrite=True)
 
     def restore(self, template: PyTree) -> tuple[int, PyTree] | None:
         """Returns the latest usable checkpoint as (step, state), or None if there is none.
@@ -91,11 +93,16 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until all saves are on disk."""
-        self._checkpointer.wait()
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()  # nothing else ends its thread and closes its event loop
 
     def close(self) -> None:
         """Waits until all saves are on disk and releases the directory."""
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
     @property
     def _unusable(self) -> pathlib.Path:

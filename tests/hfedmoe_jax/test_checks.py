@@ -158,7 +158,7 @@ def test_values_at_the_edge_of_their_range_are_accepted(field, value):
         ("client.momentum", 1.0, "must be at least 0 and below 1; use e.g. 0.9"),
         ("client.epsilon", 0.0, "must be above 0 and at most 1; use e.g. 1e-08"),
         ("aggregation.tau", 1.5, "must be at least 0 and at most 1"),
-        ("model.num_experts", 2**31, "must be at least 1 and at most 16,384"),
+        ("model.num_experts", 2**31, "must be at least 2 and at most 16,384"),
         *((field, "stepp", "unknown name") for field in CHOICES),
         ("fl.clients_per_round", 5, "above fl.clients=4"),
         ("fl.clients_per_round", 2**15, "the most that exact sums have room for"),

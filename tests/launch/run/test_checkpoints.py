@@ -99,6 +99,23 @@ def test_keeps_the_newest(tmp_path):
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["10", "3"]
 
 
+def held() -> tuple[int, int]:
+    """Returns how many file descriptors and threads this process has."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def test_descriptors_and_threads_do_not_grow_with_the_checkpoints(tmp_path):
+    with Checkpoints(tmp_path / "c", 2) as checkpoints:
+        counts = []
+        for step in range(1, 31):
+            checkpoints.save(step, {"jax": jnp.full(5, step), "numpy": np.full(3, step)})
+            checkpoints.wait()
+            counts.append(held())
+    early, late = np.array(counts[9]), np.array(counts[-1])
+    # Thread pools fill up to the number of cores; a leak takes at least one a checkpoint.
+    assert (late - early < 10).all(), counts
+
+
 def test_saves_what_the_state_was_when_save_was_called(tmp_path):
     numbers = np.arange(3_000_000, dtype=np.float32)
     state = {"numpy": numbers.copy(), "jax": jnp.array(numbers)}
