@@ -156,10 +156,16 @@ def get_config(preset: str = "default") -> ConfigDict:
 
     data = config.data = ConfigDict()
     data.source = "bbc_news"  # bbc_news | file | hub:NAME | tfds:NAME
-    data.train_path = ""  # file: parquet, csv or jsonl
+    data.train_path = ""  # file: parquet, csv, tsv, json or jsonl; a folder or a pattern of such files
     data.validation_path = ""  # file: optional; without it a validation split is cut from the training file
     data.test_path = ""  # file: optional; without it a test split is cut from the training file
-    data.text_column = "text"
+    data.separator = ""  # csv, tsv: between two fields of a line; "": a comma, for tsv a tab
+    data.header = True  # csv, tsv: the first line names the columns; False: they are named 1, 2, ...
+    data.subset = ""  # hub, tfds: which configuration of a data set that has several
+    data.train_split = "train"  # hub, tfds
+    data.validation_split = ""  # hub, tfds; "": cut from the training split
+    data.test_split = ""  # hub, tfds; "": the split "test" if it has labels, else cut
+    data.text_column = "text"  # several: with commas between them
     data.label_column = "label"
     data.client_column = ""  # natural partition: the column that names a row's client
     data.cache_dir = ""  # hub, tfds: where prepared data sets lie

@@ -22,58 +22,78 @@ class Documents(NamedTuple):
         return Documents(*(None if part is None else [part[i] for i in index] for part in self))
 
 
-def wanted_columns(
-    names: Iterable[str], data_config: ConfigDict, with_clients: bool, where: str
-) -> dict[str, str]:
+Roles = dict[str, list[str]]
+"""Names of columns by their role: text (one or several), label and perhaps client."""
+
+
+def wanted_columns(names: Iterable[str], data_config: ConfigDict, with_clients: bool, where: str) -> Roles:
     """Returns the columns to read by their role: text, label and, if asked for, client.
 
     Args:
       names: the columns there are.
-      data_config: `text_column`, `label_column` and `client_column` name the columns.
-      with_clients: whether a client column is read (a test set needs none).
+      data_config: `text_column`, `label_column` and `client_column` name the columns; `text_column` may be
+        several, with commas between them, if it is not the name of one.
+      with_clients: whether a client column is read (a validation or test set needs none).
       where: the file or data set, for the message.
 
     Raises:
-      InputError: a column is not among `names`.
+      InputError: a column is not among `names` or is there twice, or the text column is the label column.
     """
     names = list(names)
-    wanted = {"text": data_config.text_column, "label": data_config.label_column}
+    text = data_config.text_column
+    several = [part.strip() for part in text.split(",")]
+    roles = {"text": [text] if text in names else several, "label": [data_config.label_column]}
     if with_clients and data_config.client_column:
-        wanted["client"] = data_config.client_column
-    for role, column in wanted.items():
-        if column not in names:
-            nearest = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            raise InputError(
-                f"data.{role}_column",
-                column,
-                f"no such column in {where}",
-                f"{hint}it has {_listed(names)}",
-            )
-    return wanted
+        roles["client"] = [data_config.client_column]
+    for role, columns in roles.items():
+        for column in columns:
+            _check_column(column, names, f"data.{role}_column", where)
+    if data_config.label_column in roles["text"]:
+        problem = "it is data.label_column too, so the texts would be the answers"
+        raise InputError("data.text_column", text, problem, f"name another: it has {_listed(names)}")
+    return roles
 
 
-def to_documents(columns: Mapping[str, Sequence[Any]], data_config: ConfigDict, where: str) -> Documents:
+def named(roles: Roles) -> list[str]:
+    """Returns the columns of all roles, each once."""
+    return list(dict.fromkeys(column for columns in roles.values() for column in columns))
+
+
+def _check_column(column: str, names: list[str], field: str, where: str) -> None:
+    if column not in names:
+        nearest = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise InputError(field, column, f"no such column in {where}", f"{hint}it has {_listed(names)}")
+    if names.count(column) > 1:
+        problem = f"{names.count(column)} columns of {where} have that name"
+        raise InputError(field, column, problem, "rename all but one")
+
+
+def to_documents(
+    columns: Mapping[str, Sequence[Any]], roles: Roles, data_config: ConfigDict, where: str
+) -> Documents:
     """Returns raw values as strings: a missing text is empty, a missing label or client is an error.
 
-    Whole numbers lose their fraction (a label 1.0 is `'1'`), bytes are read as UTF-8.
+    Whole numbers lose their fraction (a label 1.0 is `'1'`), bytes are read as UTF-8. Several texts of a row
+    become one, a line each.
 
     Args:
-      columns: by role (`text`, `label`, perhaps `client`), all of one length.
+      columns: by name, all of one length.
+      roles: of `wanted_columns`.
       data_config: names the columns, for the messages.
       where: the file or data set, for the messages.
 
     Raises:
-      InputError: no rows, a row without a label or client, or a value that is no text or number.
+      InputError: a row without a label or client, or a value that is no text or number.
     """
     strings = {
-        role: _to_strings(values, role, data_config[f"{role}_column"], where)
-        for role, values in columns.items()
+        role: [_to_strings(columns[name], role, name, where) for name in names]
+        for role, names in roles.items()
     }
-    if not strings["text"]:
-        raise no_rows(data_config, where)
-    for role in ("label", "client"):
-        missing = [row for row, value in enumerate(strings.get(role, []), start=1) if not value]
+    texts, (labels,) = strings["text"], strings["label"]
+    (clients,) = strings.get("client", [None])
+    for role, values in (("label", labels), ("client", clients or [])):
+        missing = [row for row, value in enumerate(values, start=1) if not value]
         if missing:
             raise InputError(
                 f"data.{role}_column",
@@ -81,15 +101,13 @@ def to_documents(columns: Mapping[str, Sequence[Any]], data_config: ConfigDict, 
                 f"row {missing[0]} of {where} has no {role} ({len(missing)} such rows, counted from 1)",
                 "fill it in or leave the row out",
             )
-    return Documents(strings["text"], strings["label"], strings.get("client"))
+    joined = ["\n".join(part for part in row if part) for row in zip(*texts, strict=True)]
+    return Documents(joined, labels, clients)
 
 
-def no_rows(data_config: ConfigDict, where: str) -> InputError:
+def no_rows(field: str, value: str) -> InputError:
     """Returns the error for a source without documents."""
-    if data_config.source != "file":
-        return InputError("data.source", data_config.source, f"{where} has no rows", "choose another")
-    field = "train_path" if where == data_config.train_path else "test_path"
-    return InputError(f"data.{field}", where, "the file has no rows", "give a file with documents")
+    return InputError(field, value, "there are no rows", "give one with documents")
 
 
 def ordered_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -104,7 +122,8 @@ def ordered_names(names: Iterable[str]) -> tuple[str, ...]:
 
 def _is_whole(name: str) -> bool:
     digits = name.removeprefix("-")
-    return digits.isascii() and digits.isdigit() and str(int(name)) == name
+    # Python converts no more than 4,300 digits, and no label needs as many.
+    return digits.isascii() and digits.isdigit() and len(digits) < 100 and str(int(name)) == name
 
 
 def _to_strings(values: Sequence[Any], role: str, column: str, where: str) -> list[str]:

@@ -4,12 +4,12 @@ import contextlib
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data.columns import Documents, to_documents, wanted_columns
+from hfedmoe_jax.data.columns import Documents, named, no_rows, to_documents, wanted_columns
 from hfedmoe_jax.errors import InputError
 
 PROBE_TIMEOUT_S = 5.0
@@ -18,16 +18,27 @@ OFFLINE_REMEDY = (
     "or download its files elsewhere and use data.source=file with data.train_path"
 )
 
+TFDS_REMEDY = "see what tfds says, check data.subset and data.cache_dir, or use data.source=file"
 
-def load_hub(name: str, data_config: ConfigDict) -> tuple[Documents, Documents | None]:
-    """Loads the train split, and the test split if there is one, by `datasets.load_dataset`.
+
+class Loaded(NamedTuple):
+    """The splits of a data set; None stands for one that is to be cut from training."""
+
+    train: Documents
+    test: Documents | None
+    validation: Documents | None
+    notes: tuple[str, ...]
+
+
+def load_hub(name: str, data_config: ConfigDict) -> Loaded:
+    """Loads the splits that the config names, by `datasets.load_dataset`.
 
     Args:
       name: of a data set on the hub, or a local directory of data files.
-      data_config: `cache_dir` (empty: the library's own) and the names of the columns.
+      data_config: `subset`, the names of the splits and columns, `cache_dir` (empty: the library's own).
 
     Raises:
-      InputError: no network, no such data set, no train split, or a column is missing.
+      InputError: no network, no such data set, subset, split or column.
     """
     # They take a second to import, which the other sources need not pay.
     import datasets
@@ -39,34 +50,42 @@ def load_hub(name: str, data_config: ConfigDict) -> tuple[Documents, Documents |
     )
     try:
         with _offline(is_silent):
-            splits = datasets.load_dataset(name, cache_dir=data_config.cache_dir or None)
+            splits = datasets.load_dataset(
+                name, data_config.subset or None, cache_dir=data_config.cache_dir or None
+            )
     # The library raises some twenty unrelated classes for what a user may get wrong.
     except Exception as error:
-        reason = str(error)
-        if is_silent and isinstance(error, ConnectionError):
+        reason = str(error) or type(error).__name__
+        # A ConnectionError of the standard library or of requests, which are unrelated classes.
+        is_offline = isinstance(error, ConnectionError | requests.exceptions.RequestException)
+        if is_silent and is_offline:
             reason = f"{datasets.config.HF_ENDPOINT} does not answer, and it is not in the cache"
-        raise _cannot_load(data_config, reason) from error
+        remedy = OFFLINE_REMEDY if is_silent or is_offline else _hub_remedy(reason)
+        raise _cannot_load(data_config, reason, remedy) from error
 
     def names_of(split: str, column: str) -> Sequence[str] | None:
         return getattr(splits[split].features[column], "names", None)
 
     def read(split: str, columns: list[str]) -> Mapping[str, Sequence[Any]]:
-        return {column: list(splits[split][column]) for column in columns}
+        try:
+            return {column: list(splits[split][column]) for column in columns}
+        except Exception as error:
+            raise _cannot_load(data_config, f"split {split}: {error}", _hub_remedy("")) from error
 
     names = {split: splits[split].column_names for split in splits}
-    return _train_and_test(data_config, names, read, names_of)
+    return _read_splits(data_config, names, read, names_of)
 
 
-def load_tfds(name: str, data_config: ConfigDict) -> tuple[Documents, Documents | None]:
-    """Loads the train split, and the test split if there is one, from ArrayRecord files of `tfds`.
+def load_tfds(name: str, data_config: ConfigDict) -> Loaded:
+    """Loads the splits that the config names from ArrayRecord files of `tfds`.
 
     Args:
       name: as for `tfds.builder`, or a local directory of a prepared data set.
-      data_config: `cache_dir` (empty: the library's own) and the names of the columns.
+      data_config: `subset`, the names of the splits and columns, `cache_dir` (empty: the library's own).
 
     Raises:
       InputError: no network, no such data set, a module that preparing it needs is not there,
-        no train split, or a column is missing.
+        no such subset, split or column.
     """
     import tensorflow_datasets as tfds
 
@@ -74,6 +93,7 @@ def load_tfds(name: str, data_config: ConfigDict) -> tuple[Documents, Documents 
         if os.path.isdir(name):
             builder = tfds.builder_from_directory(name)
         else:
+            name = f"{name}/{data_config.subset}" if data_config.subset else name
             builder = tfds.builder(name, data_dir=data_config.cache_dir or None, file_format="array_record")
             if not builder.is_prepared():
                 _require_answer(next(iter(builder.url_infos or ()), None))
@@ -97,7 +117,8 @@ def load_tfds(name: str, data_config: ConfigDict) -> tuple[Documents, Documents 
             f"pip install {error.name}, or use data.source=file",
         ) from error
     except Exception as error:
-        raise _cannot_load(data_config, str(error)) from error
+        remedy = OFFLINE_REMEDY if isinstance(error, ConnectionError) else TFDS_REMEDY
+        raise _cannot_load(data_config, str(error), remedy) from error
 
     features: Any = builder.info.features
 
@@ -109,29 +130,48 @@ def load_tfds(name: str, data_config: ConfigDict) -> tuple[Documents, Documents 
         return {column: [row[column] for row in rows] for column in columns}
 
     names = {split: list(features) for split in splits}
-    return _train_and_test(data_config, names, read, names_of)
+    return _read_splits(data_config, names, read, names_of)
 
 
-def _train_and_test(data_config, column_names, read, names_of) -> tuple[Documents, Documents | None]:
-    if "train" not in column_names:
-        splits = ", ".join(map(str, column_names))
-        raise InputError(
-            "data.source",
-            data_config.source,
-            f"has no split named train; it has {splits}",
-            "use data.source=file with the files of the splits",
-        )
-    documents = []
-    for split in ("train", "test"):
+def _read_splits(data_config: ConfigDict, column_names, read, names_of) -> Loaded:
+    """Reads the splits that are named; a split "test" that is not named is used if it has labels."""
+
+    def documents(split: str, role: str) -> Documents:
         if split not in column_names:
-            documents.append(None)
-            continue
+            known = ", ".join(map(str, column_names))
+            raise InputError(
+                f"data.{role}_split", split, f"{data_config.source} has no such split", f"it has {known}"
+            )
         where = f"{data_config.source} ({split})"
-        wanted = wanted_columns(column_names[split], data_config, with_clients=split == "train", where=where)
-        columns = read(split, list(wanted.values()))
-        values = {role: _named(columns[name], names_of(split, name)) for role, name in wanted.items()}
-        documents.append(to_documents(values, data_config, where))
-    return documents[0], documents[1]
+        roles = wanted_columns(column_names[split], data_config, role == "train", where)
+        columns = {
+            name: _named(values, names_of(split, name)) for name, values in read(split, named(roles)).items()
+        }
+        if not len(columns[data_config.label_column]):
+            raise no_rows(f"data.{role}_split", split)
+        return to_documents(columns, roles, data_config, where)
+
+    def is_labelled(split: str) -> bool:
+        label = data_config.label_column
+        if label not in column_names[split]:
+            return False
+        values = _named(read(split, [label])[label], names_of(split, label))
+        return any(value is not None for value in values)
+
+    test_split, notes = data_config.test_split, ()
+    if not test_split and "test" in column_names and data_config.train_split != "test":
+        if is_labelled("test"):
+            test_split = "test"
+        else:
+            notes = ("the split test has no labels, so a test split is cut from the training documents",)
+    return Loaded(
+        train=documents(data_config.train_split, "train"),
+        test=documents(test_split, "test") if test_split else None,
+        validation=documents(data_config.validation_split, "validation")
+        if data_config.validation_split
+        else None,
+        notes=notes,
+    )
 
 
 def _named(values: Sequence[Any], names: Sequence[str] | None) -> Sequence[Any]:
@@ -171,6 +211,18 @@ def _answers(url: str) -> bool:
     return True
 
 
-def _cannot_load(data_config: ConfigDict, reason: str) -> InputError:
+def _hub_remedy(reason: str) -> str:
+    """Returns what to do about an error of `datasets` that is not the network's."""
+    lowered = reason.lower()
+    if "config name" in lowered or "builderconfig" in lowered:
+        return "name one of them with data.subset"
+    if "script" in lowered:
+        return "use data.source=file with the data set's parquet files"
+    if "doesn't exist" in lowered or "gated" in lowered:
+        return "check the name; for a data set that is not public, log in with `hf auth login`"
+    return "see what `datasets` says, or use data.source=file with the data set's files"
+
+
+def _cannot_load(data_config: ConfigDict, reason: str, remedy: str) -> InputError:
     reason = " ".join(reason.split())[:300]
-    return InputError("data.source", data_config.source, f"cannot be loaded: {reason}", OFFLINE_REMEDY)
+    return InputError("data.source", data_config.source, f"cannot be loaded: {reason}", remedy)

@@ -1,126 +1,134 @@
-"""Parquet, csv and json files on disk to raw columns."""
+"""Documents from files on disk: one file, a pattern of files or a folder of them."""
 
 import csv
-import json
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import glob
+import gzip
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow
-import pyarrow.parquet
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data.columns import Documents, no_rows, to_documents, wanted_columns
+from hfedmoe_jax.data.columns import Documents, Roles, no_rows, to_documents, wanted_columns
+from hfedmoe_jax.data.formats import PROBED_BYTES, READERS, Columns
 from hfedmoe_jax.errors import InputError
 
-# Given the columns that a file has, returns those to read, by their role.
-Choose = Callable[[Sequence[str]], dict[str, str]]
-Columns = Mapping[str, Sequence[Any]]
+GZIP = ".gz"
 
 
 def read_documents(data_config: ConfigDict, field: str) -> Documents:
-    """Reads the documents of one file, chosen by its suffix: parquet, csv, json or jsonl.
+    """Reads the documents of a file, of the files that a pattern matches, or of those of a folder.
 
-    A csv file has a header line; a json file is an array of objects or, like jsonl, one object a line.
+    Files are read in the order of their names. A file's suffix says what it is: parquet, csv, tsv, json or
+    jsonl, and the last four may be compressed (`.csv.gz`). A json file is an array of objects or, like jsonl,
+    one object a line.
 
     Args:
-      data_config: `train_path` or `test_path`, and the names of the columns.
-      field: which of the two paths, `train_path` or `test_path`.
+      data_config: the path, the names of the columns, and `separator` and `header` for csv and tsv.
+      field: which of the paths: `train_path`, `validation_path` or `test_path`.
 
     Raises:
-      InputError: the file is missing, unreadable, of an unknown kind or empty, or lacks a column.
+      InputError: a file is missing, unreadable or of an unknown kind, all are empty, or a column is missing.
     """
     path = data_config[field]
     if not path:
         raise InputError(f"data.{field}", path, "data.source=file needs a file", f"give data.{field}=FILE")
-    read = READERS.get(Path(path).suffix.lower())
-    if read is None:
-        raise InputError(f"data.{field}", path, "unknown kind of file", f"use one of {', '.join(READERS)}")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        problem = "is a directory" if file.is_dir() else "no such file"
-        raise InputError(f"data.{field}", path, problem, "give the path of a data file")
-    if file.stat().st_size == 0:
-        raise no_rows(data_config, path)
+    files = _find(path, field)
+    parts = [part for file in files if (part := _read(file, data_config, field)) is not None]
+    if not parts:
+        raise no_rows(f"data.{field}", path)
+    clients = [client for part in parts for client in part.clients or []]
+    return Documents(
+        [text for part in parts for text in part.texts],
+        [label for part in parts for label in part.labels],
+        None if parts[0].clients is None else clients,
+    )
 
-    def choose(names: Sequence[str]) -> dict[str, str]:
-        return wanted_columns(names, data_config, with_clients=field == "train_path", where=path)
+
+def kind_of(path: str | Path) -> str:
+    """Returns the suffix that says how a file is read, or an empty text.
+
+    >>> kind_of("train.CSV.gz"), kind_of("train.parquet"), kind_of("train.parquet.gz"), kind_of("notes.txt")
+    ('.csv', '.parquet', '', '')
+    """
+    name = Path(path).name.lower()
+    suffix = Path(name.removesuffix(GZIP)).suffix
+    return suffix if suffix in READERS and not (suffix == ".parquet" and name.endswith(GZIP)) else ""
+
+
+def _find(path: str, field: str) -> list[Path]:
+    """Returns the data files of a path, in order."""
+
+    def refuse(problem: str, remedy: str = "give the path of a data file") -> InputError:
+        return InputError(f"data.{field}", path, problem, remedy)
+
+    given = Path(path).expanduser()
+    try:
+        if given.is_dir():
+            # Spark and others leave files such as _SUCCESS and .crc beside the data.
+            files = [file for file in given.iterdir() if file.is_file() and file.name[0] not in "._"]
+            files = sorted(file for file in files if kind_of(file))
+            if not files:
+                raise refuse(f"the folder has no data files ({', '.join(READERS)})")
+        elif given.exists():
+            files = [given]
+        else:
+            files = [Path(file) for file in sorted(glob.glob(str(given))) if Path(file).is_file()]
+            if not files:
+                if not kind_of(path):
+                    raise refuse("no such file, and of an unknown kind", f"use one of {', '.join(READERS)}")
+                raise refuse("no such file")
+    except (OSError, ValueError) as error:  # too long a name, a null character, no permission
+        if isinstance(error, InputError):
+            raise
+        raise refuse(f"cannot be read: {error}") from error
+    kinds = {kind_of(file) for file in files}
+    if "" in kinds:
+        raise refuse("unknown kind of file", f"use one of {', '.join(READERS)}")
+    if len(kinds) > 1:
+        raise refuse(f"has files of several kinds: {', '.join(sorted(kinds))}", "give files of one kind")
+    return files
+
+
+def _read(file: Path, data_config: ConfigDict, field: str) -> Documents | None:
+    """Returns the documents of one file, None if it is empty."""
+    where, kind = str(file), kind_of(file)
+
+    def choose(names: Sequence[str]) -> Roles:
+        return wanted_columns(names, data_config, with_clients=field == "train_path", where=where)
 
     try:
-        columns = read(file, choose)
+        if file.stat().st_size == 0:
+            return None
+        columns: Columns | None
+        if kind == ".parquet":
+            columns = READERS[kind](file, choose, data_config)
+        else:
+            with (gzip.open if file.name.lower().endswith(GZIP) else open)(file, "rb") as binary:
+                columns = READERS[kind](binary, choose, data_config)
+        if columns is None or not any(len(values) for values in columns.values()):
+            return None
     except InputError:
         raise
-    except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:
-        kind = Path(path).suffix.lower().removeprefix(".")
+    except UnicodeDecodeError as error:
         raise InputError(
-            f"data.{field}", path, f"cannot be read as {kind}: {error}", "check or replace the file"
+            f"data.{field}", where, f"is not UTF-8{_encoding_hint(error)}", "save it as UTF-8"
         ) from error
-    if columns is None:
-        raise no_rows(data_config, path)
-    return to_documents(columns, data_config, path)
+    except RecursionError as error:
+        raise InputError(
+            f"data.{field}", where, "is nested too deeply", "check or replace the file"
+        ) from error
+    except (
+        OSError, EOFError, zlib.error, ValueError, OverflowError, csv.Error, pyarrow.ArrowException
+    ) as error:  # fmt: skip
+        problem = f"cannot be read as {kind.removeprefix('.')}: {error}"
+        raise InputError(f"data.{field}", where, problem, "check or replace the file") from error
+    return to_documents(columns, choose(list(columns)), data_config, where)
 
 
-def _read_parquet(file: Path, choose: Choose) -> Columns:
-    parquet = pyarrow.parquet.ParquetFile(file)
-    wanted = choose(parquet.schema_arrow.names)
-    table = parquet.read(columns=list(wanted.values()))
-    return {role: table[column].to_pylist() for role, column in wanted.items()}
-
-
-def _read_csv(file: Path, choose: Choose) -> Columns | None:
-    # A field may be a whole book; the module's limit is for the whole process, so it is put back.
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            names = next(reader, None)
-            if names is None:
-                return None
-            wanted = choose(names)
-            rows = []
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(names):
-                    raise ValueError(f"line {reader.line_num} has {len(row)} fields, not {len(names)}")
-                rows.append(row)
-    finally:
-        csv.field_size_limit(limit)
-    columns = {role: [row[names.index(column)] for row in rows] for role, column in wanted.items()}
-    # pandas writes whole numbers beside a missing one as 1.0; parquet gives such labels as '1' too.
-    columns["label"] = [re.sub(r"^(-?\d+)\.0+$", r"\1", label) for label in columns["label"]]
-    return columns
-
-
-def _read_json(file: Path, choose: Choose) -> Columns | None:
-    rows = _json_rows(file.read_text(encoding="utf-8-sig"))
-    if not rows:
-        return None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is a {type(row).__name__}, not an object")
-    wanted = choose(list(dict.fromkeys(name for row in rows for name in row)))
-    return {role: [row.get(column) for row in rows] for role, column in wanted.items()}
-
-
-def _json_rows(text: str) -> list[Any]:
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error}") from error
-    return rows
-
-
-READERS: dict[str, Callable[[Path, Choose], Columns | None]] = {
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_json,
-}
+def _encoding_hint(error: UnicodeDecodeError) -> str:
+    content = bytes(error.object[:PROBED_BYTES])
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+        return " (it looks like UTF-16)"
+    return f": byte {error.object[error.start]:#04x} is of another encoding, perhaps cp1252"

@@ -4,6 +4,7 @@ Axes: N passages, T tokens of a passage.
 """
 
 import json
+import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import unknown_name
@@ -21,15 +22,22 @@ PAD_ID, UNK_ID, CLS_ID = range(3)
 # Byte-level BPE starts from all 256 bytes.
 MINIMUM_VOCAB_SIZE = {"wordpiece": 64, "bpe": 256 + len(SPECIAL_TOKENS)}
 LONG_TEXT = ("split", "truncate")
+# The trainers' time grows with the square of a word's length, so they see longer ones in pieces.
+LONGEST_WORD = 1000
+# Accents and other marks on letters of any script that BERT strips. The marks of Devanagari, Thai, Arabic and
+# others have blocks of their own: they are vowels, and stay.
+ACCENTS = r"[\x{300}-\x{36f}\x{1ab0}-\x{1aff}\x{1dc0}-\x{1dff}\x{20d0}-\x{20ff}\x{fe20}-\x{fe2f}]"
 ENCODE_BATCH = 4096
+LONG_WORD = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD + 1},}}")
 
 
 def train_tokenizer(texts: Sequence[str], kind: str, vocab_size: int) -> Tokenizer:
     """Trains a tokenizer whose vocabulary depends on nothing but the arguments.
 
     The special tokens are [PAD]=0, [UNK]=1 and [CLS]=2; a text that spells one of them out does not
-    become one. `wordpiece` lower-cases and strips accents as BERT does (Devlin et al., 2019); `bpe` works
-    on bytes, so it knows every text (Radford et al., 2019).
+    become one. `wordpiece` lower-cases and strips accents as BERT does (Devlin et al., 2019), but keeps the
+    marks that are vowels, as of Devanagari and Thai; a word of more than 100 characters is [UNK] to it.
+    `bpe` works on bytes, so it knows every text (Radford et al., 2019).
 
     Args:
       texts: the training documents.
@@ -40,6 +48,7 @@ def train_tokenizer(texts: Sequence[str], kind: str, vocab_size: int) -> Tokeniz
       InputError: an unknown kind or a vocabulary too small for it.
     """
     check_tokenizer(kind, vocab_size)
+    texts = [LONG_WORD.sub(_in_pieces, text) for text in texts]
     return (_train_wordpiece if kind == "wordpiece" else _train_bpe)(texts, vocab_size)
 
 
@@ -110,6 +119,10 @@ def from_json(text: str) -> Tokenizer:
     return Tokenizer.from_str(text)
 
 
+def _in_pieces(word: re.Match[str]) -> str:
+    return " ".join(word[0][start : start + LONGEST_WORD] for start in range(0, len(word[0]), LONGEST_WORD))
+
+
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
     for start in range(0, len(texts), ENCODE_BATCH):
         batch = list(texts[start : start + ENCODE_BATCH])
@@ -126,7 +139,15 @@ def _kept_windows(length: int, window: int, long_text: str) -> int:
 
 def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL_TOKENS[UNK_ID]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.BertNormalizer(lowercase=False, strip_accents=False),
+            normalizers.NFD(),
+            normalizers.Replace(Regex(ACCENTS), ""),
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+        ]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     initial, continuing = _alphabets(tokenizer, texts, (vocab_size - len(SPECIAL_TOKENS)) // 2)

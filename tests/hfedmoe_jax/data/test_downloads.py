@@ -59,10 +59,59 @@ def test_hub_without_a_label_or_a_train_split(make_config, tmp_path):
     assert error.field == "data.label_column" and "row 6" in str(error) and "(train)" in str(error)
     name = save_hub_folder(tmp_path / "testonly", splits=("test",))
     error = error_of(make_config(source=f"hub:{name}", cache_dir=cache))
-    assert error.field == "data.source" and "it has test" in str(error)
+    assert error.field == "data.train_split" and "it has test" in str(error)
     name = save_hub_folder(tmp_path / "other")
     error = error_of(make_config(source=f"hub:{name}", cache_dir=cache, text_column="body"))
     assert error.field == "data.text_column" and "'text', 'label'" in str(error)
+
+
+def test_hub_splits_are_chosen_by_name(make_config, tmp_path):
+    folder = save_hub_folder(tmp_path / "three", splits=("train", "test", "validation"))
+    fields = {"source": f"hub:{folder}", "cache_dir": str(tmp_path / "cache")}
+    corpus = load_source(make_config(**fields).data)
+    assert corpus.validation is None and corpus.test is not None
+    corpus = load_source(make_config(**fields, validation_split="validation", test_split="train").data)
+    assert corpus.validation.texts == TEXTS[:2] and corpus.test.texts == TEXTS
+    error = error_of(make_config(**fields, test_split="tset"))
+    assert error.field == "data.test_split" and "train" in str(error)
+
+
+def test_an_unlabelled_test_split_is_told_and_one_is_cut(make_config, tmp_path):
+    folder = tmp_path / "unlabelled"
+    save_hub_folder(folder, splits=("train",))
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=NAMES)}
+    )
+    rows = {"text": ["a", "b"], "label": [-1, -1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(
+        folder / "data" / "test-00000-of-00001.parquet"
+    )
+    fields = {"source": f"hub:{folder}", "cache_dir": str(tmp_path / "cache")}
+    corpus = load_source(make_config(**fields).data)
+    assert corpus.test is None and "no labels" in corpus.notes[0]
+    error = error_of(make_config(**fields, test_split="test"))
+    assert error.field == "data.label_column" and "row 1" in str(error)
+
+
+def test_hub_subsets(make_config, tmp_path):
+    for subset in ("first", "second"):
+        save_hub_folder(tmp_path / "two" / subset, splits=("train",))
+    subsets = {"one": "first", "other": "second"}
+    card = [f"- config_name: {name}\n  data_files: {path}/data/*" for name, path in subsets.items()]
+    (tmp_path / "two" / "README.md").write_text("\n".join(["---", "configs:", *card, "---"]))
+    fields = {"source": f"hub:{tmp_path / 'two'}", "cache_dir": str(tmp_path / "cache")}
+    error = error_of(make_config(**fields))
+    assert "data.subset" in str(error) and "'other'" in str(error) and "network" not in str(error)
+    error = error_of(make_config(**fields, subset="third"))
+    assert "data.subset" in str(error) and "'other'" in str(error)
+    assert load_source(make_config(**fields, subset="other").data).train.texts == TEXTS
+
+
+def test_errors_of_the_library_are_not_the_networks(make_config, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 no more")
+    error = error_of(make_config(source=f"hub:{tmp_path / 'broken'}", cache_dir=str(tmp_path / "cache")))
+    assert error.field == "data.source" and "network" not in str(error) and "datasets" in str(error)
 
 
 def test_hub_out_of_reach_fails_soon_and_says_what_to_do(make_config, tmp_path, no_hub):

@@ -213,6 +213,23 @@ def test_the_tokenizer_sees_training_documents_only(make_config, write_rows):
     assert "q" not in vocabulary and "##q" not in vocabulary
 
 
+def test_texts_that_wordpiece_cannot_read_are_refused(make_config, write_rows):
+    unspaced = [{"text": "ภาษาไทย" * 20 + str(n), "label": n % 2} for n in range(40)]
+    error = error_of(make_config(train_path=write_rows(unspaced)))
+    assert error.field == "data.tokenizer" and "100% of the training texts" in str(error)
+    assert "data.tokenizer=bpe" in str(error)
+    assert (
+        load_federated(make_config(train_path=write_rows(unspaced), tokenizer="bpe")).facts.unknown_share == 0
+    )
+
+
+def test_the_share_of_unknown_tokens(make_config, write_rows):
+    # Of nine words in every text one is longer than WordPiece reads.
+    rows = [{"text": f"{'a ' * 8}{'b' * 101}{' ' * n}", "label": n % 2} for n in range(40)]
+    data = load_federated(make_config(train_path=write_rows(rows), seq_len=16))
+    assert data.facts.unknown_share == pytest.approx(1 / 9)
+
+
 def test_natural_clients(make_config, write_rows):
     path = write_rows(topic_rows(30))
     fields = {"train_path": path, "client_column": "user", "partition": {"name": "column"}}

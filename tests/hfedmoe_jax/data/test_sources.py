@@ -139,7 +139,10 @@ def test_files_that_cannot_be_read(make_config, tmp_path, suffix):
     path.write_bytes(b'text,label\n"a\xff\xfe,1\n')
     error = error_of(make_config, train_path=str(path))
     assert error.field == "data.train_path" and error.value == str(path)
-    assert f"cannot be read as {suffix[1:]}" in str(error) and "replace the file" in str(error)
+    if suffix == ".parquet":
+        assert "cannot be read as parquet" in str(error) and "replace the file" in str(error)
+    else:
+        assert "is not UTF-8" in str(error) and "save it as UTF-8" in str(error)
     good = write(tmp_path / f"good{suffix}", ROWS)
     assert error_of(make_config, train_path=good, test_path=str(path)).field == "data.test_path"
 
@@ -148,7 +151,7 @@ def test_paths_that_are_no_data_files(make_config, tmp_path):
     assert "give data.train_path=FILE" in str(error_of(make_config, train_path=""))
     assert ".parquet, .csv" in str(error_of(make_config, train_path="data.xlsx"))
     (tmp_path / "folder.csv").mkdir()
-    assert "is a directory" in str(error_of(make_config, train_path=str(tmp_path / "folder.csv")))
+    assert "has no data files" in str(error_of(make_config, train_path=str(tmp_path / "folder.csv")))
 
 
 def test_broken_rows_are_named(make_config, tmp_path):

@@ -1,6 +1,8 @@
 import os
+import random
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -49,6 +51,30 @@ def test_wordpiece_reads_as_bert_does():
     assert ids_of(tokenizer, "Ж") == [UNK]
     # Punctuation always stands alone, so it needs no place as the end of a word.
     assert not {f"##{mark}" for mark in ".,;()"} & set(tokenizer.get_vocab())
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [("की", "का"), ("ที", "ทา"), ("ที่", "ที้"), ("كَ", "كِ"), ("が", "か")],
+)
+def test_wordpiece_keeps_marks_that_make_another_word(one, other):
+    tokenizer = train_tokenizer([f"{one} {other}"] * 3, "wordpiece", 300)
+    assert UNK not in ids_of(tokenizer, f"{one} {other}")
+    assert ids_of(tokenizer, one) != ids_of(tokenizer, other)
+
+
+def test_wordpiece_reads_both_unicode_forms_of_a_syllable():
+    tokenizer = train_tokenizer(["한국어"] * 3, "wordpiece", 300)
+    decomposed = unicodedata.normalize("NFD", "한국어")
+    assert ids_of(tokenizer, decomposed) == ids_of(tokenizer, "한국어") != [UNK]
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_a_huge_word_is_learned_in_pieces(kind):
+    word = "".join(random.Random(0).choices("abcdefghij", k=3500))
+    pieces = " ".join(word[start : start + 1000] for start in range(0, 3500, 1000))
+    trained = [to_json(train_tokenizer([text, "ab cd"], kind, 320)) for text in (word, pieces)]
+    assert trained[0] == trained[1]
 
 
 @settings(deadline=None)
