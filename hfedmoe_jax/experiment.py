@@ -48,7 +48,7 @@ from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.quality import Quality, Splits, client_spread
 from hfedmoe_jax.ranges import check_memory
-from hfedmoe_jax.reports import NONFINITE
+from hfedmoe_jax.reports import NONFINITE, OK, STATUS_NAMES, failed_clients
 from hfedmoe_jax.schedule import NOBODY, Block, chunk_size, empty_places
 from hfedmoe_jax.tasks import tasks
 
@@ -307,7 +307,7 @@ class Experiment:
 
         Returns:
           The new state, the round's row of metrics, and a line for each client whose update was not
-          finite.
+          finite, and for a round in which no client's update counted.
         """
         began = time.perf_counter()
         number, steps = int(state.round) + 1, self.config.fl.local_steps
@@ -350,6 +350,9 @@ class Experiment:
             f"client {members[index]}, round {number}: the loss is not finite; its update is dropped"
             for index in np.flatnonzero(metrics.report.status == NONFINITE)
         ]
+        counts = np.bincount(metrics.report.status, minlength=len(STATUS_NAMES))
+        if not counts[OK]:
+            failures.append(f"round {number} trained nothing: {failed_clients(counts)}")
         return state._replace(ledger=ledger), row, failures
 
     @cached_property

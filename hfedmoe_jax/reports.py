@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hfedmoe_jax.models import Routing
@@ -15,6 +16,12 @@ from hfedmoe_jax.tasks import Ratio
 
 OK, DROPPED_OUT, OVER_BUDGET, NONFINITE = range(4)
 STATUS_NAMES = ("ok", "dropped_out", "over_budget", "nonfinite")
+FAILURES = {
+    DROPPED_OUT: "dropped out (fl.dropout_probability)",
+    OVER_BUDGET: "needed more experts than they can train (budget.fraction, devices, fl.algorithm)",
+    NONFINITE: "had a loss that is not finite (client.learning_rate)",
+}
+"""What happened to clients whose update does not count, with the fields that decide it."""
 
 
 class ClientReport(NamedTuple):
@@ -121,3 +128,17 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     """Says whether no number of a tree is NaN or infinite, nor their sum too large for float32."""
     # A sum runs several times as fast on a CPU as a test of every number.
     return jnp.isfinite(sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+def failed_clients(counts: np.ndarray) -> str:
+    """Returns why clients' updates did not count, as text.
+
+    Args:
+      counts: int [4], clients by status.
+
+    >>> failed_clients(np.array([0, 0, 0, 3]))
+    '3 clients had a loss that is not finite (client.learning_rate)'
+    """
+    parts = [f"{counts[status]} {text}" for status, text in FAILURES.items() if counts[status]]
+    first, *others = parts
+    return ", ".join([first.replace(" ", " clients ", 1), *others])

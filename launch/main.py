@@ -21,14 +21,18 @@ One run on several hosts (SLURM and TPU pods are detected without these flags):
   --process=I              index of this process, from 0
 
 Exit codes: 0 done, 2 a mistake in the command or the data (one line says which), 3 another process
-of the run stopped, 130 interrupted.
+of the run stopped, 4 no round trained anything (one line says why), 130 interrupted.
 """
 
 import sys
 
-from launch.experiments import run_command
-from launch.run.command import read_command
-from launch.run.program import run_program
+try:
+    from launch.experiments import run_command
+    from launch.run.command import read_command
+    from launch.run.program import run_program
+except KeyboardInterrupt:  # these imports take seconds
+    print("interrupted: nothing was begun", file=sys.stderr)
+    sys.exit(130)
 
 
 def main(arguments: list[str]) -> int:

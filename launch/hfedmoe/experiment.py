@@ -17,7 +17,7 @@ from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.data import num_rows
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.quality import Quality
-from hfedmoe_jax.reports import STATUS_NAMES
+from hfedmoe_jax.reports import OK, STATUS_NAMES, failed_clients
 from launch.hfedmoe.data_notes import print_data_notes
 from launch.hfedmoe.figures import write_figures
 from launch.hosts.devices import configure_devices, use_compilation_cache
@@ -30,6 +30,7 @@ from launch.hosts.distributed import (
     wait_for_processes,
 )
 from launch.run.checkpoints import Checkpoints
+from launch.run.program import NothingTrainedError
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
 from launch.run.workdir import Fingerprint, hold_workdir, open_workdir, versions, write_json
@@ -81,6 +82,14 @@ def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host, source: F
         outcome = experiment.finish(state)
         if is_first_process():
             write_results(experiment, state, outcome, workdir)
+        check_trained(state)
+
+
+def check_trained(state: RunState) -> None:
+    """Raises a `NothingTrainedError` if no client's update counted in any round."""
+    counts = np.asarray(state.ledger.status_counts)
+    if not counts[OK]:
+        raise NothingTrainedError(f"{int(state.round)} rounds trained nothing: {failed_clients(counts)}")
 
 
 def fingerprints(experiment: Experiment, source: Fingerprint | None) -> list[Fingerprint]:

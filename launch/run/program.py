@@ -10,7 +10,12 @@ from hfedmoe_jax.errors import InputError
 
 EXIT_ERROR = 1
 EXIT_INPUT_ERROR = 2
+EXIT_NOTHING_TRAINED = 4
 EXIT_INTERRUPTED = 130
+
+
+class NothingTrainedError(RuntimeError):
+    """A run that has written its results, but whose every round left the model as it was."""
 
 
 def run_program(arguments: list[str], usage: str, work: Callable[[], None], when_interrupted: str) -> int:
@@ -31,11 +36,11 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
     quiet_libraries()
     try:
         work()
-    except (KeyboardInterrupt, ValueError) as error:
+    except (KeyboardInterrupt, ValueError, NothingTrainedError) as error:
         code = exit_code(error)
         if code == EXIT_ERROR:
             raise
-        print(f"error: {error}" if code == EXIT_INPUT_ERROR else when_interrupted, file=sys.stderr)
+        print(when_interrupted if code == EXIT_INTERRUPTED else f"error: {error}", file=sys.stderr)
         return code
     return 0
 
@@ -48,6 +53,8 @@ def exit_code(error: BaseException | None) -> int:
     """
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
+    if isinstance(error, NothingTrainedError):
+        return EXIT_NOTHING_TRAINED
     return EXIT_INPUT_ERROR if is_input_error(error) else EXIT_ERROR
 
 

@@ -305,6 +305,17 @@ def test_the_best_model_is_that_of_the_best_validation_accuracy(experiment, run)
     assert equal(after.best, before)
 
 
+def test_a_round_without_a_client_says_why():
+    """By the draw of its first round: every client drops out but with a chance of one in a billion."""
+    experiment = build(fl__algorithm="fedavg", fl__dropout_probability=1 - 1e-9)
+    state = experiment.init()
+    before = jax.tree.map(np.array, state.server.params)
+    state, row, failures = experiment.step(state)
+    experiment.close()
+    assert failures == [f"round 1 trained nothing: {COHORT} clients dropped out (fl.dropout_probability)"]
+    assert row["clients_dropped_out"] == COHORT and equal(state.server.params, before)
+
+
 def test_a_loss_that_is_not_finite_is_named_and_its_update_dropped(experiment):
     """A word that only one client has is given an embedding whose square overflows."""
     state = experiment.init()

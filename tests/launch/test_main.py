@@ -183,6 +183,19 @@ def test_a_program_can_run_several_configs(runs, tmp_path):
     assert [config.fl.rounds for config, _ in runs] == [5, 6]
 
 
+@pytest.mark.parametrize("door", ["launch.main", "launch.bench"])
+def test_an_interrupt_during_the_imports_is_one_line(tmp_path, door):
+    """A stand-in for JAX is interrupted while it is imported."""
+    (tmp_path / "jax.py").write_text("raise KeyboardInterrupt")
+    environment = _environment() | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), _environment()["PYTHONPATH"]])
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", door, "--help"], env=environment, capture_output=True, text=True
+    )
+    assert (child.returncode, child.stdout, child.stderr) == (130, "", "interrupted: nothing was begun\n")
+
+
 def _raises(error):
     def run(config, workdir, host, source):
         raise error

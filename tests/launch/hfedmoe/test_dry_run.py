@@ -10,7 +10,7 @@ import tiny_run
 from hfedmoe_jax import Experiment, make_mesh
 from launch import targets
 from launch.hfedmoe import dry_run
-from launch.main import read_command
+from launch.run.command import read_command
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from hfedmoe_jax.accounting import Ledger
 from hfedmoe_jax.experiment import metric_columns
 from hfedmoe_jax.quality import Quality
 from launch.hfedmoe.experiment import summarize
-from launch.main import read_command
+from launch.run.command import read_command
 from launch.run.writers import read_metrics
 
 COLUMNS = metric_columns(tasks["classification"])

@@ -12,7 +12,7 @@ import tiny_run
 
 from hfedmoe_jax import load_federated
 from hfedmoe_jax.tasks import classification
-from launch.main import read_command
+from launch.run.command import read_command
 from launch.run.writers import read_metrics
 
 NUM_FIGURES = 9
@@ -96,8 +96,13 @@ def test_a_diverging_run_over_csv_goes_on_drops_the_updates_and_says_so(tmp_path
         "fl__algorithm": "fedavg",
     }
     screen = tiny_run.run_main(tiny_run.arguments(tmp_path / "run", train, **fields))
-    assert screen.code == 0
-    warnings = screen.err.splitlines()
+    assert screen.code == 4
+    *warnings, error = screen.err.splitlines()
+    cause = "clients had a loss that is not finite (client.learning_rate)"
+    assert error == f"error: 3 rounds trained nothing: 9 {cause}"
+    rounds = [line for line in warnings if "trained nothing" in line]
+    assert rounds == [f"warning: round {number} trained nothing: 3 {cause}" for number in (1, 2, 3)]
+    warnings = [line for line in warnings if line not in rounds]
     found = [re.fullmatch(r"warning: client (\d), round (\d): .* dropped", line) for line in warnings]
     assert len({match.groups() for match in found}) == len(warnings) == 9
     assert [match[2] for match in found] == list("111222333")

@@ -12,7 +12,8 @@ import slide_run
 import slide_strategies
 import tiny_run
 
-from launch.main import main, read_command
+from launch.main import main
+from launch.run.command import read_command
 from launch.run.writers import read_metrics
 from launch.slide import experiment
 from launch.slide.sweeps import columns
