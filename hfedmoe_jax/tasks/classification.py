@@ -103,6 +103,7 @@ def log_softmax(logits: Float[Array, "batch classes"], batch: Batch) -> Float[Ar
 
 classification = Task(
     prepare, "text", num_outputs, loss, score, ("accuracy",), "accuracy", majority_vote,
+    baseline_name="majority class",
     evidence=log_softmax,
     score_documents=score_documents,
     document_scores=("document_accuracy", "document_macro_f1"),

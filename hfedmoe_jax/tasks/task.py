@@ -51,6 +51,7 @@ class Task(NamedTuple):
       scores: names of the others beside `loss`.
       metric: the one of `scores` that chooses the best round; larger is better.
       baseline: (training rows, test rows) -> `metric` of the best constant answer.
+      baseline_name: of that answer.
       evidence: (output, batch) -> what documents are scored from, float [B, ...]; None if they are not.
       score_documents: (evidence [N, ...], rows, document [N]) -> `DocumentScores`, on the host.
       document_scores: names of its scores.
@@ -64,6 +65,7 @@ class Task(NamedTuple):
     scores: tuple[str, ...]
     metric: str
     baseline: Callable[[Batch, Batch], float]
+    baseline_name: str = "constant answer"
     evidence: Callable[[Any, Batch], Array] | None = None
     score_documents: Callable[[np.ndarray, Batch, np.ndarray], DocumentScores] | None = None
     document_scores: tuple[str, ...] = ()

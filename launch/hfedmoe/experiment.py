@@ -218,6 +218,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
         "test_by_class": by_class(experiment.data.label_names, outcome.final),
         "best_round": int(state.best_round),
         f"validation_{metric}_best": float(state.best_score),
+        "baseline": experiment.task.baseline_name,
         f"baseline_{metric}": experiment.baseline,
         f"client_{metric}": dict(zip(("mean", "std", "worst10"), outcome.client_spread, strict=True)),
         "expert_budget": budget_by_class(experiment),
@@ -300,6 +301,7 @@ def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[st
         "expert_load": outcome.expert_load,
         "round_last": int(state.round),
         "baseline": experiment.baseline,
+        "baseline_name": experiment.task.baseline_name,
     }
 
 
@@ -323,7 +325,7 @@ def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[s
     return [
         (f"test {metric}", f"{test_text(summary, 'final')} after the last round"),
         ("", f"{test_text(summary, 'best')} of round {best}, the best on validation"),
-        ("constant answer", f"{summary[f'baseline_{metric}']:.4f}, the best there is"),
+        (summary["baseline"], f"{summary[f'baseline_{metric}']:.4f}, the best constant answer"),
         ("clients' own data", "{mean:.4f} mean, {std:.4f} std, {worst10:.4f} worst 10%".format(**spread)),
         ("expert budget", f"{budgets} of {summary['experts']}"),
         ("client rounds", ", ".join(f"{k} {v}" for k, v in summary["client_rounds"].items() if v)),

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from launch.run import figures
 from launch.run.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, FigureEntry, column, finish, line
@@ -27,7 +27,7 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
     Args:
       rows: the rows of metrics.csv.
       record: values and arrays of the run by name: num_layers, num_experts, round_last; metric, the name
-        of the task's, and baseline, its value for the best constant answer; device_class, budget, union,
+        of the task's, baseline and baseline_name, its best constant answer; device_class, budget, union,
         client_scores and client_num_examples [C]; cohort [M]; usage_before and usage_after [M, L, E];
         times_chosen [C, L, E]; expert_load [L, E].
       directory: where the PNG files go; created.
@@ -46,7 +46,9 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
         }
         entries = []
         for name, figure in drawn.items():
-            title, caption = (text.format(Metric=record["metric"].capitalize()) for text in TEXTS[name])
+            words = {"Metric": record["metric"].capitalize(), "many": figures.MANY}
+            words["baseline"] = record["baseline_name"]
+            title, caption = (text.format(**words) for text in TEXTS[name])
             path = figures.save(figure, pathlib.Path(directory, f"{name}.png"))
             entries.append(FigureEntry(title, caption, path))
         return entries
@@ -57,7 +59,8 @@ TEXTS = {
     "learning": (
         "{Metric} and loss by round",
         "The global model on the validation data, and the clients' own held-out data: their mean with one "
-        "standard deviation (shaded) and the mean of the worst 10%. Dashed: the best constant answer.",
+        "standard deviation (shaded) and the mean of the worst 10%. Scores are by passage; a document is "
+        "answered from all of its passages. Dashed: the {baseline} on the test split.",
     ),
     "learning_time": (
         "{Metric} and loss by simulated time",
@@ -68,7 +71,7 @@ TEXTS = {
         "Expert usage before and after aggregation",
         "A row is a client of the last round, a column an expert: the mean gate weight that the client's "
         "samples give it, while the client trained and, on the same batches, with the aggregated model. "
-        "White: the client's update did not count.",
+        "White: the client's update did not count. From {many} clients on: their distribution by expert.",
     ),
     "expert_choice": (
         "How many clients chose each expert",
@@ -83,18 +86,19 @@ TEXTS = {
     "budget_union": (
         "Budget against the experts that a batch needs",
         "A point is a client: how many experts, over all layers, its batches were routed to, against how "
-        "many its device can train. Above the line the client must select.",
+        "many its device can train. Above the line the client must select. From {many} clients on: boxes "
+        "from 25% to 75% of the clients of a class with that budget, whiskers from 5% to 95%.",
     ),
     "client_metric": (
         "{Metric} client by client",
-        "{Metric} of the final global model on each client's own held-out data: sorted, and against how much "
-        "data the client has.",
+        "{Metric} by passage of the final global model on each client's own held-out data: sorted, and "
+        "against how much data the client has. From {many} clients on: the distribution in each class.",
     ),
     "routing": (
         "Routing",
-        "Left: the share of a layer's validation tokens that each expert serves (balanced routing: all cells "
-        "equal). Then, by round: routing consistency (equation 18) with the tokens dropped for lack of "
-        "capacity, and the entropy of the router's probabilities (0: certain; highest when undecided).",
+        "The share of a layer's validation tokens that each expert serves (balanced routing: all cells "
+        "equal). By round: routing consistency (equation 18), the tokens dropped for lack of capacity, and "
+        "the entropy of the router's probabilities (0: certain; ln of the number of experts: undecided).",
     ),
     "cost": (
         "Traffic, time and failures by round",
@@ -102,7 +106,7 @@ TEXTS = {
         "waiting for the slowest, and what became of the clients of each round.",
     ),
 }
-"""Title and caption of each figure; {Metric} is the name of the task's metric."""
+"""Title and caption of each figure; {Metric} and {baseline} are names of the task's."""
 
 OUTCOMES = (
     ("clients_ok", "finished", GREEN),
@@ -134,13 +138,17 @@ def _learning(rows: Rows, record: Record, x: np.ndarray, xlabel: str) -> Figure:
     metric = record["metric"]
     mean, spread = column(rows, f"client_{metric}_mean"), column(rows, f"client_{metric}_std")
     figures.band(left, x, np.maximum(mean - spread, 0), np.minimum(mean + spread, 1), SKY)
+    line(left, x, column(rows, f"validation_{metric}"), "validation", BLUE)
     line(left, x, mean, "clients, mean", SKY)
     line(left, x, column(rows, f"client_{metric}_worst10"), "clients, worst 10%", PINK)
-    line(left, x, column(rows, f"validation_{metric}"), "validation", BLUE)
+    by_document = column(rows, f"validation_document_{metric}")
+    line(left, x, by_document, "validation, by document", GREEN, linestyle="--", marker="")
     if np.isfinite(record["baseline"]):
-        left.axhline(record["baseline"], color=GREY, linestyle="--", label="constant answer", linewidth=1.3)
+        left.axhline(
+            record["baseline"], color=GREY, linestyle="--", label=record["baseline_name"], linewidth=1.3
+        )
     _percent(left)
-    finish(left, metric.capitalize(), xlabel, metric, legend_columns=2)
+    finish(left, metric.capitalize(), xlabel, f"{metric} by passage", legend_columns=2)
     line(right, x, column(rows, "train_loss"), "training", ORANGE)
     line(right, x, column(rows, "validation_loss"), "validation", BLUE)
     finish(right, "Loss", xlabel, "cross-entropy (nats)", legend_columns=2)
@@ -160,6 +168,15 @@ def expert_usage(record: Record) -> Figure:
         return figure
     largest = np.nanmax([np.nanmax(before), np.nanmax(after, initial=0)])
     columns = before[0].size
+    if len(clients) >= figures.MANY:
+        figure.set_size_inches(figures.WIDTH_IN, 4.2)
+        for axes, title, usage in ((left, BEFORE, before), (right, AFTER, after)):
+            known = usage.reshape(len(clients), columns)
+            figures.quantile_bands(axes, np.arange(columns), known, BLUE)
+            _layer_columns(axes, record["num_layers"], record["num_experts"], "#BBBBBB")
+            finish(axes, title, axes.get_xlabel(), "usage (mean gate weight)" if axes is left else "")
+        left.set_ylim(0, 1.05 * largest)
+        return figure
     look = {"cmap": "viridis", "norm": PowerNorm(0.5, 0, largest), "aspect": "auto"}
     # With more columns than pixels, average them instead of leaving some out.
     look["interpolation"] = "nearest" if columns <= 500 else "antialiased"
@@ -174,10 +191,10 @@ def expert_usage(record: Record) -> Figure:
     return figure
 
 
-def _layer_columns(axes: Axes, num_layers: int, num_experts: int) -> None:
+def _layer_columns(axes: Axes, num_layers: int, num_experts: int, color: str = "white") -> None:
     axes.grid(False)
     for layer in range(1, num_layers):
-        axes.axvline(layer * num_experts - 0.5, color="white", linewidth=2)
+        axes.axvline(layer * num_experts - 0.5, color=color, linewidth=2)
     every = int(np.ceil(num_layers / 12))
     layers = np.arange(0, num_layers, every)
     axes.set_xticks(
@@ -223,7 +240,7 @@ def expert_share(rows: Rows) -> Figure:
     figures.whole_numbers(axes, rounds)
     _percent(axes)
     axes.set_ylim(0, 1.03)
-    finish(axes, "Share of all experts", "round", "experts")
+    finish(axes, "Share of all experts", "round", "experts (%)")
     return figure
 
 
@@ -232,10 +249,11 @@ def budget_union(record: Record) -> Figure:
     budget, union = np.asarray(record["budget"], float), np.asarray(record["union"], float)
     figure, ((axes,),) = figures.new_figure(height_in=4.6)
     took_part = np.isfinite(union)
-    for name, where, color, marker in _device_classes(record, took_part):
-        axes.scatter(
-            budget[where], union[where], color=color, marker=marker, s=42, alpha=0.8, linewidths=0, label=name
-        )
+    for name, where, look in _device_classes(record, took_part):
+        if took_part.sum() >= figures.MANY:
+            _boxes(axes, budget[where], union[where], look["color"], name)
+        else:
+            axes.scatter(budget[where], union[where], s=42, alpha=0.8, linewidths=0, label=name, **look)
     if took_part.any():
         most = max(budget.max(), union[took_part].max())
         most *= 1.06
@@ -254,6 +272,16 @@ def budget_union(record: Record) -> Figure:
     return figure
 
 
+def _boxes(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
+    """Draws a box of the distribution of y at each value of x."""
+    for place in np.unique(x):
+        low, first, middle, third, high = np.quantile(y[x == place], [0.05, 0.25, 0.5, 0.75, 0.95])
+        axes.plot([place, place], [low, high], color=color, linewidth=1.4)
+        axes.plot([place, place], [first, third], color=color, linewidth=9, solid_capstyle="butt", alpha=0.6)
+        axes.plot(place, middle, color=color, marker="_", markersize=13)
+    axes.plot([], [], color=color, linewidth=6, alpha=0.6, label=f"{label}, {len(x)} clients")
+
+
 def client_metric(record: Record) -> Figure:
     """Draws the spread of the task's metric over the clients."""
     value = np.asarray(record["client_scores"], float)
@@ -262,10 +290,16 @@ def client_metric(record: Record) -> Figure:
     rank = np.full(len(value), np.nan)
     rank[known] = 1 + np.argsort(np.argsort(value[known], kind="stable"))
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.2, sharey=True, width_ratios=[3, 2])
-    for name, where, color, marker in _device_classes(record, known):
-        style = {"color": color, "marker": marker, "s": 34, "alpha": 0.85, "linewidths": 0}
-        left.scatter(rank[where], value[where], label=name, zorder=3, **style)
-        right.scatter(examples[where], value[where], zorder=3, **style)
+    many = known.sum() >= figures.MANY
+    for name, where, look in _device_classes(record, known):
+        if many:  # curves of a share of the class each, and medians over tenths of the clients by data
+            share = np.linspace(0, 1, 101)
+            line(left, 100 * share, np.quantile(value[where], share), name, look["color"], marker="")
+            _tenths(right, examples[where], value[where], look)
+        else:
+            style = {"s": 34, "alpha": 0.85, "linewidths": 0, **look}
+            left.scatter(rank[where], value[where], label=name, zorder=3, **style)
+            right.scatter(examples[where], value[where], zorder=3, **style)
     if known.any():
         mean, spread = value[known].mean(), value[known].std()
         worst = np.sort(value[known])[: int(np.ceil(0.1 * known.sum()))].mean()
@@ -274,34 +308,57 @@ def client_metric(record: Record) -> Figure:
         left.axhline(worst, color=PINK, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")
         if examples[known].max() > 20 * max(1, examples[known].min()):
             right.set_xscale("log")
-        figures.whole_numbers(left, rank[known])
+            right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            right.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+            right.xaxis.set_minor_locator(NullLocator())
+        if not many:
+            figures.whole_numbers(left, rank[known])
     _percent(left)
-    finish(left, "Sorted", "clients, from worst to best", f"{record['metric']} on the client's own data")
-    finish(right, "By amount of data", "training examples of the client", "")
+    xlabel = "clients of the class, from worst to best (%)" if many else "clients, from worst to best"
+    finish(left, "Sorted", xlabel, f"{record['metric']} on the client's own data")
+    finish(right, "By amount of data", "training passages of the client", "")
     return figure
 
 
+def _tenths(axes: Axes, x: np.ndarray, y: np.ndarray, look: Mapping[str, str]) -> None:
+    """Draws the median of y, and from 25% to 75% of it, in each tenth of the points by x."""
+    for part in np.array_split(np.argsort(x, kind="stable"), min(10, len(x))):
+        low, middle, high = np.quantile(y[part], [0.25, 0.5, 0.75])
+        place = np.median(x[part])
+        axes.plot([place, place], [low, high], color=look["color"], linewidth=1.4)
+        axes.plot(place, middle, markersize=6, **look)
+
+
 def routing(rows: Rows, record: Record) -> Figure:
-    """Draws the load of the experts, routing consistency, dropped tokens and router entropy by round."""
+    """Draws the load of the experts, and by round routing consistency, dropped tokens and router entropy."""
     load = np.asarray(record["expert_load"], float)
     rounds = column(rows, "round")
-    figure, ((left, middle, right),) = figures.new_figure(1, 3, height_in=3.6, width_ratios=[4, 3, 3])
+    figure, ((left, consistency), (dropped, entropy)) = figures.new_figure(2, 2, height_in=6.2)
     if np.isfinite(load).any():
         image = left.imshow(load, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
         left.grid(False)
         for axis in (left.xaxis, left.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        figure.colorbar(image, ax=left, format=PercentFormatter(1, decimals=0))
+        figure.colorbar(image, ax=left, format=PercentFormatter(1), label="tokens of the layer")
     finish(left, "Load: share of tokens", "expert", "layer")
-    line(middle, rounds, column(rows, "routing_consistency"), "routing consistency", BLUE)
-    line(middle, rounds, column(rows, "dropped_tokens_share"), "tokens dropped", ORANGE)
-    _percent(middle)
-    middle.set_ylim(-0.03, 1.03)
-    finish(middle, "Consistency", "round", "", legend_columns=1)
-    line(right, rounds, column(rows, "router_entropy"), "", GREEN)
-    figures.from_zero(right)
-    finish(right, "Router entropy", "round", "nats")
-    for axes in (middle, right):
+    line(consistency, rounds, column(rows, "routing_consistency"), "", BLUE)
+    line(dropped, rounds, column(rows, "dropped_tokens_share"), "", ORANGE)
+    for axes in (consistency, dropped):
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    consistency.set_ylim(-0.03, 1.03)
+    figures.from_zero(dropped)
+    finish(consistency, "Routing consistency (18)", "round", "consistency (%)")
+    finish(dropped, "Tokens dropped in training", "round", "token-expert pairs (%)")
+    line(entropy, rounds, column(rows, "router_entropy"), "", GREEN)
+    experts = record["num_experts"]
+    if entropy.has_data():
+        undecided = {"color": GREY, "linestyle": "--", "linewidth": 1.3}
+        entropy.axhline(
+            np.log(experts), label=f"undecided: ln {experts} = {np.log(experts):.2f}", **undecided
+        )
+        entropy.set_ylim(0, 1.08 * np.log(experts))
+    finish(entropy, "Router entropy", "round", "entropy (nats)")
+    for axes in (consistency, dropped, entropy):
         figures.whole_numbers(axes, rounds)
     return figure
 
@@ -360,13 +417,9 @@ def _percent(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _device_classes(record: Record, among: np.ndarray) -> list[tuple[str, np.ndarray, str, str]]:
-    """Returns (name, mask of its clients, colour, marker) of each device class, the largest budget first."""
+def _device_classes(record: Record, among: np.ndarray) -> list[tuple[str, np.ndarray, dict[str, str]]]:
+    """Returns (name, mask of its clients, look) of each device class, the largest budget first."""
     device_class, budget = np.asarray(record["device_class"]), np.asarray(record["budget"])
     names = sorted(set(device_class.tolist()), key=lambda name: (-budget[device_class == name].mean(), name))
-    looks = [
-        (figures.PALETTE[i % len(figures.PALETTE)], figures.MARKERS[i % len(figures.MARKERS)])
-        for i in range(len(names))
-    ]
-    classes = [(name, (device_class == name) & among, *look) for name, look in zip(names, looks, strict=True)]
+    classes = [(name, (device_class == name) & among, figures.look_of(name)) for name in names]
     return [entry for entry in classes if entry[1].any()]

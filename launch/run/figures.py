@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -40,10 +41,16 @@ STYLE = {
     "grid.linewidth": 0.8,
     "legend.fontsize": 9,
     "legend.frameon": False,
-    "lines.linewidth": 1.8,
+    "text.parse_math": False,  # a label such as $x_{$ is text
     "xtick.color": "#444444",
     "ytick.color": "#444444",
 }
+WIDTHS = (3.4, 2.4, 1.6, 1.1)
+"""Of the curves of a panel, in the order of drawing: of two that coincide both are seen."""
+
+MANY = 100
+"""Clients from which on a panel shows their distribution instead of a mark for each."""
+
 WIDTH_IN = 9.0
 DOTS_PER_INCH = 150
 
@@ -88,14 +95,50 @@ def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
 
 
+KNOWN_LOOKS = {"phone": 0, "tablet": 1, "laptop": 2}
+"""Places in the palette of the device classes of the default config."""
+
+
+def look_of(name: str) -> dict[str, str]:
+    """Returns the colour and the marker of a device class: by its name alone, so alike in all runs.
+
+    >>> look_of("phone")
+    {'color': '#0072B2', 'marker': 'o'}
+    """
+    place = KNOWN_LOOKS.get(name)
+    if place is not None:
+        return {"color": PALETTE[place], "marker": MARKERS[place]}
+    number = zlib.crc32(name.encode("utf-8", "surrogatepass"))
+    other, color = divmod(number, len(PALETTE))
+    return {"color": PALETTE[color], "marker": MARKERS[other % len(MARKERS)]}
+
+
 def line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, color: str, **style: Any) -> None:
-    """Draws a line through the finite points; if there are none, no line and no legend entry."""
+    """Draws a line through the finite points, thinner than those before it (`WIDTHS`).
+
+    If there are no points, there is no line and no legend entry.
+    """
     known = np.isfinite(x) & np.isfinite(y)
     if not known.any():
         return
+    width = WIDTHS[min(len(axes.lines), len(WIDTHS) - 1)]
+    style = {"linewidth": width, **style}
     if "marker" not in style and known.sum() <= 40:
-        style |= {"marker": "o", "markersize": 3.5}
+        style |= {"marker": "o", "markersize": 1.5 + 1.2 * width}
     axes.plot(x[known], y[known], label=label, color=color, **style)
+
+
+def quantile_bands(axes: Axes, x: np.ndarray, values: np.ndarray, color: str) -> None:
+    """Draws the distribution over rows: the median, and from 25% to 75% and from 5% to 95% of them shaded.
+
+    Args:
+      x: [N].
+      values: [rows, N]; NaN where a row is not known, and a row at least is known everywhere.
+    """
+    low, first, middle, third, high = np.nanquantile(values, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
+    axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0, label="5% to 95%")
+    axes.fill_between(x, first, third, color=color, alpha=0.35, linewidth=0, label="25% to 75%")
+    axes.plot(x, middle, color=color, linewidth=1.6, label="median")
 
 
 def band(axes: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, color: str) -> None:

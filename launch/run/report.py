@@ -40,7 +40,14 @@ pre { margin: 0; padding: .85rem 1rem;
 figure { margin: 0; }
 figure img { display: block; width: 100%; height: auto; background: #fff; padding: .7rem; border-radius: 8px;
   border: 1px solid var(--line); }
-@media (max-width: 40rem) { table.summary > tbody > tr > th { width: 9rem; } }
+@media (max-width: 40rem) {
+  body { padding: 1.25rem .9rem 3rem; }
+  table.summary > tbody > tr > * { display: block; width: auto; padding: .2rem 0; }
+  /* A figure keeps a readable size and scrolls within its frame. */
+  figure { overflow-x: auto; }
+  figure img { width: 44rem; max-width: none; }
+  figcaption { position: sticky; left: 0; }
+}
 """
 
 

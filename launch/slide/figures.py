@@ -22,16 +22,16 @@ from slide_jax.solvers import SOLVERS, sweep_solvers
 Rows = Sequence[Row]
 
 LOOKS = {
-    "exact": {"color": BLUE, "marker": "o", "linewidth": 2.4},
+    # Wide, because others coincide with it and lie on it.
+    "exact": {"color": BLUE, "marker": "o", "linewidth": 5, "markersize": 8, "alpha": 0.6},
     "dai": {"color": ORANGE, "marker": "s", "linewidth": 2.4},
     "best_channel_first": {"color": GREEN, "marker": "^"},
     "random_order": {"color": GREY, "marker": "v"},
     "earliest_deadline_first": {"color": PINK, "marker": "D"},
     "proportional_share": {"color": AMBER, "marker": "P"},
     "equal_share": {"color": SKY, "marker": "X"},
+    "relaxed": {"color": "black", "marker": ".", "linestyle": ":"},
 }
-HIDDEN = "relaxed"
-"""The one solver without a curve in the sweeps: it would lie under that of `exact`."""
 
 OWN_LOOK = {"color": "black", "marker": "*", "linestyle": "--"}
 """Of solvers that a user added."""
@@ -223,7 +223,7 @@ def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
 def _curves() -> list[str]:
     """Returns the solvers that sweeps draw: those of `LOOKS` in its order, then those that a user added."""
     order = {name: place for place, name in enumerate(LOOKS)}
-    return sorted(set(sweep_solvers()) - {HIDDEN}, key=lambda name: (order.get(name, len(order)), name))
+    return sorted(sweep_solvers(), key=lambda name: (order.get(name, len(order)), name))
 
 
 def _name(method: str) -> str:

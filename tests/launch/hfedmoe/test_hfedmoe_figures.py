@@ -1,3 +1,4 @@
+import itertools
 import warnings
 
 import matplotlib
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch.hfedmoe import figures as hfedmoe_figures
 from launch.hfedmoe.figures import write_figures
 from launch.run import figures
 
@@ -56,6 +58,7 @@ def make_run(rounds=6, clients=6, cohort=3, layers=2, experts=4):
         "expert_load": np.full((layers, experts), 1 / experts),
         "round_last": rounds,
         "baseline": 0.2,
+        "baseline_name": "majority class",
     }
     return rows, record
 
@@ -107,6 +110,81 @@ def test_figures_depend_on_the_data(tmp_path):
         a.path.name for a, b in zip(first, second, strict=True) if a.path.read_bytes() != b.path.read_bytes()
     }
     assert changed == {"learning.png", "learning_time.png", "cost.png"}
+
+
+def test_a_device_class_looks_alike_in_every_run():
+    """Whatever other classes there are, and whatever their budgets."""
+    _, record = make_run()
+    other = record | {"device_class": ["tablet", "nano"] * 3, "budget": record["budget"][::-1]}
+    looks = [
+        {name: look for name, _, look in hfedmoe_figures._device_classes(each, np.full(6, True))}
+        for each in (record, other)
+    ]
+    assert looks[0]["tablet"] == looks[1]["tablet"] != looks[0]["phone"]
+    assert figures.look_of("nano") == looks[1]["nano"]
+    assert len({tuple(figures.look_of(name).values()) for name in ("phone", "tablet", "laptop")}) == 3
+
+
+def test_of_coinciding_curves_both_are_seen():
+    """The later one is thinner, or has gaps."""
+    rows, record = make_run()
+    rows = [
+        row | {"validation_document_accuracy": row["validation_accuracy"], "trained_share": 0.9}
+        for row in rows
+    ]
+    for figure in (hfedmoe_figures.by_round(rows, record), hfedmoe_figures.expert_share(rows)):
+        for axes in figure.axes:
+            curves = [curve for curve in axes.lines if len(curve.get_xdata()) > 2]
+            for earlier, later in itertools.pairwise(curves):
+                assert later.get_linewidth() < earlier.get_linewidth()
+
+
+def test_reference_lines_are_where_they_should_be():
+    rows, record = make_run(experts=8)
+    left, _ = hfedmoe_figures.by_round(rows, record).axes
+    (line,) = (line for line in left.lines if line.get_label() == "majority class")
+    assert set(line.get_ydata()) == {0.2}
+    entropy = next(
+        axes for axes in hfedmoe_figures.routing(rows, record).axes if "entropy" in axes.get_ylabel()
+    )
+    (line,) = (line for line in entropy.lines if line.get_label() == "undecided: ln 8 = 2.08")
+    np.testing.assert_allclose(line.get_ydata(), np.log(8))
+
+
+def test_ticks_of_the_load_are_true_values():
+    rows, record = make_run(experts=8)  # a share of 12.5%
+    figure = hfedmoe_figures.routing(rows, record)
+    figure.canvas.draw()
+    (bar,) = (axes for axes in figure.axes if axes.get_ylabel() == "tokens of the layer")
+    for value, label in zip(bar.get_yticks(), bar.get_yticklabels(), strict=True):
+        assert float(label.get_text().removesuffix("%")) == pytest.approx(100 * value)
+    np.testing.assert_allclose(bar.get_ylim(), [0, 0.125])
+
+
+@pytest.mark.parametrize("clients", [figures.MANY - 1, figures.MANY])
+def test_many_clients_are_shown_by_their_distribution(clients):
+    _, record = make_run(clients=clients, cohort=clients)
+    many = clients >= figures.MANY
+    for draw in (hfedmoe_figures.client_metric, hfedmoe_figures.budget_union):
+        marks = [
+            mark for axes in draw(record).axes for mark in axes.collections if len(mark.get_offsets()) > 5
+        ]
+        assert bool(marks) != many
+    images = [image for axes in hfedmoe_figures.expert_usage(record).axes for image in axes.images]
+    assert bool(images) != many
+
+
+def test_the_boxes_are_quantiles_of_the_clients():
+    _, record = make_run(clients=200)
+    (axes,) = hfedmoe_figures.budget_union(record).axes
+    phones = record["union"][::2]
+    medians = [curve.get_ydata()[0] for curve in axes.lines if curve.get_marker() == "_"]
+    assert np.median(phones) in medians and np.median(record["union"][1::2]) in medians
+
+
+def test_labels_are_text_and_no_formulas(tmp_path):
+    rows, record = make_run()
+    write_figures(rows, record | {"device_class": ["$x_{$", "a$b"] * 3}, tmp_path)
 
 
 def test_matplotlib_is_left_as_it_was(tmp_path):
