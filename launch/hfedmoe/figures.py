@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from launch.run import figures
 from launch.run.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PINK, SKY, FigureEntry, column, finish, line
@@ -274,6 +274,8 @@ def client_metric(record: Record) -> Figure:
         left.axhline(worst, color=PINK, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")
         if examples[known].max() > 20 * max(1, examples[known].min()):
             right.set_xscale("log")
+            right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            right.xaxis.set_minor_formatter(NullFormatter())
         figures.whole_numbers(left, rank[known])
     _percent(left)
     finish(left, "Sorted", "clients, from worst to best", f"{record['metric']} on the client's own data")

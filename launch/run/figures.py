@@ -40,6 +40,8 @@ STYLE = {
     "grid.linewidth": 0.8,
     "legend.fontsize": 9,
     "legend.frameon": False,
+    # Names that users give are text: a label such as "$x_{$" is no formula. So no tick may be one either.
+    "text.parse_math": False,
     "lines.linewidth": 1.8,
     "xtick.color": "#444444",
     "ytick.color": "#444444",
