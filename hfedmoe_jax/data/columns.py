@@ -19,7 +19,25 @@ class Documents(NamedTuple):
 
     def take(self, index: Sequence[int] | np.ndarray) -> "Documents":
         """Returns documents by index."""
-        return Documents(*(None if part is None else [part[i] for i in index] for part in self))
+
+        def take(values: list[str]) -> list[str]:
+            return [values[place] for place in index]
+
+        clients = None if self.clients is None else take(self.clients)
+        return Documents(take(self.texts), take(self.labels), clients)
+
+
+class Corpus(NamedTuple):
+    """Training documents and, where the source has them, validation and test sets of its own.
+
+    Attributes:
+      notes: what the user should know about how the source was read.
+    """
+
+    train: Documents
+    test: Documents | None = None
+    validation: Documents | None = None
+    notes: tuple[str, ...] = ()
 
 
 Roles = dict[str, list[str]]

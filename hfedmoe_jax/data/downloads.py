@@ -4,12 +4,12 @@ import contextlib
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import requests
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data.columns import Documents, named, no_rows, to_documents, wanted_columns
+from hfedmoe_jax.data.columns import Corpus, Documents, named, no_rows, to_documents, wanted_columns
 from hfedmoe_jax.errors import InputError
 
 PROBE_TIMEOUT_S = 5.0
@@ -21,16 +21,7 @@ OFFLINE_REMEDY = (
 TFDS_REMEDY = "see what tfds says, check data.subset and data.cache_dir, or use data.source=file"
 
 
-class Loaded(NamedTuple):
-    """The splits of a data set; None stands for one that is to be cut from training."""
-
-    train: Documents
-    test: Documents | None
-    validation: Documents | None
-    notes: tuple[str, ...]
-
-
-def load_hub(name: str, data_config: ConfigDict) -> Loaded:
+def load_hub(name: str, data_config: ConfigDict) -> Corpus:
     """Loads the splits that the config names, by `datasets.load_dataset`.
 
     Args:
@@ -76,7 +67,7 @@ def load_hub(name: str, data_config: ConfigDict) -> Loaded:
     return _read_splits(data_config, names, read, names_of)
 
 
-def load_tfds(name: str, data_config: ConfigDict) -> Loaded:
+def load_tfds(name: str, data_config: ConfigDict) -> Corpus:
     """Loads the splits that the config names from ArrayRecord files of `tfds`.
 
     Args:
@@ -133,7 +124,7 @@ def load_tfds(name: str, data_config: ConfigDict) -> Loaded:
     return _read_splits(data_config, names, read, names_of)
 
 
-def _read_splits(data_config: ConfigDict, column_names, read, names_of) -> Loaded:
+def _read_splits(data_config: ConfigDict, column_names, read, names_of) -> Corpus:
     """Reads the splits that are named; a split "test" that is not named is used if it has labels."""
 
     def documents(split: str, role: str) -> Documents:
@@ -164,7 +155,7 @@ def _read_splits(data_config: ConfigDict, column_names, read, names_of) -> Loade
             test_split = "test"
         else:
             notes = ("the split test has no labels, so a test split is cut from the training documents",)
-    return Loaded(
+    return Corpus(
         train=documents(data_config.train_split, "train"),
         test=documents(test_split, "test") if test_split else None,
         validation=documents(data_config.validation_split, "validation")

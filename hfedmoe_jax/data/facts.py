@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data.columns import ordered_names
-from hfedmoe_jax.data.sources import Corpus
+from hfedmoe_jax.data.columns import Corpus, ordered_names
 from hfedmoe_jax.data.splits import Splits
 from hfedmoe_jax.data.tokenizers import CLS_ID, PAD_ID, UNK_ID
 from hfedmoe_jax.errors import InputError

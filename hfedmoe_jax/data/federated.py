@@ -195,6 +195,6 @@ def _client_names(parts: Sequence[np.ndarray], owners: Sequence[str] | None) -> 
         return tuple(f"client_{index:0{width}d}" for index in range(len(parts)))
     names = []
     for part in parts:
-        first, *others = ordered_names(owners[index] for index in part)
+        first, *others = ordered_names([owners[int(index)] for index in part])
         names.append(f"{first} (+{len(others)} more)" if others else first)
     return tuple(names)

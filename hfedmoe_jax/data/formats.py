@@ -6,12 +6,13 @@ file without rows. It reads the columns that `choose` names.
 
 import codecs
 import csv
+import gzip
 import io
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet
 from ml_collections import ConfigDict
@@ -23,6 +24,7 @@ Choose = Callable[[Sequence[str]], Roles]
 """Given the columns that a file has, returns those to read, by their role."""
 Columns = Mapping[str, Sequence[Any]]
 
+BinaryFile = gzip.GzipFile | io.BufferedReader
 PROBED_BYTES = 4096
 SEPARATORS = ",;\t|"
 
@@ -34,14 +36,14 @@ def _read_parquet(file: Any, choose: Choose, data_config: ConfigDict) -> Columns
     return {column: table[column].to_pylist() for column in columns}
 
 
-def _read_separated(default: str) -> Callable[[io.BufferedIOBase, Choose, ConfigDict], Columns | None]:
-    def read(file: io.BufferedIOBase, choose: Choose, data_config: ConfigDict) -> Columns | None:
+def _read_separated(default: str) -> Callable[[BinaryFile, Choose, ConfigDict], Columns | None]:
+    def read(file: BinaryFile, choose: Choose, data_config: ConfigDict) -> Columns | None:
         separator = separator_of(data_config, default)
         first_line = _start(file).decode("utf-8", "replace").lstrip().partition("\n")[0]
         # A field may be a whole book; the module's limit is for the whole process, so it is put back.
         limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         try:
-            stream = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            stream = io.TextIOWrapper(cast(Any, file), encoding="utf-8-sig", newline="")
             reader = csv.reader(stream, strict=True, delimiter=separator)
             try:
                 first = next((row for row in reader if row), None)
@@ -103,7 +105,7 @@ def separator_of(data_config: ConfigDict, default: str) -> str:
     return separator
 
 
-def _read_json(file: io.BufferedIOBase, choose: Choose, data_config: ConfigDict) -> Columns | None:
+def _read_json(file: BinaryFile, choose: Choose, data_config: ConfigDict) -> Columns | None:
     _start(file)
     rows = _json_rows(file.read().decode("utf-8-sig"))
     if not rows:
@@ -136,7 +138,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _start(file: Any) -> bytes:
+def _start(file: BinaryFile) -> bytes:
     """Returns the first bytes of a text, without reading on; refuses UTF-16, which may pass for UTF-8."""
     start = file.peek(PROBED_BYTES)[:PROBED_BYTES]
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:

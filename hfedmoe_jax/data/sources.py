@@ -2,28 +2,14 @@
 
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data.columns import Documents, ordered_names
+from hfedmoe_jax.data.columns import Corpus, Documents, ordered_names
 from hfedmoe_jax.data.downloads import load_hub, load_tfds
 from hfedmoe_jax.data.files import read_documents
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import unknown_name
-
-
-class Corpus(NamedTuple):
-    """Training documents and, where the source has them, validation and test sets of its own.
-
-    Attributes:
-      notes: what the user should know about how the source was read.
-    """
-
-    train: Documents
-    test: Documents | None = None
-    validation: Documents | None = None
-    notes: tuple[str, ...] = ()
 
 
 def load_source(data_config: ConfigDict) -> Corpus:
@@ -45,13 +31,17 @@ def load_source(data_config: ConfigDict) -> Corpus:
     if source == "bbc_news":
         corpus = Corpus(_bbc_news(data_config), None)
     elif source == "file":
-        train = read_documents(data_config, "train_path")
-        given = {name: f"{name}_path" for name in ("test", "validation") if data_config[f"{name}_path"]}
-        corpus = Corpus(train, **{name: read_documents(data_config, field) for name, field in given.items()})
+        corpus = Corpus(
+            read_documents(data_config, "train_path"),
+            test=read_documents(data_config, "test_path") if data_config.test_path else None,
+            validation=read_documents(data_config, "validation_path")
+            if data_config.validation_path
+            else None,
+        )
     elif kind == "hub" and name:
-        corpus = Corpus(*load_hub(name, data_config))
+        corpus = load_hub(name, data_config)
     elif kind == "tfds" and name:
-        corpus = Corpus(*load_tfds(name, data_config))
+        corpus = load_tfds(name, data_config)
     else:
         raise unknown_name("data.source", source, ["bbc_news", "file", "hub:NAME", "tfds:NAME"])
     check_labels(corpus, data_config)

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Int64, Integer
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data.columns import Documents, ordered_names
-from hfedmoe_jax.data.sources import Corpus, check_labels
+from hfedmoe_jax.data.columns import Corpus, Documents, ordered_names
+from hfedmoe_jax.data.sources import check_labels
 from hfedmoe_jax.errors import InputError
 
 # One each for training, validation and test.
@@ -85,10 +85,11 @@ def without_leaks(corpus: Corpus) -> tuple[Corpus, dict[str, int]]:
     Returns:
       The corpus, and how many documents were left out by the reason.
     """
-    train, given = corpus.train, {"validation": corpus.validation, "test": corpus.test}
-    texts_of = {name: set(part.texts) for name, part in given.items() if part is not None}
+    sets = {"validation": corpus.validation, "test": corpus.test}
+    given = {name: part for name, part in sets.items() if part is not None}
+    texts_of = {name: set(part.texts) for name, part in given.items()}
     reserved = set().union(*texts_of.values())
-    spared = _only_texts(train, reserved)
+    spared = _only_texts(corpus.train, reserved)
     left_out: dict[str, int] = {}
 
     def without(part: Documents, texts: set[str], reason: str) -> Documents:
@@ -104,7 +105,7 @@ def without_leaks(corpus: Corpus) -> tuple[Corpus, dict[str, int]]:
             given["validation"], texts_of["test"], "validation: in the test set too"
         )
     where = " or ".join(texts_of)
-    train = without(train, reserved - spared, f"training: in the {where} set too")
+    train = without(corpus.train, reserved - spared, f"training: in the {where} set too")
     return corpus._replace(train=train, **given), left_out
 
 

@@ -19,7 +19,7 @@ def print_data_notes(facts: Facts, clients: int, config: ConfigDict) -> None:
 
 def notes(facts: Facts, clients: int, config: ConfigDict) -> list[str]:
     """Returns the facts that hold something, as lines."""
-    shown = [f"{name} {count:,}" for name, count in list(facts.label_counts.items())[:MOST_LABELS]]
+    shown = [f"{name!r} {count:,}" for name, count in list(facts.label_counts.items())[:MOST_LABELS]]
     more = len(facts.label_counts) - len(shown)
     lines = [f"documents by label: {', '.join(shown)}{f' and {more} labels more' if more else ''}"]
     if config.data.tokenizer == "wordpiece":

@@ -308,7 +308,8 @@ def client_metric(record: Record) -> Figure:
         left.axhline(worst, color=PINK, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")
         if examples[known].max() > 20 * max(1, examples[known].min()):
             right.set_xscale("log")
-            right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            decades = np.log10(examples[known].max() / max(1, examples[known].min()))
+            right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1,)))
             right.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
             right.xaxis.set_minor_locator(NullLocator())
         if not many:

@@ -23,6 +23,7 @@ from launch.run.workdir import Fingerprint, default_workdir
 
 PROGRAM = "launch.main"
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
+SURROGATE = re.compile("[\ud800-\udfff]")
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -55,6 +56,8 @@ def read_command(arguments: list[str]) -> Command:
     Raises:
       InputError: a flag, a file, a preset, a field or a value is wrong.
     """
+    for argument in arguments:
+        check_text("command", argument)
     given = define_flags()
     try:
         _, *overrides = given([PROGRAM, *arguments], known_only=True)
@@ -64,6 +67,9 @@ def read_command(arguments: list[str]) -> Command:
         raise InputError("config", given.config, "missing", "give e.g. --config=configs/hfedmoe.py")
     config = load_config(given.config)
     apply_overrides(config, overrides)
+    for field, value in field_values(config).items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            check_text(field, text)
     file, _, preset = given.config.partition(":")
     workdir = pathlib.Path(given.workdir or default_workdir(config, pathlib.Path(file).stem, preset))
     compiled = given.compiled or os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -74,6 +80,14 @@ def read_command(arguments: list[str]) -> Command:
     text = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
     source = Fingerprint("config", given.config, "the text of the config file", text)
     return Command(config, workdir, host, source, given.dry_run, given.target)
+
+
+def check_text(field: str, value: Any) -> None:
+    """Raises InputError for a name or text that no file in UTF-8 can hold, as half a surrogate pair."""
+    for text in (field, value):
+        if isinstance(text, str) and SURROGATE.search(text):
+            name = field.encode("ascii", "backslashreplace").decode()
+            raise InputError(name, value, "is not UTF-8 text", "give names and paths in UTF-8")
 
 
 def define_flags() -> flags.FlagValues:

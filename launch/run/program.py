@@ -1,5 +1,6 @@
 """What every program of `launch` does around its work: help, quiet libraries, errors and exit codes."""
 
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -34,6 +35,8 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
         print(usage.strip())
         return 0
     quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a label is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
     except (KeyboardInterrupt, ValueError, NothingTrainedError) as error:

@@ -40,6 +40,10 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.py").write_text(CONFIG_FILE)
     (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
+    (tmp_path / "surrogate.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(preset=''):\n    return ConfigDict({'device': {'\\udcff': 'x\\udcff'}})"
+    )
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "refuses.py").write_text(
         "def get_config(preset=''):\n    raise ValueError('no such\\npreset')"
@@ -120,6 +124,12 @@ def test_default_workdir_follows_the_config(runs):
         (["--config=config.py", "--seed=3"], "flag='--seed': unknown; did you mean --config.seed?"),
         (["--config=config.py", "--workdir"], "command='--config=config.py --workdir': Missing value"),
         (["--config=config.py", "seed=3"], "argument='seed=3': is no flag; "),
+        (
+            ["--config=config.py", "--config.data.source=\udcff"],
+            "command='--config.data.source=\\udcff': is not UTF-8 text; ",
+        ),
+        (["--config=config.py", "--workdir=a\ud800"], "command='--workdir=a\\ud800': is not UTF-8 text; "),
+        (["--config=surrogate.py"], "device.\\udcff='x\\udcff': is not UTF-8 text; "),
         (
             ["--config=config.py", "--config.experiment=hfedmo"],
             "experiment='hfedmo': unknown name; did you mean 'hfedmoe'?",

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from launch.hfedmoe import figures as hfedmoe_figures
-from launch.hfedmoe.figures import write_figures
+from launch.hfedmoe.figures import client_metric, write_figures
 from launch.run import figures
 
 OUTCOMES = ("clients_ok", "clients_dropped_out", "clients_over_budget", "clients_nonfinite")
@@ -98,6 +98,25 @@ def test_every_figure_is_drawn_without_a_warning(tmp_path, run):
         with Image.open(entry.path) as image:
             assert image.format == "PNG" and image.width == figures.WIDTH_IN * figures.DOTS_PER_INCH
             assert len(image.convert("L").getcolors(256)) > 2  # not blank
+
+
+def test_names_are_drawn_as_text_and_no_formula(tmp_path):
+    rows, record = make_run()
+    names = [("$x_{$", "<script>&")[client % 2] for client in range(6)]
+    drawn = write_figures(rows, record | {"device_class": names}, tmp_path)
+    assert all(entry.path.stat().st_size for entry in drawn)
+
+
+def test_no_tick_of_an_axis_is_a_formula():
+    rows, record = make_run()
+    record["client_num_examples"] = np.array([1, 5, 40, 300, 2000, 100_000])
+    with figures.house_style():
+        figure = client_metric(record)
+        figure.canvas.draw()
+        labels = [text.get_text() for text in figure.axes[1].get_xticklabels(which="both")]
+    ticks = [float(label) for label in labels if label]
+    round_numbers = {float(f"{digit}e{power}") for digit in (1, 2, 5) for power in range(-3, 8)}
+    assert len(ticks) >= 2 and set(ticks) <= round_numbers
 
 
 def test_figures_depend_on_the_data(tmp_path):
