@@ -141,7 +141,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _start(file: BinaryFile) -> bytes:
     """Returns the first bytes of a text, without reading on; refuses UTF-16, which may pass for UTF-8."""
     start = file.peek(PROBED_BYTES)[:PROBED_BYTES]
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
+    # Every other byte of Latin letters in UTF-16 is a null; a stray null is left to the tokenizer.
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * start.count(0) > len(start):
         raise UnicodeDecodeError("utf-8", start, 0, 1, "UTF-16")
     return start.removeprefix(codecs.BOM_UTF8)
 

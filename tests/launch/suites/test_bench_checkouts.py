@@ -8,6 +8,7 @@ import tiny_run
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.metrics import metric_columns
+from hfedmoe_jax.tasks import classification
 from launch import bench
 from launch.suites import checkouts
 from launch.suites.checkouts import Run
@@ -52,7 +53,7 @@ def test_a_table_compares_what_the_runs_of_two_checkouts_wrote(tmp_path, monkeyp
     # Beside what the interpreter needs, which is the same in both.
     assert row["peak"] - row["other peak"] == pytest.approx(200, rel=0.1)
     assert row["peak over it"] == pytest.approx(row["peak"] / row["other peak"])
-    assert "trained_share" in metric_columns(["accuracy"], "accuracy")
+    assert "trained_share" in metric_columns(classification)
 
 
 def test_a_job_that_the_other_checkout_refuses_is_named(tmp_path):
