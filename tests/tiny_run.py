@@ -157,7 +157,10 @@ def last_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     shapes = ocp.metadata(path).metadata
     leaves = ocp.load(path, jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes))["leaves"]
     real = (".ledger.wall_s", ".ledger.train_s", ".ledger.timed_steps")
-    return {name: np.asarray(leaf) for name, leaf in leaves.items() if name not in real}
+    state = {
+        name.removeprefix(".run"): np.asarray(leaf) for name, leaf in leaves.items() if name != ".metrics"
+    }
+    return {name: leaf for name, leaf in state.items() if name not in real}
 
 
 def assert_same_results(one: pathlib.Path, other: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -130,14 +130,21 @@ def check_same_config(config: ConfigDict) -> None:
         raise InputError("config", config.experiment, problem, "give every process the same --config flags")
 
 
+class Saved(NamedTuple):
+    """What a checkpoint holds: the state, and the rows of metrics.csv up to it."""
+
+    run: RunState
+    metrics: str
+
+
 def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
     """Returns the state after the last round, resuming from the newest checkpoint if there is one."""
     config, metric = experiment.config, experiment.task.metric
-    state = experiment.init()
+    state, kept = experiment.init(), ""
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore(state)
+        restored = checkpoints.restore(Saved(state, kept))
         if restored:
-            state = restored[1]
+            state, kept = restored[1]
         first = int(state.round)
         if first == config.fl.rounds:
             print("this run is finished: its results are written again; another --workdir starts a new one")
@@ -145,7 +152,9 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
             print(f"continuing after round {first} of {config.fl.rounds}")
         writer: Any = contextlib.nullcontext()
         if is_first_process():
-            writer = MetricWriter(workdir, experiment.columns[1:], resume_after=first if restored else None)
+            writer = MetricWriter(workdir, experiment.columns[1:], kept)
+            if 0 < first < config.fl.rounds and not experiment.is_scheduled(first):
+                writer.forget_evaluation()  # it was evaluated as the last round, which it no longer is
         with writer, Progress(config.fl.rounds, "rounds", initial=first) as progress:
             for number in range(first + 1, config.fl.rounds + 1):
                 state, row, failures = experiment.step(state)
@@ -154,7 +163,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
                     for failure in failures:
                         print(f"warning: {failure}", file=sys.stderr)
                 if number % config.checkpoint.every == 0 or number == config.fl.rounds:
-                    checkpoints.save(number, state)
+                    checkpoints.save(number, Saved(state, writer.text if is_first_process() else ""))
                 progress.update(number, **{metric: row.get(f"validation_{metric}")}, loss=row["train_loss"])
     return state
 

@@ -25,8 +25,9 @@ PyTree = Any
 class Checkpoints:
     """The latest checkpoints of a run, written asynchronously.
 
-    A state is any pytree of arrays (JAX, NumPy), typed PRNG keys and Python numbers. Each process
-    writes its shards of arrays that several processes share; the first process writes everything else.
+    A state is any pytree of arrays (JAX, NumPy), typed PRNG keys, Python numbers and texts of any length.
+    Each process writes its shards of arrays that several processes share; the first process writes everything
+    else, of texts its own.
     Every process must call every method. A state may be restored onto other devices and by another
     number of processes than it was saved from.
 
@@ -64,6 +65,7 @@ class Checkpoints:
         leaves = {name: _stored(leaf) for name, leaf in _named_leaves(state)}
         # Orbax does not detect a changed byte within an array, so a digest of all arrays is saved too.
         saved = {"digest": fingerprint(leaves), "leaves": {k: v for k, v in leaves.items() if v.size}}
+        saved["step"] = np.array([step])  # tells a directory that was copied under another number
         self._saving = self._checkpointer.save_async(step, saved, force=True, overwrite=True)
 
     def restore(self, template: PyTree) -> tuple[int, PyTree] | None:
@@ -136,18 +138,23 @@ class Checkpoints:
 
     def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
         path = str(self._directory / str(step))
-        abstract = {name: _abstract(leaf) for name, leaf in wanted.items()}
-        empty = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in abstract.items() if not leaf.size}
         index = jax.process_index()
         # Every process reads independently, so that none waits for one that fails.
         alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
         with ocp.Context(multiprocessing_options=alone):
             metadata = ocp.metadata(path).metadata
+            abstract = {name: _abstract(leaf, metadata["leaves"].get(name)) for name, leaf in wanted.items()}
+            empty = {
+                name: np.empty(leaf.shape, leaf.dtype) for name, leaf in abstract.items() if not leaf.size
+            }
             difference = _difference(metadata["leaves"] | empty, abstract)
             if difference:
                 raise _UnusableError(f"does not fit this run ({difference})")
             leaves = {name: leaf for name, leaf in abstract.items() if leaf.size}
-            saved = ocp.load(path, {"digest": np.empty(32, np.uint8), "leaves": leaves})
+            templates = {"digest": np.empty(32, np.uint8), "leaves": leaves, "step": np.empty(1, np.int64)}
+            saved = ocp.load(path, templates)
+        if saved["step"][0] != step:
+            raise _UnusableError(f"is a copy of checkpoint {saved['step'][0]}")
         return saved["leaves"] | empty, saved["digest"]
 
 
@@ -202,12 +209,28 @@ def _is_orbax_array(leaf: Any) -> bool:
 
 def _stored(leaf: Any) -> jax.Array | np.ndarray:
     """Returns a leaf as it is saved; later changes or donation of the original have no effect."""
+    if isinstance(leaf, str):
+        return _text_of_first(leaf)
     leaf = _raw(leaf)
     return leaf if _is_orbax_array(leaf) else np.array(leaf)
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct | np.ndarray:
-    """Returns the shape and dtype of a leaf, with its sharding if it is committed to devices."""
+def _text_of_first(text: str) -> np.ndarray:
+    """Returns the text of the first process as bytes, on every process."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    # Arrays that processes write together have one shape.
+    content = np.resize(content, _from_first(len(content)))
+    return np.asarray(multihost_utils.broadcast_one_to_all(content)) if content.size else content
+
+
+def _abstract(leaf: Any, saved: Any) -> jax.ShapeDtypeStruct | np.ndarray:
+    """Returns the shape and dtype of a leaf, with its sharding if it is committed to devices.
+
+    Args:
+      saved: what a checkpoint says of it, from which a text has its length; None: it holds none.
+    """
+    if isinstance(leaf, str):
+        return np.empty(saved.shape if saved is not None else 0, np.uint8)
     leaf = _raw(leaf)
     if _is_orbax_array(leaf) and leaf.committed:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -279,6 +302,8 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def _like(template: Any, value: jax.Array | np.ndarray) -> Any:
     """Returns `value` with the type of `template`, and on its devices."""
+    if isinstance(template, str):
+        return value.tobytes().decode()
     if isinstance(template, jax.Array):
         array = jnp.asarray(value)
         if _is_key(template):

@@ -1,13 +1,17 @@
 """Metrics by round, or by the points of a sweep: metrics.csv and TensorBoard events."""
 
 import csv
+import io
 import math
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from hfedmoe_jax.metrics import without_evaluation
 
 Number = int | float | None
 
@@ -15,35 +19,28 @@ Number = int | float | None
 class MetricWriter:
     """Writes one row per round to DIRECTORY/metrics.csv and DIRECTORY/tensorboard.
 
-    Numbers are written so that reading them returns the same bits; a missing number is an empty cell.
-    Write a round's row before its checkpoint, so that a resumed run finds all rows up to it.
+    Numbers are written so that reading them returns the same bits; a missing number is an empty cell. The
+    rows belong to the run and not to the file: `text`, kept in a checkpoint, gives them back to a resumed
+    run. A file that says something else is put aside, and one that is gone is written again; each time a line
+    on stderr tells.
 
     Args:
       directory: an existing directory.
       columns: names of the columns after the first.
-      resume_after: the last round that a resumed run keeps; None starts the file anew.
+      kept: `text` as it was after the last row that a resumed run keeps; empty starts the file anew.
       index: name of the first column, which numbers the rows.
     """
 
     def __init__(
-        self,
-        directory: str | os.PathLike,
-        columns: Sequence[str],
-        resume_after: int | None,
-        index: str = "round",
+        self, directory: str | os.PathLike, columns: Sequence[str], kept: str = "", index: str = "round"
     ):
         self._path = pathlib.Path(directory, "metrics.csv")
         self._index, self._columns = index, [index, *columns]
-        kept = []
-        if resume_after is not None:
-            kept = [row for row in _whole_rows(self._path) if int(row[index]) <= resume_after]
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, self._columns, extrasaction="ignore", lineterminator="\n")
-            table.writeheader()
-            table.writerows(kept)
-        os.replace(temporary, self._path)
-        first_round = 0 if resume_after is None else resume_after + 1
+        self._lines = kept.splitlines(keepends=True) if kept else [self._line({n: n for n in self._columns})]
+        if kept:
+            self._tell_difference()
+        self._write_whole()
+        first_round = int(self._lines[-1].partition(",")[0]) + 1 if self._lines[1:] else 0
         self._events = SummaryWriter(
             str(pathlib.Path(directory, "tensorboard")),
             purge_step=first_round,
@@ -57,6 +54,11 @@ class MetricWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def text(self) -> str:
+        """The content of metrics.csv."""
+        return "".join(self._lines)
+
     def write(self, number: int, row: Mapping[str, Any]) -> None:
         """Appends a row; readers of the file see it when this returns.
 
@@ -68,18 +70,61 @@ class MetricWriter:
           ValueError: a name that is not a column.
         """
         numbers = {name: _number(value) for name, value in row.items()}
+        line = self._line({**numbers, self._index: int(number)})
+        self._restore_if_changed()
+        self._lines.append(line)
         with open(self._path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(
-                {**numbers, self._index: int(number)}
-            )
+            file.write(line)
+        self._bytes += len(line.encode())
         for name, value in numbers.items():
             if name != self._index and value is not None and math.isfinite(value):
                 self._events.add_scalar(name, value, int(number))
         self._events.flush()
 
+    def forget_evaluation(self) -> None:
+        """Empties the cells of an evaluation in the last row: the round is no longer the last."""
+        row = next(csv.DictReader([self._lines[0], self._lines[-1]]))
+        self._lines[-1] = self._line(without_evaluation(row))
+        self._write_whole()
+
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Closes the event file, and leaves metrics.csv whole."""
         self._events.close()
+        self._restore_if_changed()
+
+    def _line(self, cells: Mapping[str, Any]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+    def _write_whole(self) -> None:
+        content = self.text.encode()
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, self._path)
+        self._bytes = len(content)
+
+    def _restore_if_changed(self) -> None:
+        """Writes the file again if another program removed it or changed its length."""
+        if not self._path.exists() or self._path.stat().st_size != self._bytes:
+            self._tell_difference()
+            self._write_whole()
+
+    def _tell_difference(self) -> None:
+        """Says how the file differs from the rows of the run, and puts one with other rows aside."""
+        found = self._path.read_bytes() if self._path.exists() else b""
+        # A spreadsheet may add a byte order mark and end lines its own way: the rows are the same.
+        lines = found.decode("utf-8-sig", errors="replace").replace("\r\n", "\n").splitlines(keepends=True)
+        differing = [n for n, line in enumerate(self._lines) if lines[n : n + 1] != [line]]
+        if not differing:  # rows after those that a resumed run keeps are those that it repeats
+            return
+        problem = "was missing" if not found else f"lacks rows from line {differing[0] + 1} on"
+        rest = "".join(lines[differing[0] :])
+        if not self._lines[differing[0]].startswith(rest):  # else the end of the file is lost, no more
+            aside = self._path.with_name("metrics_changed.csv")
+            os.replace(self._path, aside)
+            problem = f"was changed in line {differing[0] + 1} (the changed file is now {aside.name})"
+        print(f"warning: {self._path} {problem}: written again from the rows of the run", file=sys.stderr)
 
 
 def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

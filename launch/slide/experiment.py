@@ -133,7 +133,7 @@ def run_study(config: ConfigDict, problem: Problem) -> Study:
 
 def write_metrics(study: Study, workdir: pathlib.Path) -> None:
     """Writes metrics.csv and TensorBoard events, a row a point of the sweeps."""
-    with MetricWriter(workdir, columns(), resume_after=None, index="point") as writer:
+    with MetricWriter(workdir, columns(), index="point") as writer:
         for number, row in enumerate(study.rows, 1):
             writer.write(number, row)
 

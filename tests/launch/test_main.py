@@ -276,13 +276,13 @@ from launch.run.writers import MetricWriter
 open_workdir(workdir, config.to_dict())
 state = {"weight": jnp.zeros(3)}
 with Checkpoints(workdir / "checkpoints", 2) as checkpoints:
-    done, state = checkpoints.restore(state) or (0, state)
-    writer, bar = MetricWriter(workdir, ["loss"], done or None), Progress(config.fl.rounds, "rounds", done)
+    done, (state, kept) = checkpoints.restore((state, "")) or (0, (state, ""))
+    writer, bar = MetricWriter(workdir, ["loss"], kept), Progress(config.fl.rounds, "rounds", done)
     with writer, bar:
         for number in range(done + 1, config.fl.rounds + 1):
             state = {"weight": state["weight"] + 1}
             writer.write(number, {"loss": 1 / number})
-            checkpoints.save(number, state)
+            checkpoints.save(number, (state, writer.text))
             bar.update(number, loss=1 / number)
 print(float(state["weight"].sum()))
 """

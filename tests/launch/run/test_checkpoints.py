@@ -1,5 +1,6 @@
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,6 +221,25 @@ def test_all_damaged_starts_afresh(tmp_path, capsys):
         assert checkpoints.restore(make_state(0)) is None
     (line,) = capsys.readouterr().err.splitlines()
     assert "checkpoint 2" in line and "checkpoint 1" in line and "starting afresh" in line
+
+
+def test_texts_of_any_length_come_back(tmp_path):
+    with Checkpoints(tmp_path / "c", 1) as checkpoints:
+        for step, text in enumerate(("", "round,loss\n1,0.5\n", "ü" * 1000), 1):
+            checkpoints.save(step, {"text": text, "array": np.ones(2)})
+            found = checkpoints.restore({"text": "another", "array": np.zeros(2)})
+            assert found and (found[0], found[1]["text"]) == (step, text)
+
+
+def test_a_copy_under_another_number_is_not_used(tmp_path, capsys):
+    save_steps(tmp_path / "c", 1, 2)
+    shutil.copytree(tmp_path / "c" / "1", tmp_path / "c" / "7")
+    with Checkpoints(tmp_path / "c", 3) as checkpoints:
+        step, state = checkpoints.restore(make_state(0))
+    assert step == 2
+    assert_same(state, make_state(2))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkpoint 7 is a copy of checkpoint 1" in line and "continuing from checkpoint 2" in line
 
 
 @pytest.mark.parametrize(
