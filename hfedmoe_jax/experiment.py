@@ -61,7 +61,8 @@ class RunState(NamedTuple):
     Attributes:
       round: rounds done.
       server: the algorithm's state.
-      best: model of the best round so far by the task's metric on the validation split.
+      best: model of the best round so far by the task's metric on the validation split, among the rounds
+        that `eval.every` names. So no state depends on how many rounds the run will have.
       best_score, best_round: of that round (minus infinity and 0 before the first evaluation).
       ledger: totals.
     """
@@ -79,6 +80,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       final, best: test quality of the last model, and of the best one by validation.
+      best_score, best_round: the task's metric on the validation split of that one, and its round.
       client_scores: float [C], the task's metric of the last model on each client's own held-out examples.
       client_spread: its mean, standard deviation and mean of the worst 10%.
       expert_load: [L, E], share of a layer's validation tokens that each expert served.
@@ -88,6 +90,8 @@ class Outcome(NamedTuple):
 
     final: Quality
     best: Quality
+    best_score: float
+    best_round: int
     client_scores: np.ndarray
     client_spread: tuple[float, float, float]
     expert_load: np.ndarray
@@ -328,8 +332,7 @@ class Experiment:
         row = {"round": number, **round_row(metrics, self.cost.all_experts), **account._asdict()}
         row["empty_places_share"] = empty_places(plan.blocks, self.chunk)
         state = state._replace(round=np.int64(number), server=server)
-        last = number == self.config.fl.rounds
-        if number % self.config.eval.every == 0 or last:
+        if self.is_scheduled(number) or number == self.config.fl.rounds:
             model = self.algorithm.snapshot(server)
             quality, client_scores = self.splits.validate(model)
             mean, deviation, worst = client_spread(client_scores)
@@ -338,12 +341,8 @@ class Experiment:
             row["validation_router_entropy"] = quality.router_entropy
             row |= {f"client_{metric}_mean": mean, f"client_{metric}_std": deviation}
             row[f"client_{metric}_worst10"] = worst
-            if quality.scores[metric] > state.best_score:
-                state = state._replace(
-                    best=jax.tree.map(jnp.copy, model),
-                    best_score=np.float64(quality.scores[metric]),
-                    best_round=np.int64(number),
-                )
+            if self.is_scheduled(number):
+                state = self._with_best(state, model, quality)
         ledger = ledger._replace(wall_s=ledger.wall_s + (time.perf_counter() - began))
         row |= dict(simulated_time_s=float(ledger.simulated_time_s), wall_s=float(ledger.wall_s))
         failures = [
@@ -355,6 +354,18 @@ class Experiment:
             failures.append(f"round {number} trained nothing: {failed_clients(counts)}")
         return state._replace(ledger=ledger), row, failures
 
+    def is_scheduled(self, round_number: int) -> bool:
+        """Says whether a round is evaluated in a run of any length; the last one always is."""
+        return round_number % self.config.eval.every == 0
+
+    def _with_best(self, state: RunState, model: Snapshot, quality: Quality) -> RunState:
+        """Returns the state with the model of its last round as the best, if it is."""
+        score = np.float64(quality.scores[self.task.metric])
+        if not score > state.best_score:
+            return state
+        best = jax.tree.map(jnp.copy, model)
+        return state._replace(best=best, best_score=score, best_round=np.int64(state.round))
+
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """Columns of metrics.csv, in order; those of an evaluation are missing in rounds without one."""
@@ -363,13 +374,15 @@ class Experiment:
     def finish(self, state: RunState) -> Outcome:
         """Reads the test split, once, with the final and the best model, and describes the routing."""
         last = self.algorithm.snapshot(state.server)
-        final, best = self.splits.test(last), self.splits.test(state.best)
         validation, client_scores = self.splits.validate(last)
+        state = self._with_best(state, last, validation)
+        final, best = self.splits.test(last), self.splits.test(state.best)
         plan = self.plan(int(state.round))
         before = state.server.records.usage[plan.cohort]
         after = self._evaluator.usage(last, self.blocks(plan))
         spread = client_spread(client_scores)
-        return Outcome(final, best, client_scores, spread, validation.load, before, after)
+        chosen = float(state.best_score), int(state.best_round)
+        return Outcome(final, best, *chosen, client_scores, spread, validation.load, before, after)
 
 
 class CohortPlan(NamedTuple):

@@ -11,6 +11,9 @@ from hfedmoe_jax.algorithms import RoundMetrics
 from hfedmoe_jax.reports import OK, OVER_BUDGET, STATUS_NAMES
 from hfedmoe_jax.tasks import Task
 
+EVALUATION = ("validation_", "client_")
+"""How the columns of an evaluation begin; those that count clients begin with clients_."""
+
 
 def round_row(metrics: RoundMetrics, num_experts: int) -> dict[str, float | None]:
     """Returns a round's row of metrics: means over the clients whose update counted, and counts.
@@ -69,3 +72,8 @@ def metric_columns(task: Task) -> tuple[str, ...]:
         *(f"clients_{name}" for name in STATUS_NAMES),
         "wall_s",
     )
+
+
+def without_evaluation(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row without the columns that only an evaluated round has."""
+    return {name: value for name, value in row.items() if not name.startswith(EVALUATION)}

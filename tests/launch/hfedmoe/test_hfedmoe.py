@@ -180,9 +180,9 @@ def test_the_summary_takes_every_figure_from_its_place(finished):
     experiment = Experiment(read_command(command)[0], make_mesh())
     numbers = np.arange(10, 17).astype(np.float64)
     ledger = Ledger(*numbers)._replace(status_counts=np.array([1, 2, 3, 4]))
-    state = experiment.init()._replace(round=5, best_round=3, best_score=0.7, ledger=ledger)
+    state = experiment.init()._replace(round=5, best_round=2, best_score=0.6, ledger=ledger)
     final, best = (Quality(dict(accuracy=a, loss=b), None, 0.0, {}) for a, b in ((0.1, 0.2), (0.3, 0.4)))
-    outcome = Outcome(final, best, None, (0.5, 0.6, 0.7), None, None, None)
+    outcome = Outcome(final, best, 0.7, 3, None, (0.5, 0.6, 0.7), None, None, None)
     summary = summarize(experiment, state, outcome)
     assert [summary[f"test_{name}_final"] for name in ("accuracy", "loss")] == [0.1, 0.2]
     assert [summary[f"test_{name}_best"] for name in ("accuracy", "loss")] == [0.3, 0.4]
@@ -246,14 +246,21 @@ def test_a_run_belongs_to_its_data(finished, copy, tmp_path):
 
 
 def test_more_rounds_continue_a_finished_run(finished, copy, tmp_path):
-    """Evaluated every two rounds, so that its last round is no special one in a longer run."""
-    workdir, command = copy
-    longer = [*command, "--config.fl.rounds=8"]
-    screen = tiny_run.run_main(longer)
-    assert screen.code == 0 and "continuing after round 6 of 8" in screen.out
+    """The first run's last round, which a longer one does not evaluate, leaves no trace in it."""
     fresh = tiny_run.arguments(tmp_path / "fresh", finished.train_path, **FIELDS)
-    assert tiny_run.run_main([*fresh, "--config.fl.rounds=8"]).code == 0
-    tiny_run.assert_same_results(workdir, tmp_path / "fresh")
+    assert tiny_run.run_main([*fresh, "--config.fl.rounds=7"]).code == 0
+    workdir, command = copy
+    for rounds in (7, 8):  # 7 is evaluated as the last round, and then no longer
+        screen = tiny_run.run_main([*command, f"--config.fl.rounds={rounds}"])
+        assert screen.code == 0 and f"continuing after round {rounds - 1} of {rounds}" in screen.out
+        if rounds == 7:
+            tiny_run.assert_same_results(workdir, tmp_path / "fresh")
+    assert [row["round"] for row in read_metrics(workdir / "metrics.csv") if row["validation_loss"]] == [
+        2,
+        4,
+        6,
+        8,
+    ]
     screen = tiny_run.run_main(command)
     assert screen.code == 2 and "fl.rounds=6: the run in" in screen.err
 
