@@ -24,19 +24,20 @@ import shlex
 import sys
 from typing import Any, NamedTuple
 
-try:
-    from absl import flags
+from launch.run.starting import end_at_interrupt
 
-    from hfedmoe_jax.errors import InputError
-    from hfedmoe_jax.registry import unknown_name
-    from launch.hosts.devices import configure_devices
-    from launch.run.program import run_program
-    from launch.run.progress import print_table
-    from launch.run.workdir import versions, write_json
-    from launch.suites.timing import as_json, cell
-except KeyboardInterrupt:  # these imports take seconds
-    print("interrupted: nothing was begun", file=sys.stderr)
-    sys.exit(130)
+if __name__ == "__main__":
+    end_at_interrupt()  # while the following imports load JAX
+
+from absl import flags
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.registry import unknown_name
+from launch.hosts.devices import configure_devices
+from launch.run.program import run_program
+from launch.run.progress import print_table
+from launch.run.workdir import versions, write_json
+from launch.suites.timing import as_json, cell
 
 
 class Suite(NamedTuple):

@@ -20,19 +20,21 @@ One run on several hosts (SLURM and TPU pods are detected without these flags):
   --processes=N            number of processes
   --process=I              index of this process, from 0
 
-Exit codes: 0 done, 2 a mistake in the command or the data (one line says which), 3 another process
-of the run stopped, 4 no round trained anything (one line says why), 130 interrupted.
+Exit codes: 0 done, 1 storage or another failure in the midst of the run, 2 a mistake in the command or the
+data (one line says which), 3 another process of the run stopped, 4 no round trained anything, 130
+interrupted.
 """
 
 import sys
 
-try:
-    from launch.experiments import run_command
-    from launch.run.command import read_command
-    from launch.run.program import run_program
-except KeyboardInterrupt:  # these imports take seconds
-    print("interrupted: nothing was begun", file=sys.stderr)
-    sys.exit(130)
+from launch.run.starting import end_at_interrupt
+
+if __name__ == "__main__":
+    end_at_interrupt()  # while the following imports load JAX
+
+from launch.experiments import run_command
+from launch.run.command import read_command
+from launch.run.program import run_program
 
 
 def main(arguments: list[str]) -> int:

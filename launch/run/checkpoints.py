@@ -19,6 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from launch.run.program import REMEDIES
+
 PyTree = Any
 
 
@@ -46,6 +48,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, keep: int):
         self._directory = pathlib.Path(directory).absolute()
         self._saving: ocp.AsyncResponse[bool] | None = None
+        self._saving_step, self._last = 0, 0
         with _suppress_output():
             self._checkpointer = ocp.training.Checkpointer(
                 str(self._directory),
@@ -56,8 +59,18 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Closes; an error of the operating system then says where the run continues."""
+        failed = None
+        try:
+            self.close()
+        except OSError as closing:
+            failed = closing if error is None else None
+        told = failed or error
+        if isinstance(told, OSError):
+            told.add_note(f"it continues after round {self._last}" if self._last else "no round is saved yet")
+        if failed:
+            raise failed
 
     def save(self, step: int, state: PyTree) -> None:
         """Saves `state` in the background, after an earlier save has ended."""
@@ -66,7 +79,9 @@ class Checkpoints:
         # Orbax does not detect a changed byte within an array, so a digest of all arrays is saved too.
         saved = {"digest": fingerprint(leaves), "leaves": {k: v for k, v in leaves.items() if v.size}}
         saved["step"] = np.array([step])  # tells a directory that was copied under another number
-        self._saving = self._checkpointer.save_async(step, saved, force=True, overwrite=True)
+        self._saving_step = step
+        with _storage_errors(self._directory):
+            self._saving = self._checkpointer.save_async(step, saved, force=True, overwrite=True)
 
     def restore(self, template: PyTree) -> tuple[int, PyTree] | None:
         """Returns the latest usable checkpoint as (step, state), or None if there is none.
@@ -86,6 +101,8 @@ class Checkpoints:
             except _UnusableError as error:
                 unusable.append(f"checkpoint {step} {error}")
                 self._move_away(step)
+        if result is not None:
+            self._last = result[0]
         if unusable:
             self._checkpointer.reload()
             use = "starting afresh" if result is None else f"continuing from checkpoint {result[0]}"
@@ -97,14 +114,17 @@ class Checkpoints:
         """Waits until all saves are on disk."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
-            saving.result()  # nothing else ends its thread and closes its event loop
+            with _storage_errors(self._directory):
+                saving.result()  # nothing else ends its thread and closes its event loop
+            self._last = self._saving_step
 
     def close(self) -> None:
         """Waits until all saves are on disk and releases the directory."""
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            with _storage_errors(self._directory):
+                self._checkpointer.close()
 
     @property
     def _unusable(self) -> pathlib.Path:
@@ -160,6 +180,22 @@ class Checkpoints:
 
 class _UnusableError(Exception):
     pass
+
+
+@contextlib.contextmanager
+def _storage_errors(directory: pathlib.Path) -> Iterator[None]:
+    """Raises an `OSError` with the directory for one that Orbax or TensorStore only tells in words."""
+    try:
+        yield
+    except Exception as error:
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+            chain.append(cause)
+        numbers = [each.errno for each in chain if isinstance(each, OSError) and each.errno]
+        numbers += [n for n in REMEDIES if any(os.strerror(n) in str(each) for each in chain)]
+        if not numbers:
+            raise
+        raise OSError(numbers[0], os.strerror(numbers[0]), str(directory)) from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What every program of `launch` does around its work: help, quiet libraries, errors and exit codes."""
 
+import errno
 import io
 import logging
 import sys
@@ -8,11 +9,21 @@ from collections.abc import Callable
 from absl import logging as absl_logging
 
 from hfedmoe_jax.errors import InputError
+from launch.run.starting import EXIT_INTERRUPTED, raise_at_interrupt
 
 EXIT_ERROR = 1
 EXIT_INPUT_ERROR = 2
 EXIT_NOTHING_TRAINED = 4
-EXIT_INTERRUPTED = 130
+REMEDIES = {
+    errno.ENOSPC: "make room on the file system",
+    errno.EDQUOT: "make room in your quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOENT: "put back what was removed",
+    errno.EACCES: "give yourself the right to it",
+    errno.EROFS: "mount it for writing",
+}
+"""What to do about an error of the operating system."""
 
 
 class NothingTrainedError(RuntimeError):
@@ -38,14 +49,29 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a label is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        raise_at_interrupt()
         work()
-    except (KeyboardInterrupt, ValueError, NothingTrainedError) as error:
+    except (KeyboardInterrupt, NothingTrainedError, OSError, ValueError) as error:
         code = exit_code(error)
-        if code == EXIT_ERROR:
+        if code == EXIT_ERROR and not isinstance(error, OSError):
             raise
-        print(when_interrupted if code == EXIT_INTERRUPTED else f"error: {error}", file=sys.stderr)
+        print(when_interrupted if code == EXIT_INTERRUPTED else f"error: {line_of(error)}", file=sys.stderr)
         return code
     return 0
+
+
+def line_of(error: BaseException) -> str:
+    """Returns an error as one line: of the operating system's the path and what to do, and all notes.
+
+    >>> line_of(OSError(errno.ENOSPC, "No space left on device", "a/metrics.csv"))
+    'a/metrics.csv: No space left on device; make room on the file system and give the same command again'
+    """
+    text = str(error)
+    if isinstance(error, OSError):
+        remedy = REMEDIES.get(error.errno, "mend it")
+        place = f"{error.filename}: " if error.filename else ""
+        text = f"{place}{error.strerror or error}; {remedy} and give the same command again"
+    return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())
 
 
 def exit_code(error: BaseException | None) -> int:
@@ -73,6 +99,6 @@ def is_input_error(error: BaseException | None) -> bool:
 
 def quiet_libraries() -> None:
     """Keeps the logs of third-party libraries, errors excepted, off the user's screen."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax raises what it logs as an error
     for name in ("jax", "orbax", "tensorboardX", "datasets", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from hfedmoe_jax.errors import InputError
 from launch import main as front_door
 from launch.experiments import run_experiment
 from launch.run.command import apply_overrides, load_config
+from launch.run.program import NothingTrainedError
 from slide_jax.errors import InputError as SlideInputError
 
 CONFIG_FILE = """
@@ -193,19 +195,6 @@ def test_a_program_can_run_several_configs(runs, tmp_path):
     assert [config.fl.rounds for config, _ in runs] == [5, 6]
 
 
-@pytest.mark.parametrize("door", ["launch.main", "launch.bench"])
-def test_an_interrupt_during_the_imports_is_one_line(tmp_path, door):
-    """A stand-in for JAX is interrupted while it is imported."""
-    (tmp_path / "jax.py").write_text("raise KeyboardInterrupt")
-    environment = _environment() | {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), _environment()["PYTHONPATH"]])
-    }
-    child = subprocess.run(
-        [sys.executable, "-m", door, "--help"], env=environment, capture_output=True, text=True
-    )
-    assert (child.returncode, child.stdout, child.stderr) == (130, "", "interrupted: nothing was begun\n")
-
-
 def _raises(error):
     def run(config, workdir, host, source):
         raise error
@@ -262,6 +251,34 @@ def test_interrupt_exits_with_130_and_says_how_to_go_on(runs):
     _, error = child.communicate(timeout=180)
     assert child.returncode == 130
     assert error == "interrupted: the same command continues the run, from a checkpoint if there is one\n"
+
+
+@pytest.mark.parametrize("program", ["main", "bench"])
+def test_interrupt_while_the_libraries_load_is_one_line(tmp_path, program):
+    """JAX is replaced by a module that takes long to load."""
+    (tmp_path / "jax.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), _environment()["PYTHONPATH"]])}
+    child = subprocess.Popen(
+        [sys.executable, "-m", f"launch.{program}", "--help"],
+        env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout and child.stdout.readline() == "loading\n"
+    child.send_signal(signal.SIGINT)
+    _, error = child.communicate(timeout=180)
+    assert (child.returncode, error) == (130, "interrupted: nothing had begun\n")
+
+
+def test_storage_that_fails_and_runs_that_train_nothing_have_codes_of_their_own(runs, capsys, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "w/metrics.csv")
+    full.add_note("it continues after round 3")
+    for error, code, line in (
+        (full, 1, "w/metrics.csv: No space left on device; make room on the file system and give the same "
+                  "command again; it continues after round 3"),
+        (NothingTrainedError("no round trained"), 4, "no round trained"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys.modules["launch.hfedmoe.experiment"], "run_experiment", _raises(error))
+        assert front_door.main(["--config=config.py"]) == code
+        assert capsys.readouterr().err == f"error: {line}\n"
 
 
 WHOLE_RUN = """

@@ -56,3 +56,17 @@ def test_a_run_killed_twice_ends_like_one_that_was_not(tmp_path):
     assert f"continuing after round {done} of {ROUNDS}" in screen.out
     assert [row["round"] for row in tiny_run.metrics(killed)] == [str(n) for n in range(1, ROUNDS + 1)]
     tiny_run.assert_same_results(killed, whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_nothing_warns_each_round_and_ends_with_a_code_of_its_own(tmp_path):
+    train = tiny_run.write_jsonl(tmp_path / "train.jsonl", tiny_run.texts(60))
+    fields = {"fl__rounds": 2, "fl__dropout_probability": 0.999999}
+    screen = tiny_run.run_main(tiny_run.arguments(tmp_path / "run", train, **fields))
+    assert screen.code == 4
+    assert screen.err.splitlines() == [
+        "warning: round 1 trained nothing: 3 clients dropped out (fl.dropout_probability)",
+        "warning: round 2 trained nothing: 3 clients dropped out (fl.dropout_probability)",
+        "error: 2 rounds trained nothing: 6 clients dropped out (fl.dropout_probability)",
+    ]
+    assert (tmp_path / "run" / "report.html").exists()
