@@ -49,6 +49,8 @@ def run_experiment(
 
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written.
+      NothingTrainedError: no update of any client counted; the results are written.
+      OSError: the storage failed; it has the path, and a note of the round after which the run continues.
     """
     check_config(config)
     experts = config.mesh.experts
@@ -57,7 +59,8 @@ def run_experiment(
         start_processes(host.coordinator, host.processes, host.process, workdir / "checkpoints"),
         contextlib.nullcontext() if is_first_process() else no_stdout(),
     ):
-        run_process(config, workdir, host, source)
+        state = run_process(config, workdir, host, source)
+    check_trained(state)  # here, where the other processes are no longer waited for
 
 
 @contextlib.contextmanager
@@ -67,8 +70,14 @@ def no_stdout() -> Iterator[None]:
         yield
 
 
-def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host, source: Fingerprint | None) -> None:
-    """Does the part of this process: trains with the others; the first process writes the results."""
+def run_process(
+    config: ConfigDict, workdir: pathlib.Path, host: Host, source: Fingerprint | None
+) -> RunState:
+    """Does the part of this process: trains with the others; the first process writes the results.
+
+    Returns:
+      The state after the last round.
+    """
     check_same_config(config)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
     with hold_workdir(workdir) if is_first_process() else contextlib.nullcontext():
@@ -82,7 +91,7 @@ def run_process(config: ConfigDict, workdir: pathlib.Path, host: Host, source: F
         outcome = experiment.finish(state)
         if is_first_process():
             write_results(experiment, state, outcome, workdir)
-        check_trained(state)
+    return state
 
 
 def check_trained(state: RunState) -> None:

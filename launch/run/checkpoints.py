@@ -188,7 +188,7 @@ def _storage_errors(directory: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        chain = [error]
+        chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
         numbers = [each.errno for each in chain if isinstance(each, OSError) and each.errno]

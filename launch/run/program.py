@@ -68,7 +68,7 @@ def line_of(error: BaseException) -> str:
     """
     text = str(error)
     if isinstance(error, OSError):
-        remedy = REMEDIES.get(error.errno, "mend it")
+        remedy = REMEDIES.get(error.errno or 0, "mend it")
         place = f"{error.filename}: " if error.filename else ""
         text = f"{place}{error.strerror or error}; {remedy} and give the same command again"
     return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())

@@ -74,7 +74,11 @@ def hold_workdir(path: str | os.PathLike) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk is told without one
+            raise
 
 
 def _open_lock(path: str | os.PathLike) -> TextIO:

@@ -223,3 +223,10 @@ def test_without_locks_of_the_file_system_a_run_goes_on_with_a_warning(tmp_path,
         open_workdir(tmp_path, CONFIG)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"warning: {tmp_path} cannot be locked (No locks available): start no second run in it"
+
+
+def test_errors_of_the_system_name_the_directory_unless_they_name_a_file(tmp_path):
+    for given, named in ((None, str(tmp_path)), ("metrics.csv", "metrics.csv")):
+        with pytest.raises(OSError) as error, hold_workdir(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device", given)
+        assert error.value.filename == named
