@@ -114,7 +114,7 @@ class Checkpoints:
         """Waits until all saves are on disk."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
-            with _storage_errors(self._directory):
+            with _storage_errors(self._directory), _suppress_output():
                 saving.result()  # nothing else ends its thread and closes its event loop
             self._last = self._saving_step
 
@@ -123,7 +123,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with _storage_errors(self._directory):
+            with _storage_errors(self._directory), _suppress_output():
                 self._checkpointer.close()
 
     @property
@@ -200,7 +200,7 @@ def _storage_errors(directory: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _suppress_output() -> Iterator[None]:
-    """Suppresses logs and stderr while Orbax reads a checkpoint that may be damaged."""
+    """Suppresses logs and stderr while Orbax reads a checkpoint that may be damaged, or ends a save."""
     # asyncio reports the tasks that Orbax leaves unfinished after a failure.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.disable(logging.CRITICAL)
