@@ -23,7 +23,8 @@ class InputError(ValueError):
 
     def __init__(self, field: str, value: Any, problem: str, remedy: str):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
-        super().__init__(" ".join(f"{field}={value!r}: {problem}; {remedy}".split()))
+        text = " ".join(f"{field}={value!r}: {problem}; {remedy}".split())
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())  # what no terminal can print
 
 
 def unknown_name(field: str, name: Any, known: Iterable[str]) -> InputError:

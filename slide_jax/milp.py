@@ -78,10 +78,10 @@ def milp(problem: Problem, time_limit_s: float = 60.0) -> Allocation:
 
 def least_bandwidth_by_model(problem: Problem) -> PairNeeds:
     """Returns the least bandwidth and the best clock of every pair, from all layers; NumPy float64."""
-    return compute_in_float64(_pair_needs, problem)
+    return compute_in_float64(pair_needs, problem)
 
 
-def _pair_needs(hull: Hull, problem: Problem) -> PairNeeds:
+def pair_needs(hull: Hull, problem: Problem) -> PairNeeds:
     """`least_bandwidth_by_model` as a pure function of float64 arrays; the hull is not used."""
     catalogue = problem.catalogue
 
