@@ -3,8 +3,8 @@
 That serves the most users: exchanging a served user for one who needs less bandwidth keeps the sum within the
 spectrum. Instead of sorting, the largest need up to which everyone fits is searched by halving. The ends of
 the search are needs of users, so it ends at the exact one at any scale and in any arithmetic: also where
-float64 is a pair of float32, as on TPU. `jaxopt.Bisection` is accurate only relative to the largest bandwidth:
-of users whose bandwidths spread from 1e-300 to 1e6 Hz it admits none where 64,727 fit.
+float64 is a pair of float32, as on TPU. `jaxopt.Bisection` is accurate only relative to the largest
+bandwidth: of users whose bandwidths spread from 1e-300 to 1e6 Hz it admits none where 64,727 fit.
 """
 
 import jax.numpy as jnp

@@ -19,7 +19,7 @@ MISSING = object()
 """Placeholder for a field that an object lacks."""
 
 LEAST, LARGEST = 1e-60, 1e30
-"""Every quantity of a real cell that is not 0 lies well between these; products of such numbers are numbers."""
+"""Every quantity of a real cell that is not 0 lies well between these; their products do not overflow."""
 
 UNLIMITED = ("energy_j", "memory_bits")  # null in JSON, infinite in arrays: no limit
 POSITIVE = ("f_max_hz", "flop_per_cycle")

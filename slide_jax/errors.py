@@ -36,4 +36,4 @@ def unknown_name(field: str, name: Any, known: Iterable[str]) -> InputError:
     known = list(known)
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return InputError(field, name, "unknown name", f"{hint}Known: {', '.join(sorted(known))}")
+    return InputError(field, name, "unknown name", f"{hint}Known: {', '.join(sorted(known)) or 'none'}")
