@@ -18,6 +18,9 @@ from slide_jax.problem import RATE_MODELS, Catalogue, Labels, Problem, Users
 MISSING = object()
 """Placeholder for a field that an object lacks."""
 
+LEAST, LARGEST = 1e-60, 1e30
+"""Every quantity of a real cell that is not 0 lies well between these; their products do not overflow."""
+
 UNLIMITED = ("energy_j", "memory_bits")  # null in JSON, infinite in arrays: no limit
 POSITIVE = ("f_max_hz", "flop_per_cycle")
 SHARES = ("accuracy", "min_accuracy")
@@ -175,6 +178,7 @@ def read_models(models: Any, tasks: Sequence[str] | None) -> tuple[Catalogue, La
         i, j = first_repeated(names)
         raise InputError(f"models[{i}].name", names[i], f"models[{j}] has this name too", "give each its own")
     tasks = tuple(dict.fromkeys(model_tasks)) if tasks is None else tuple(tasks)
+    require_texts(tasks, lambda j: f"tasks[{j}]")
     for i, task in enumerate(model_tasks):
         if task not in tasks:
             raise unknown_name(f"models[{i}].task", task, tasks)
@@ -215,6 +219,9 @@ def check_range(values: np.ndarray, name: str, path: Path) -> None:
         good, text = good & (values <= 1), "within [0, 1]"
     if name not in UNLIMITED:
         good = good & np.isfinite(values)
+    if good.all():
+        good = (values == 0) | (values >= LEAST) & (values <= LARGEST) | np.isinf(values)
+        text = f"{'' if name in POSITIVE else '0 or '}from {LEAST:g} to {LARGEST:g}"
     if not good.all():
         k = int(np.argmin(good))
         raise InputError(path(k), values[k].item(), f"must be {text}", f"give {EXAMPLES[name]}")
@@ -243,6 +250,9 @@ def require_texts(column: Sequence, path: Path, optional: bool = False) -> None:
             _require_present(value, path(k), "give a text")
             if not (isinstance(value, str) or (optional and value is None)):
                 raise InputError(path(k), shown(value), "must be a text", 'give it in quotes, e.g. "vision"')
+    for k, value in enumerate(column):
+        if value is not None and not value.isascii() and not _is_unicode(value):
+            raise InputError(path(k), shown(value), "holds half of a surrogate pair", "write it in UTF-8")
 
 
 def require_list(value: Any, path: str) -> None:
@@ -276,6 +286,11 @@ def shown(value: Any) -> Any:
     """Returns a value as an error shows it; what would not fit on one line is replaced by its type."""
     long = len(value) > 80 if isinstance(value, str) else isinstance(value, list | tuple | Mapping)
     return f"<{type(value).__name__}>" if long else value
+
+
+def _is_unicode(text: str) -> bool:
+    """Returns whether a text can be written in UTF-8: half of a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _require_present(value: Any, path: str, remedy: str) -> None:

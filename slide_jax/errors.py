@@ -23,7 +23,8 @@ class InputError(ValueError):
 
     def __init__(self, field: str, value: Any, problem: str, remedy: str):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
-        super().__init__(" ".join(f"{field}={value!r}: {problem}; {remedy}".split()))
+        text = " ".join(f"{field}={value!r}: {problem}; {remedy}".split())
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())  # what no terminal can print
 
 
 def unknown_name(field: str, name: Any, known: Iterable[str]) -> InputError:
@@ -35,4 +36,4 @@ def unknown_name(field: str, name: Any, known: Iterable[str]) -> InputError:
     known = list(known)
     nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return InputError(field, name, "unknown name", f"{hint}Known: {', '.join(sorted(known))}")
+    return InputError(field, name, "unknown name", f"{hint}Known: {', '.join(sorted(known)) or 'none'}")

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from slide_jax.errors import InputError
 from slide_jax.hull import convex_hull
 from slide_jax.problem import Problem
 
@@ -32,6 +34,21 @@ def compute_in_float64(function: Callable[..., Any], problem: Problem, *arrays: 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _jitted(function, hull, problem, arrays, options):
     return function(hull, problem, *arrays, **dict(options))
+
+
+def require_float64(*arrays: Any) -> None:
+    """Refuses pytrees of arrays in another floating dtype than float64, and programs without it.
+
+    Raises:
+      InputError: which dtype there is, and what converts it.
+    """
+    dtypes = {str(array.dtype) for array in jax.tree.leaves(arrays) if hasattr(array, "dtype")}
+    narrow = {name for name in dtypes if jnp.issubdtype(name, jnp.floating)} - {"float64"}
+    if jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        narrow = narrow or {"float32"}  # to which JAX would round
+    if narrow:
+        remedy = "call slide_jax.solve or solve_batch, which convert it"
+        raise InputError("problem", min(narrow), "decisions are computed in float64", remedy)
 
 
 def to_float64(problem: Problem) -> Problem:

@@ -91,16 +91,16 @@ def _not_above(before: tuple, middle: tuple, after: tuple) -> bool:
 
 
 def least_rate_on_hull(
-    bits: Float[ArrayLike, " H"],
-    flop: Float[ArrayLike, " H"],
-    switch_flop: Float[ArrayLike, " H-1"],
-    total_flop: Float[ArrayLike, ""],
+    bits: Float[ArrayLike, "H ..."],
+    flop: Float[ArrayLike, "H ..."],
+    switch_flop: Float[ArrayLike, "H-1 ..."],
+    total_flop: Float[ArrayLike, "..."],
     slack_s: Float[ArrayLike, " K"],
     speed_flop_s: Float[ArrayLike, " K"],
 ) -> Float[Array, " K"]:
     """Returns the least rate [bit/s] of one model for many users; infinite if no rate suffices.
 
-    Equal to `latency.least_rate` of all the layers.
+    Equal to `latency.least_rate` of all the layers. The model may also be one of each user's own, [H, K].
     """
     workable = speed_flop_s * slack_s
     decided_bits, decided_flop = bits[0], flop[0]
@@ -114,13 +114,13 @@ def least_rate_on_hull(
 
 
 def latency_on_hull(
-    bits: Float[ArrayLike, " H"],
-    flop: Float[ArrayLike, " H"],
-    total_flop: Float[ArrayLike, ""],
+    bits: Float[ArrayLike, "H ..."],
+    flop: Float[ArrayLike, "H ..."],
+    total_flop: Float[ArrayLike, "..."],
     rate_bps: Float[ArrayLike, " K"],
     speed_flop_s: Float[ArrayLike, " K"],
 ) -> Float[Array, " K"]:
-    """Returns the latency [s], from the start, of one model for many users at positive speeds."""
+    """Returns the latency [s], from the start, of one model or of each user's [H, K], at positive speeds."""
     per_bit, per_flop = jnp.where(rate_bps > 0, 1 / rate_bps, jnp.inf), 1 / speed_flop_s
     slowest = total_flop * per_flop
     for vertex in range(len(bits)):

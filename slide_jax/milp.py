@@ -8,7 +8,7 @@ Axes: K users, I models, L layers, N choices.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from slide_jax.admission import TOLERANCE
 from slide_jax.allocation import allocate_least
 from slide_jax.errors import InputError
-from slide_jax.float64 import compute_in_float64
+from slide_jax.float64 import compute_in_float64, require_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import least_rate
 from slide_jax.problem import Allocation, Problem, Users
@@ -58,6 +58,7 @@ def milp(problem: Problem, time_limit_s: float = 60.0) -> Allocation:
     Raises:
       InputError: a time limit that is not above 0.
     """
+    check_time_limit(time_limit_s)
     needs = least_bandwidth_by_model(problem)
     spectrum = float(problem.bandwidth_hz)
     model, user = np.nonzero(needs.bandwidth_hz <= spectrum * (1 + TOLERANCE))
@@ -78,11 +79,12 @@ def milp(problem: Problem, time_limit_s: float = 60.0) -> Allocation:
 
 def least_bandwidth_by_model(problem: Problem) -> PairNeeds:
     """Returns the least bandwidth and the best clock of every pair, from all layers; NumPy float64."""
-    return compute_in_float64(_pair_needs, problem)
+    return compute_in_float64(pair_needs, problem)
 
 
-def _pair_needs(hull: Hull, problem: Problem) -> PairNeeds:
+def pair_needs(hull: Hull, problem: Problem) -> PairNeeds:
     """`least_bandwidth_by_model` as a pure function of float64 arrays; the hull is not used."""
+    require_float64(problem)
     catalogue = problem.catalogue
 
     def of_block(users: Users) -> tuple[Array, Array]:
@@ -128,8 +130,7 @@ def pack(
     Raises:
       InputError: a time limit that is not above 0.
     """
-    if not time_limit_s > 0:
-        raise InputError("time_limit_s", time_limit_s, "must be above 0", "give seconds, e.g. 60.0")
+    check_time_limit(time_limit_s)
     count, largest = value.size, float(np.max(value, initial=0.0))
     if largest == 0:
         return Packing(np.zeros(count, bool), 0.0)
@@ -156,6 +157,13 @@ def pack(
         bound = min(largest * (-bound + HIGHS_TOLERANCE * (1 - bound)), everyone)
     chosen = _within(chosen, value, bandwidth_hz, spectrum_hz)
     return Packing(chosen, max(bound, float(np.sum(value[chosen]))))
+
+
+def check_time_limit(time_limit_s: Any) -> None:
+    """Refuses a time limit that is no number above 0."""
+    number = isinstance(time_limit_s, int | float | np.number) and not isinstance(time_limit_s, bool)
+    if not number or not time_limit_s > 0:
+        raise InputError("time_limit_s", time_limit_s, "must be above 0", "give seconds, e.g. 60.0")
 
 
 def _within(chosen, value, bandwidth_hz, spectrum_hz):

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from slide_jax.device import best_clock, inference_energy
+from slide_jax.float64 import require_float64
 from slide_jax.hull import Hull, latency_on_hull, least_rate_on_hull
 from slide_jax.problem import REASONS, Catalogue, Problem, Users
 from slide_jax.rates import linear_bandwidth, linear_rate, shannon_bandwidth, shannon_rate
@@ -97,7 +98,12 @@ def is_admissible(
 
 
 def provision(hull: Hull, problem: Problem) -> Need:
-    """Returns every user's need; of models that need the same rate the more accurate, then the first."""
+    """Returns every user's need; of models that need the same rate the more accurate, then the first.
+
+    Raises:
+      InputError: arrays that are not float64.
+    """
+    require_float64(hull, problem)
     return by_blocks(
         lambda block: _provision_block(hull, problem.catalogue, block, problem.rate_model), problem.users
     )
@@ -116,27 +122,23 @@ def outcome(
     def of_block(block):
         users, model, frequency_hz, bandwidth_hz = block
         rate, speed = rate_of(bandwidth_hz, users, rate_model), frequency_hz * users.flop_per_cycle
-
-        def step(found, entry):
-            index, bits, flop, total_flop = entry
-            taking = latency_on_hull(bits, flop, total_flop, rate, speed)
-            energy = inference_energy(
-                frequency_hz,
-                total_flop / users.flop_per_cycle,
-                users.kappa_j_per_hz2_cycle,
-                users.static_power_w,
-            )
-            return Outcome(
-                jnp.where(model == index, users.start_s + taking, found.latency_s),
-                jnp.where(model == index, energy, found.energy_j),
-            ), None
-
-        nothing = jnp.full(model.shape, jnp.nan)
-        models = jnp.arange(len(hull.bits), dtype=jnp.int32)
-        entries = (models, hull.bits, hull.flop, hull.total_flop)
-        return lax.scan(step, Outcome(nothing, nothing), entries)[0]
+        chosen = hull_of_chosen(hull, model)
+        taking = latency_on_hull(chosen.bits, chosen.flop, chosen.total_flop, rate, speed)
+        energy = inference_energy(
+            frequency_hz,
+            chosen.total_flop / users.flop_per_cycle,
+            users.kappa_j_per_hz2_cycle,
+            users.static_power_w,
+        )
+        served = model >= 0
+        return Outcome(jnp.where(served, users.start_s + taking, jnp.nan), jnp.where(served, energy, jnp.nan))
 
     return by_blocks(of_block, (users, model, frequency_hz, bandwidth_hz))
+
+
+def hull_of_chosen(hull: Hull, model: Int[ArrayLike, " N"]) -> Hull:
+    """Returns the hull of each user's model, users last: [H, N] and [N]; of the first model for -1."""
+    return Hull(*(jnp.asarray(table).T[..., jnp.maximum(model, 0)] for table in hull))
 
 
 def bandwidth_by(
@@ -152,16 +154,11 @@ def bandwidth_by(
     def of_block(block):
         deadline_s, users, model, frequency_hz = block
         slack, speed = deadline_s - users.start_s, frequency_hz * users.flop_per_cycle
-
-        def step(rate, entry):
-            index, bits, flop, switch_flop, total_flop = entry
-            asked = least_rate_on_hull(bits, flop, switch_flop, total_flop, slack, speed)
-            return jnp.where(model == index, asked, rate), None
-
-        models = jnp.arange(len(hull.bits), dtype=jnp.int32)
-        entries = (models, hull.bits, hull.flop, hull.switch_flop, hull.total_flop)
-        rate, _ = lax.scan(step, jnp.full(model.shape, jnp.inf), entries)
-        return bandwidth_of(rate, users, rate_model)
+        chosen = hull_of_chosen(hull, model)
+        rate = least_rate_on_hull(
+            chosen.bits, chosen.flop, chosen.switch_flop, chosen.total_flop, slack, speed
+        )
+        return bandwidth_of(jnp.where(model >= 0, rate, jnp.inf), users, rate_model)
 
     return by_blocks(of_block, (deadline_s, users, model, frequency_hz))
 

@@ -21,15 +21,16 @@ What may be left out, and its default:
     users[k].start_s, min_accuracy       0
     users[k].energy_j                    null: no limit
     users[k].models                      every model of `task` that reaches `min_accuracy`; a list of
-                                         names stands instead of both
+                                         names stands instead: beside it `min_accuracy` is refused
     users[k].spectral_efficiency_bps_hz  0 under "shannon"; required under "linear"
     users[k].snr_hz                      0 under "linear"; required under "shannon"
     users[k].device.static_power_w       0
     users[k].device.memory_bits          null: no limit
     users[k].device.kappa_j_per_hz2_cycle  0 for a user without energy_j; otherwise required
 
-Everything else is required, and a key of any other name is refused. Every mistake is an
-`InputError` with its JSON path, e.g. `users[3].device.f_min_hz`.
+Everything else is required; a key of any other name, a key given twice, and a number that is neither 0 nor
+from 1e-60 to 1e30 are refused.
+Every mistake is an `InputError` with its JSON path, e.g. `users[3].device.f_min_hz`.
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ from slide_jax.checks import (
     NUMBERS,
     UNLIMITED,
     checked_problem,
+    first_repeated,
     fits_task,
     make_problem,
     numbers,
@@ -250,6 +252,10 @@ def _read_users(users: Any, labels: Labels, rate_model: str) -> tuple[Users, tup
             raise InputError(_user_path(kappa, k), None, "is missing", remedy)
 
     allowed, by_name = _read_models_of([user.get("models") for user in users], labels.models)
+    for k in np.flatnonzero(by_name).tolist():
+        if "min_accuracy" in users[k]:
+            problem, remedy = "has no effect beside `models`", "leave out one of the two"
+            raise InputError(f"users[{k}].min_accuracy", users[k]["min_accuracy"], problem, remedy)
     tasks = [user.get("task") for user in users]
     require_texts(tasks, lambda k: f"users[{k}].task", optional=True)
     codes = {None: -1} | {name: code for code, name in enumerate(labels.tasks)}
@@ -306,18 +312,56 @@ def _load(source: str | os.PathLike | Mapping, what: str, known: Sequence[str]) 
     content = source
     if isinstance(source, str | os.PathLike):
         try:
-            content = json.loads(pathlib.Path(source).read_bytes())
+            content = _parse(pathlib.Path(source).read_bytes())
         except FileNotFoundError:
             raise InputError(what, str(source), "no such file", "give the path of a JSON file") from None
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
             raise InputError(what, str(source), problem, "give the path of a JSON file") from None
+        except InputError:
+            raise
         except (ValueError, RecursionError) as error:
             raise InputError(what, str(source), f"is no JSON file ({error})", "mend or replace it") from None
     if not isinstance(content, Mapping):
         raise InputError(what, shown(content), "must be an object", f"give {{...}} of {', '.join(known)}")
     require_objects([content], known, lambda _: "")
     return content
+
+
+def _parse(raw: bytes) -> Any:
+    """Returns the content of a JSON file, or refuses an object that has a key twice."""
+    repeated: list[tuple[dict, str]] = []
+
+    def read_object(pairs: list[tuple[str, Any]]) -> dict:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            repeated.append((content, keys[first_repeated(keys)[0]]))
+        return content
+
+    content = json.loads(raw, object_pairs_hook=read_object)
+    if repeated:
+        # An object is read after those within it, so none that is around the last one lost it.
+        where, key = repeated[-1]
+        place = f"{_path_to(where, content)}.{key}".lstrip(".")
+        raise InputError(place, shown(where[key]), "is given twice", "keep one of the two")
+    return content
+
+
+def _path_to(part: Any, content: Any) -> str | None:
+    """Returns the JSON path of a part of the content; None: it is not there."""
+    if content is part:
+        return ""
+    entries: Iterable[tuple[str, Any]] = ()
+    if isinstance(content, dict):
+        entries = ((f".{key}", value) for key, value in content.items())
+    elif isinstance(content, list):
+        entries = ((f"[{k}]", value) for k, value in enumerate(content))
+    for step, value in entries:
+        rest = _path_to(part, value)
+        if rest is not None:
+            return f"{step}{rest}"
+    return None
 
 
 def _write(path: str | os.PathLike, head: Mapping, lists: Mapping[str, Iterable[Mapping]]) -> None:

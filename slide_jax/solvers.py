@@ -11,15 +11,17 @@ True
 """
 
 import dataclasses
+import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from slide_jax import baselines
-from slide_jax.errors import unknown_name
+from slide_jax.errors import InputError, unknown_name
 from slide_jax.exact import decide_exact, exact
 from slide_jax.float64 import compute_in_float64
 from slide_jax.milp import milp
@@ -35,7 +37,7 @@ class Solver(NamedTuple):
       decide: `(hull, problem) -> Allocation`, the same as a pure function of float64 arrays under `jit` and
         `vmap`, for the sweeps over drops; None: the solver is left out of them.
       label: what figures call it; empty: its name.
-      options: which of a run's options `solve` takes: `left_over`, `time_limit_s`, `seed`.
+      options: those that `solve` takes; a run passes its own on: `left_over`, `time_limit_s`, `seed`.
       needs_key: whether `decide` takes a PRNG key as its third argument.
       download_first: whether it solves the problem under download-then-infer (DAI), that is
         `baselines.download_then_infer(problem)`. Its answers are verified against that problem and have no
@@ -63,16 +65,29 @@ def pure_solver(
 
     Args:
       decide: `(hull, problem) -> Allocation`, or `(hull, problem, key)` with `needs_key`.
-      label, needs_key, download_first: as in `Solver`.
+      label, needs_key, download_first: as in `Solver`. What else `decide` takes are the solver's options:
+        static, so hashable.
     """
+    _, _, *others = inspect.signature(decide).parameters
+    own = tuple(others[needs_key:])
 
     def solve(problem: Problem, **options: Any) -> Allocation:
         posed = baselines.download_then_infer(problem) if download_first else problem
-        keys = (jax.random.key(options.pop("seed", 0)),) if needs_key else ()
+        keys = (jax.random.key(_checked_seed(options.pop("seed", 0))),) if needs_key else ()
+        for name, value in options.items():
+            if not isinstance(value, Hashable):
+                raise InputError(
+                    name, type(value).__name__, "is of the wrong type", "give a text or a number"
+                )
         return compute_in_float64(decide, posed, *keys, **options)
 
-    options = ("seed",) if needs_key else ()
-    return Solver(solve, decide, label, options, needs_key, download_first)
+    return Solver(solve, decide, label, (*own, "seed") if needs_key else own, needs_key, download_first)
+
+
+def _checked_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise InputError("seed", seed, "must be a whole number from 0 to 2**32 - 1", "give e.g. 0")
+    return int(seed)
 
 
 SOLVERS: dict[str, Solver] = {
@@ -108,10 +123,13 @@ def solve(problem: Problem, solver: str = "exact", **options: Any) -> Allocation
       **options: of that solver, e.g. `left_over="min_max"` of `exact`.
 
     Raises:
-      InputError: an unknown solver, or an option that it refuses.
+      InputError: an unknown solver or option, or a value that it refuses.
     """
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
+    for name in options:
+        if name not in SOLVERS[solver].options:
+            raise unknown_name(f"option of {solver}", name, SOLVERS[solver].options)
     begun = time.perf_counter()
     allocation = SOLVERS[solver].solve(problem, **options)
     return dataclasses.replace(allocation, solver=solver, solve_s=time.perf_counter() - begun)

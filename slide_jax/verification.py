@@ -50,8 +50,10 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     Checked, by constraint name: `model` (exists), `admissible_model` (solves the task accurately enough, or
     is among those the user allows), `memory_bits`, `f_min_hz`, `f_max_hz`, `energy_j`, `deadline_s`,
     `bandwidth_hz` (not negative, not nan; nothing for users who are not served; in sum no more than the
-    spectrum), `reported latency_s`, `reported energy_j`, `reason` (`served` for exactly the served) and
-    `upper_bound` (not below the throughput). An answer of the wrong length breaks `shape` alone.
+    spectrum), `frequency_hz` (0 for users who are not served), `reported latency_s` and `reported energy_j`
+    (nan for users who are not served), `reason` (`served` for exactly the served; of the others one that the
+    models, the memory, the energy and the signal of the user bear out) and `upper_bound` (not below the
+    throughput). An answer of the wrong length or dtype breaks `shape` or `dtype` alone.
 
     An answer to another problem is to be verified against that one: an answer of `dai` against
     `baselines.download_then_infer(problem)`. Clocks by layer, released spectrum and freed memory
@@ -67,6 +69,10 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     for name, column in answer.items():
         if column.shape != (num_users,):
             return [Violation(None, "shape", f"{name} {column.shape}", (num_users,))]
+        kinds = "iu" if name in ("model", "reason") else "fiu"
+        if column.dtype.kind not in kinds:
+            limit = "integers" if kinds == "iu" else "numbers"
+            return [Violation(None, "dtype", f"{name} {column.dtype}", limit)]
     catalogue, users = problem.catalogue, problem.users
     names = problem.labels.users
     violations = []
@@ -85,8 +91,8 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     check(bandwidth >= 0, everyone, "bandwidth_hz", bandwidth, 0.0)
     check(bandwidth == 0, model < 0, "bandwidth_hz", bandwidth, 0.0)
     reason = answer["reason"]
-    fits = np.where(model >= 0, reason == 0, (reason > 0) & (reason < len(REASONS)))
-    check(fits, everyone, "reason", reason, np.where(model >= 0, 0, len(REASONS) - 1))
+    expected = np.where(model >= 0, 0, _nearest_reason(problem, reason))
+    check(reason == expected, everyone, "reason", reason, expected)
 
     served = exists & (model >= 0)
     chosen = np.where(served, model, 0)
@@ -99,6 +105,7 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     f_min, f_max = np.asarray(users.f_min_hz, np.float64), np.asarray(users.f_max_hz, np.float64)
     check(clock >= f_min * (1 - TOLERANCE), served, "f_min_hz", clock, f_min)
     check(clock <= f_max * (1 + TOLERANCE), served, "f_max_hz", clock, f_max)
+    check(clock == 0, model < 0, "frequency_hz", clock, 0.0)
     taking, energy = _replay(problem, chosen, bandwidth, clock)
     budget, deadline, start = (
         np.asarray(column, np.float64) for column in (users.energy_j, users.deadline_s, users.start_s)
@@ -110,9 +117,11 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     reported = answer["latency_s"].astype(np.float64)
     same = np.abs(reported - latency) <= TOLERANCE * taking + rounding
     check(same, served, "reported latency_s", reported, latency)
+    check(np.isnan(reported), model < 0, "reported latency_s", reported, np.nan)
     reported = answer["energy_j"].astype(np.float64)
     same = np.isclose(reported, energy, rtol=TOLERANCE, atol=0.0)
     check(same, served, "reported energy_j", reported, energy)
+    check(np.isnan(reported), model < 0, "reported energy_j", reported, np.nan)
 
     spectrum = float(problem.bandwidth_hz)
     used = math.fsum(np.where(bandwidth >= 0, bandwidth, 0.0))
@@ -122,6 +131,45 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     if bound < throughput:
         violations.append(Violation(None, "upper_bound", bound, throughput))
     return violations
+
+
+def _nearest_reason(problem: Problem, reason: np.ndarray) -> np.ndarray:
+    """Returns the reasons [K], or where a user cannot have been refused for them the nearest possible ones.
+
+    A model stops at the first of: admissible, memory, energy; the one that comes furthest counts. What lies
+    within the tolerance of a limit may stop there or not.
+    """
+    catalogue, users = problem.catalogue, problem.users
+    memory, budget, f_min, f_max, flop_per_cycle, kappa, static = (
+        np.asarray(column, np.float64)
+        for column in (
+            users.memory_bits,
+            users.energy_j,
+            users.f_min_hz,
+            users.f_max_hz,
+            users.flop_per_cycle,
+            users.kappa_j_per_hz2_cycle,
+            users.static_power_w,
+        )
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        thrifty = np.clip(np.nan_to_num(np.cbrt(static / (2 * kappa)), posinf=np.inf), f_min, f_max)
+        per_cycle = kappa * thrifty**2 + np.where(static > 0, static / thrifty, 0.0)
+    least, most = np.ones((2, problem.num_users), np.int64)
+    for i, bits in enumerate(np.sum(np.asarray(catalogue.layer_bits, np.float64), axis=1)):
+        admissible = _is_admissible(problem, np.full(problem.num_users, i))
+        cycles = np.sum(np.asarray(catalogue.layer_flop[i], np.float64)) / flop_per_cycle
+        energy = np.where(cycles > 0, per_cycle * cycles, 0.0)
+        for bound, slack in ((least, 1 - TOLERANCE), (most, 1 + TOLERANCE)):
+            fits = bits <= memory * slack
+            runs = (energy <= budget * slack) & ((energy > 0) | (f_min > 0) | (budget > 0) | (slack > 1))
+            further = 4 if bound is least else len(REASONS) - 1
+            stop = np.where(fits, np.where(runs, further, 3), 2)
+            np.maximum(bound, np.where(admissible, stop, 1), out=bound)
+    signal = users.spectral_efficiency_bps_hz if problem.rate_model == "linear" else users.snr_hz
+    mute, possible = np.asarray(signal) <= 0, np.clip(reason, least, most)
+    silent = REASONS.index("no signal")
+    return np.where(np.isin(possible, (silent, silent + 1)), np.where(mute, silent, silent + 1), possible)
 
 
 def _is_admissible(problem: Problem, model: np.ndarray) -> np.ndarray:

@@ -35,9 +35,28 @@ def best_allocation(problem: Problem) -> Allocation:
         frequency_hz=frequency,
         latency_s=latency,
         energy_j=energy,
-        reason=np.where(model >= 0, 0, 8).astype(np.int32),
+        reason=np.array(
+            [0 if k in choice else _reason(problem, k, least[k]) for k in range(model.size)], np.int32
+        ),
         solver="brute force",
     )
+
+
+def _reason(problem: Problem, k: int, least_hz: np.ndarray) -> int:
+    """Returns why a user is not served: the constraint at which the model that came furthest stopped."""
+    models = [i for i in range(problem.num_models) if is_admissible(problem, k, i)]
+    fitting = [i for i in models if fits_memory(problem, k, i)]
+    clocks = {i: _best_clock(problem, k, i) for i in fitting}
+    running = [i for i in fitting if np.isfinite(clocks[i])]
+    for left, reason in ((models, 1), (fitting, 2), (running, 3)):
+        if not left:
+            return reason
+    if np.isfinite(least_hz).any():
+        return 7 if least_hz.min() > problem.bandwidth_hz * (1 + 1e-9) else 8
+    deadline = float(problem.users.deadline_s[k])
+    if all(_replay(problem, k, i, math.inf, clocks[i]) >= deadline for i in running):
+        return 4
+    return 6 if rate_bps(problem, k, 1.0) > 0 else 5
 
 
 def least_bandwidth(problem: Problem) -> np.ndarray:

@@ -49,9 +49,6 @@ from slide_jax.verification import verify
 SCENARIO_USERS = 10_000
 """Users up to which a cell is written to scenario.json; larger files are unwieldy to edit."""
 
-MOST_S_TO_REPEAT = 5.0
-"""Solvers that took at most this long, compilation included, run again to be timed without it."""
-
 
 def run_experiment(
     config: ConfigDict,
@@ -166,10 +163,9 @@ def solve_all(config: ConfigDict, problem: Problem) -> list[Solution]:
         if config.solver == ALL and problem.num_users > most:
             solutions.append(Solution(solver, None, f"skipped: more than {most:,} users"))
             continue
-        options = {name: available[name] for name in SOLVERS[solver].options}
+        options = {name: available[name] for name in SOLVERS[solver].options if name in available}
+        solve(problem, solver, **options)  # compiles
         allocation = solve(problem, solver, **options)
-        if allocation.solve_s <= MOST_S_TO_REPEAT:
-            allocation = solve(problem, solver, **options)
         check_feasible(problem, allocation)
         solutions.append(Solution(solver, allocation))
     return solutions

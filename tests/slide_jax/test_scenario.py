@@ -97,9 +97,10 @@ def test_shannon_needs_no_spectral_efficiency():
 
 def test_named_models_stand_instead_of_task_and_accuracy():
     content = scenario(3)
+    for k, models in ((1, ["chat"]), (2, [])):
+        content["users"][k]["models"] = models
+        del content["users"][k]["min_accuracy"]
     del content["users"][1]["task"]
-    content["users"][1]["models"] = ["chat"]
-    content["users"][2] |= {"models": [], "min_accuracy": 0.9}
     problem = read_scenario(content)
     np.testing.assert_array_equal(problem.users.allowed, [[True, False], [False, True], [False, False]])
     np.testing.assert_array_equal(problem.users.task, [0, -1, -1])
@@ -152,6 +153,7 @@ def test_a_written_scenario_reads_back(tmp_path_factory, problem):
 def test_ids_and_tasks_survive_the_file(tmp_path):
     content = scenario(3)
     content["users"][2]["models"] = ["chat"]
+    del content["users"][2]["min_accuracy"]
     write_scenario(read_scenario(content), tmp_path / "scenario.json")
     again = read_scenario(tmp_path / "scenario.json")
     np.testing.assert_array_equal(again.users.task, [0, 0, -1])

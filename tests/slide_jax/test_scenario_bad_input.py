@@ -1,6 +1,7 @@
 """No mistake in a scenario, or in arrays instead of one, passes unnamed."""
 
 import dataclasses
+import json
 
 import chex
 import numpy as np
@@ -58,6 +59,16 @@ def test_numbers_that_cannot_be_are_refused(path, value):
     content = scenario()
     put(content, path, value)
     refusal(content, path)
+
+
+@pytest.mark.parametrize("value", [1.01e30, 1e308, 10**40, 0.99e-60, 5e-324])
+@pytest.mark.parametrize("path", [path for path in NUMBERS if "accuracy" not in path[-1]], ids=dotted)
+def test_numbers_whose_products_are_none_are_refused(path, value):
+    content = scenario()
+    put(content, path, 1e30 if path[-1] != "f_min_hz" else 1e8)
+    assert read_scenario(content).num_users == 2
+    put(content, path, value)
+    assert "from 1e-60 to 1e+30" in refusal(content, path)
 
 
 @pytest.mark.parametrize("value", [True, "1e8", [1.0], {}])
@@ -124,6 +135,7 @@ def test_the_clock_range_is_not_crossed():
 def test_an_unknown_named_model_is_refused_with_the_nearest():
     content = scenario()
     content["users"][1]["models"] = ["chat", "smal"]
+    del content["users"][1]["min_accuracy"]
     assert "did you mean 'small'?" in refusal(content, (*USER, "models", 1))
 
 
@@ -146,6 +158,57 @@ def test_files_that_are_no_json_are_refused(tmp_path, text):
     with pytest.raises(InputError, match=r"is no JSON file") as raised:
         read_scenario(tmp_path / "scenario.json")
     assert "\n" not in str(raised.value)
+
+
+def doubled(path: tuple) -> str:
+    """Returns the text of a scenario in which one key stands twice."""
+    content, *above, key = scenario(), *path
+    part = content
+    for step in above:
+        part = part[step]
+    part["\0"] = part[key]
+    return json.dumps(content).replace(json.dumps("\0"), json.dumps(key))
+
+
+@pytest.mark.parametrize("path", REQUIRED, ids=dotted)
+def test_keys_given_twice_are_refused(tmp_path, path):
+    (tmp_path / "scenario.json").write_text(doubled(path))
+    assert "is given twice" in refusal(tmp_path / "scenario.json", path)
+
+
+def test_of_keys_given_twice_within_each_other_the_outer_is_named(tmp_path):
+    (tmp_path / "scenario.json").write_text('{"users": [{"id": 1, "id": 2}], "users": [], "models": []}')
+    refusal(tmp_path / "scenario.json", ("users",))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [(*USER, "id"), (*USER, "task"), ("models", 1, "name"), ("models", 1, "task"), (*USER, "models", 0)],
+    ids=dotted,
+)
+def test_half_a_surrogate_pair_is_refused(tmp_path, path):
+    content = scenario()
+    if "models" in path[1:]:
+        del content["users"][1]["min_accuracy"]
+        content["users"][1]["models"] = ["small"]
+    put(content, path, "a\ud800")
+    (tmp_path / "scenario.json").write_text(json.dumps(content))  # written as an escape
+    assert "half of a surrogate pair" in refusal(tmp_path / "scenario.json", path)
+    put(content, path, "a\U0001f600\u0939")  # a whole one is a letter like any other
+    if path[-1] in ("id", "name"):
+        assert read_scenario(content).num_users == 2
+
+
+def test_half_a_surrogate_pair_as_a_key_can_be_printed():
+    with pytest.raises(InputError, match="unknown key") as raised:
+        read_scenario({**scenario(), "\ud800": 1})
+    assert str(raised.value).encode("utf-8").startswith(b"\\ud800=1")
+
+
+def test_models_beside_an_accuracy_are_refused():
+    content = scenario()
+    content["users"][1]["models"] = ["small"]
+    assert "no effect beside `models`" in refusal(content, (*USER, "min_accuracy"))
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"users"', "null"])

@@ -2,12 +2,13 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import slide_run
 import tiny_run
-from slide_strategies import random_problem
+from slide_strategies import hull_of, random_problem
 
 from launch.slide import experiment
 from launch.slide import figures as slide_figures
@@ -98,8 +99,54 @@ def test_options_reach_the_solver_and_an_unknown_one_is_refused():
     problem = drawn()
     allocation = pure_solver(decide_exact).solve(problem, left_over="proportional")
     np.testing.assert_array_equal(allocation.bandwidth_hz, exact(problem, "proportional").bandwidth_hz)
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(InputError, match="option of equal_share='colour': unknown name; Known: none"):
         solve(problem, "equal_share", colour="red")
+    with pytest.raises(InputError, match="did you mean 'left_over'\\? Known: left_over"):
+        solve(problem, "exact", leftover="min_max")
+    with pytest.raises(InputError, match="option of milp='time_limit': unknown name"):
+        solve(problem, "milp", time_limit=3.0)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("solver", "option", "value"),
+    [
+        *(("exact", "left_over", value) for value in (1, None, ["none"], b"none")),
+        ("relaxed", "left_over", 0.5),
+        ("dai", "left_over", ["min_max"]),
+        *(("milp", "time_limit_s", value) for value in ("20", None, True, 0.0, float("nan"), [1.0])),
+        *(("random_order", "seed", value) for value in ("1", 0.5, None, True, -1, 2**32, [1])),
+    ],
+)
+def test_options_of_the_wrong_type_are_refused(solver, option, value):
+    with pytest.raises(InputError) as raised:
+        solve(drawn(), solver, **{option: value})
+    assert raised.value.field == option and "\n" not in str(raised.value)
+
+
+def test_the_options_of_a_pure_solver_are_what_its_function_takes(monkeypatch):
+    def decide(hull, problem, key, first=0, *, unit="user"):
+        return decide_random_order(hull, problem, key)
+
+    monkeypatch.setitem(SOLVERS, "mine", pure_solver(decide, needs_key=True))
+    assert SOLVERS["mine"].options == ("first", "unit", "seed")
+    assert solve(drawn(), "mine", first=1, unit="cell").throughput >= 0
+    with pytest.raises(InputError, match="first='list': is of the wrong type"):
+        solve(drawn(), "mine", first=[1])
+
+
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "milp"])
+def test_decisions_in_float32_are_refused(solver):
+    entry, problem = SOLVERS[solver], drawn()
+    keys = (jax.random.key(0),) if entry.needs_key else ()
+    narrow = jax.tree.map(lambda x: np.float32(x) if x.dtype.kind == "f" else x, problem)
+    for x64, posed in ((False, problem), (False, narrow), (True, narrow)):
+        with jax.enable_x64(x64):
+            for decide in (entry.decide, jax.jit(entry.decide)):
+                with pytest.raises(
+                    InputError, match="problem='float32': decisions are computed in float64; call"
+                ):
+                    decide(hull_of(posed), posed, *keys)
 
 
 def test_an_unknown_solver_is_named():

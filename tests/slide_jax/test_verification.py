@@ -227,11 +227,17 @@ def test_seconds_count_whatever_the_clock_counts_from(epoch_s):
         ("frequency_hz", 1, 9.99e7, "f_min_hz"),
         ("frequency_hz", 1, 0.0, "f_min_hz"),
         ("frequency_hz", 1, math.nan, "f_min_hz"),
+        ("frequency_hz", 2, 1e9, "frequency_hz"),
+        ("frequency_hz", 2, math.nan, "frequency_hz"),
         ("latency_s", 0, 3.999, "reported latency_s"),
+        ("latency_s", 2, 1.0, "reported latency_s"),
         ("latency_s", 1, math.nan, "reported latency_s"),
         ("energy_j", 0, 0.2499, "reported energy_j"),
         ("energy_j", 1, math.nan, "reported energy_j"),
+        ("energy_j", 2, 0.0, "reported energy_j"),
         ("reason", 0, 8, "reason"),
+        ("reason", 2, 1, "reason"),  # it has models that are admissible, fit and run
+        ("reason", 2, 5, "reason"),  # and a signal
         ("reason", 2, 0, "reason"),
         ("reason", 2, len(REASONS), "reason"),
         ("reason", 2, -1, "reason"),
@@ -247,6 +253,46 @@ def test_each_tampering_is_named(field, k, value, constraint):
     assert {v.user for v in violations} <= {f"u{k}", None}
     if field in ("latency_s", "energy_j", "reason"):
         assert [v.constraint for v in violations] == [constraint]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"min_accuracy": 0.95}, "no admissible model"),
+        ({"memory_bits": 1e3}, "memory smaller than the model"),
+        ({"energy_j": 1e-6}, "energy budget too small for the lowest clock"),
+        (
+            {"energy_j": 0.9, "kappa_j_per_hz2_cycle": 0.0, "static_power_w": 1.0},
+            "energy budget too small for the lowest clock",
+        ),
+    ],
+)
+def test_the_reason_is_where_the_user_stopped(columns, reason):
+    problem = problem_of(TWO_LAYERS, **{"deadline_s": [4.0]} | columns)
+    nobody = best_allocation(problem)
+    code = REASONS.index(reason)
+    assert nobody.reason.tolist() == [code]
+    for other in range(1, len(REASONS)):
+        answer = dataclasses.replace(nobody, reason=np.array([other], np.int32))
+        assert [v.constraint for v in verify(problem, answer)] == ["reason"] * (other != code)
+
+
+def test_without_a_signal_no_rate_is_refused():
+    problem = problem_of(TWO_LAYERS, deadline_s=[4.0], spectral_efficiency_bps_hz=0.0)
+    nobody = best_allocation(problem)
+    assert REASONS[nobody.reason[0]] == "no signal" and verify(problem, nobody) == []
+    answer = dataclasses.replace(nobody, reason=np.array([6], np.int32))
+    assert [v.constraint for v in verify(problem, answer)] == ["reason"]
+
+
+@pytest.mark.parametrize(
+    ("field", "dtype"), [("model", float), ("model", bool), ("reason", float), ("latency_s", object)]
+)
+def test_indices_are_integers(field, dtype):
+    problem, allocation = tight()
+    column = getattr(allocation, field).astype(dtype)
+    (violation,) = verify(problem, dataclasses.replace(allocation, **{field: column}))
+    assert violation.constraint == "dtype" and field in violation.value
 
 
 def test_the_users_own_models_are_all_that_counts():

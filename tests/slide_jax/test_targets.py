@@ -1,0 +1,32 @@
+"""Every solver compiles for accelerators that are not here."""
+
+import jax
+import numpy as np
+import pytest
+import targets
+from slide_strategies import hull_of, random_problem
+
+from slide_jax import milp
+from slide_jax.leftover import LEFT_OVER
+from slide_jax.solvers import SOLVERS
+
+PROGRAMS = {
+    **{name: (solver, {}) for name, solver in SOLVERS.items() if solver.decide},
+    **{f"exact, {rest}": (SOLVERS["exact"], {"left_over": rest}) for rest in LEFT_OVER if rest != "none"},
+    "milp": (SOLVERS["milp"]._replace(decide=milp.pair_needs), {}),
+}
+
+
+def compile_for_tpu(program, *arguments):
+    device = targets.tpu_devices()[0]
+    with jax.enable_x64(True):
+        compiled = jax.jit(program).lower(*targets.on_one_device(arguments, device)).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes > 0
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_solvers_compile_for_tpu(name):
+    solver, options = PROGRAMS[name]
+    problem = random_problem(np.random.default_rng(0), 5, 2, 3, "shannon" if name == "exact" else "linear")
+    key = (jax.random.key(0),) if solver.needs_key else ()
+    compile_for_tpu(lambda *arrays: solver.decide(*arrays, **options), hull_of(problem), problem, *key)
