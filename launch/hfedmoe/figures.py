@@ -327,7 +327,7 @@ def _tenths(axes: Axes, x: np.ndarray, y: np.ndarray, look: Mapping[str, str]) -
         low, middle, high = np.quantile(y[part], [0.25, 0.5, 0.75])
         place = np.median(x[part])
         axes.plot([place, place], [low, high], color=look["color"], linewidth=1.4)
-        axes.plot(place, middle, markersize=6, **look)
+        axes.plot(place, middle, markersize=6, color=look["color"], marker=look["marker"])
 
 
 def routing(rows: Rows, record: Record) -> Figure:

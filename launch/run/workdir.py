@@ -229,8 +229,8 @@ def _check_same_config(directory: pathlib.Path, config: dict[str, Any], raisable
 
 
 def _is_raised(earlier: dict[str, Any], now: dict[str, Any], field: str) -> bool:
-    numbers = earlier.get(field), now.get(field)
-    return all(type(number) in (int, float) for number in numbers) and numbers[1] > numbers[0]
+    before, after = earlier.get(field), now.get(field)
+    return isinstance(before, int | float) and isinstance(after, int | float) and after > before
 
 
 def _check_same_fingerprints(directory: pathlib.Path, fingerprints: Sequence[Fingerprint]) -> None:

@@ -83,6 +83,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
         "allocation.json",
         "config.json",
         "figures",
+        "fingerprints.json",
         "metrics.csv",
         "compiled",
         "report.html",
