@@ -1,9 +1,6 @@
 """What a run would cost, from shapes alone: nothing is trained, and nothing is written."""
 
-import re
-import time
 from collections import Counter
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,11 +10,10 @@ from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.devices import memory_needed, round_cost
 from hfedmoe_jax.models import tree_bytes
-from launch.hosts.devices import configure_devices, no_compilation_cache
+from launch.compiling import Table, megabytes, program_table
+from launch.hosts.devices import configure_devices
 from launch.run.progress import format_seconds, print_table
 from launch.targets import Chip, read_target, target_devices
-
-MEGABYTE = 1e6
 
 
 def dry_run(config: ConfigDict, target: str | None) -> None:
@@ -40,12 +36,8 @@ def dry_run(config: ConfigDict, target: str | None) -> None:
     print_table(*classes(experiment))
     if chip is not None:
         print(f"\ncompiling for {target}, chunk {experiment.chunk} ...", flush=True)
-        with no_compilation_cache():
-            print_table(*programs(experiment, chip))
+        print_table(*program_table(experiment.lower(), chip))
         print_table(*roofline(experiment, chip))
-
-
-Table = tuple[str, list[str], list[list[str]]]
 
 
 def parameters(experiment: Experiment) -> Table:
@@ -116,94 +108,6 @@ def step_flop(experiment: Experiment, budget: int) -> float:
     return 3 * cost.shared_flop + (assignments + 2 * trained) * cost.assignment_flop
 
 
-class Compiled(NamedTuple):
-    """What compiling a program showed.
-
-    Attributes:
-      arguments, temporaries, outputs: bytes on a chip; outputs without those that reuse arguments.
-      collectives: how many of each kind its text has.
-      seconds: that lowering and compiling took.
-    """
-
-    arguments: int
-    temporaries: int
-    outputs: int
-    collectives: Counter[str]
-    seconds: float
-
-    @property
-    def total(self) -> int:
-        """Bytes on a chip."""
-        return self.arguments + self.temporaries + self.outputs
-
-
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
-
-
-def compile_program(lower: Any) -> Compiled:
-    """Returns what compiling shows.
-
-    Args:
-      lower: () -> `jax.stages.Lowered`.
-    """
-    begun = time.perf_counter()
-    compiled = lower().compile()
-    seconds = time.perf_counter() - begun
-    memory = compiled.memory_analysis()
-    return Compiled(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        Counter(COLLECTIVE.findall(compiled.as_text() or "")),
-        seconds,
-    )
-
-
-def programs(experiment: Experiment, chip: Chip) -> Table:
-    """Returns each program's memory on a chip, its collectives, and the time to compile it."""
-    rows = []
-    for name, lower in experiment.lower():
-        try:
-            rows.append([name, *compiled_cells(compile_program(lower), chip)])
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            rows.append([name, *too_large_cells(str(error))])
-    header = [
-        "program", "arguments", "temporaries", "outputs", "in all", "of the chip",
-        "collectives", "compiled in",
-    ]  # fmt: skip
-    return f"Programs, MB on a chip of {megabytes(chip.memory_bytes)}", header, rows
-
-
-def compiled_cells(found: Compiled, chip: Chip) -> list[str]:
-    """Returns the cells of a program after its name."""
-    room = chip.memory_bytes - found.total
-    return [
-        *map(megabytes, (found.arguments, found.temporaries, found.outputs, found.total)),
-        f"{megabytes(abs(room))} {'free' if room >= 0 else 'too much'}",
-        ", ".join(f"{count} {kind}" for kind, count in sorted(found.collectives.items())) or "-",
-        format_seconds(found.seconds),
-    ]
-
-
-TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMG])\) exceeds available \w+ \(([\d.]+)([KMG])\)")
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def too_large_cells(message: str) -> list[str]:
-    """Returns the cells of a program that XLA refuses for its memory.
-
-    >>> too_large_cells("... HLO temporaries (20.5G) exceeds available HBM (15.75G). ...")
-    ['-', '22,012', '-', '-', '5,100 too much', '-', '-']
-    """
-    found = TOO_LARGE.search(message)
-    if found is None:
-        return ["-", "-", "-", "-", "too much: " + message.splitlines()[0], "-", "-"]
-    needed, there = (float(found[place]) * UNITS[found[place + 1]] for place in (1, 3))
-    return ["-", megabytes(needed), "-", "-", f"{megabytes(needed - there)} too much", "-", "-"]
-
-
 def roofline(experiment: Experiment, chip: Chip) -> Table:
     """Returns the least time of a round by FLOP and by bytes of memory."""
     config, cost = experiment.config, experiment.cost
@@ -221,8 +125,3 @@ def roofline(experiment: Experiment, chip: Chip) -> Table:
     ]
     title = f"Roofline of a round on one of {chips} chips: an estimate"
     return title, ["limit", "of the busiest chip", "at the chip's peak"], rows
-
-
-def megabytes(count: float) -> str:
-    """Returns bytes in MB, as text."""
-    return f"{count / MEGABYTE:,.4g}" if count < 1e9 else f"{count / MEGABYTE:,.0f}"

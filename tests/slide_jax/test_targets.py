@@ -6,6 +6,7 @@ import pytest
 import targets
 from slide_strategies import hull_of, random_problem
 
+from launch.hosts.devices import no_compilation_cache
 from slide_jax import milp
 from slide_jax.leftover import LEFT_OVER
 from slide_jax.solvers import SOLVERS
@@ -17,16 +18,18 @@ PROGRAMS = {
 }
 
 
-def compile_for_tpu(program, *arguments):
-    device = targets.tpu_devices()[0]
-    with jax.enable_x64(True):
+def compile_for(target, program, *arguments):
+    device = targets.devices(target)[0]
+    with no_compilation_cache(), jax.enable_x64(True):
         compiled = jax.jit(program).lower(*targets.on_one_device(arguments, device)).compile()
     assert compiled.memory_analysis().argument_size_in_bytes > 0
 
 
+@pytest.mark.parametrize("target", targets.PLUGINS)
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_solvers_compile_for_tpu(name):
+def test_solvers_compile(name, target):
     solver, options = PROGRAMS[name]
     problem = random_problem(np.random.default_rng(0), 5, 2, 3, "shannon" if name == "exact" else "linear")
     key = (jax.random.key(0),) if solver.needs_key else ()
-    compile_for_tpu(lambda *arrays: solver.decide(*arrays, **options), hull_of(problem), problem, *key)
+    arguments = (hull_of(problem), problem, *key)
+    compile_for(target, lambda *arrays: solver.decide(*arrays, **options), *arguments)

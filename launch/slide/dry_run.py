@@ -1,0 +1,74 @@
+"""The cell of a SLIDE run, and with a target whether its solvers fit; nothing is solved or written."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from launch.compiling import Table, megabytes, program_table
+from launch.run.progress import print_table
+from launch.targets import read_target, target_devices
+from slide_jax.float64 import to_float64
+from slide_jax.hull import convex_hull
+from slide_jax.problem import Problem
+from slide_jax.scenario import read_scenario
+from slide_jax.settings import check_config, sample_drop
+from slide_jax.solvers import SOLVERS
+
+
+def dry_run(config: ConfigDict, target: str | None) -> None:
+    """Prints the size of the cell, and what the programs of the solvers take of a device.
+
+    Args:
+      target: see `launch.targets.read_target`; None: what follows from shapes alone.
+
+    Raises:
+      InputError: the config, the scenario or the target cannot be used.
+    """
+    check_config(config)
+    chip = None if target is None else read_target(target)
+    problem = read_scenario(config.scenario.path) if config.scenario.path else sample_drop(config)
+    print_table(*cell(problem))
+    if target is not None and chip is not None:
+        device = target_devices(target)[0]
+        print(f"\ncompiling for one chip of {target} ...", flush=True)
+        print_table(*program_table(lowered_solvers(problem, device), chip))
+
+
+def cell(problem: Problem) -> Table:
+    """Returns the sizes of a cell."""
+    bytes_held = sum(np.asarray(array).nbytes for array in jax.tree.leaves(to_float64(problem)))
+    rows = [
+        ["users", f"{problem.num_users:,}"],
+        ["models", f"{problem.catalogue.layer_bits.shape[0]:,}"],
+        ["layers", f"{problem.catalogue.layer_bits.shape[1]:,}"],
+        ["spectrum", f"{float(problem.bandwidth_hz) / 1e6:,.4g} MHz"],
+        ["arrays, float64", f"{megabytes(bytes_held)} MB"],
+    ]
+    return "Cell", ["part", "size"], rows
+
+
+def lowered_solvers(problem: Problem, device: Any) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
+    """Yields each solver that is one program: its name, and a function that lowers it for a device."""
+    with jax.enable_x64(True):
+        hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
+        arguments = (hull, to_float64(problem), jax.random.key(0))
+        shapes = jax.tree.map(lambda array: on_device(array, device), arguments)
+    for name, solver in SOLVERS.items():
+        if solver.decide is not None:
+            yield name, lambda solver=solver: lower(solver.decide, shapes[: 2 + solver.needs_key])
+
+
+def on_device(array: Any, device: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array, on a device."""
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=SingleDeviceSharding(device))
+
+
+def lower(decide: Callable[..., Any], shapes: tuple) -> jax.stages.Lowered:
+    """Lowers a solver in float64."""
+    with jax.enable_x64(True):
+        return jax.jit(decide).lower(*shapes)
