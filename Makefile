@@ -20,7 +20,7 @@ test: $(STAMP)
 # Compiles the programs for accelerators that need not be there. libtpu describes TPUs (137 MB); with
 # PLUGINS=tpu,cuda also an H100 (5.5 GB).
 test-targets: $(STAMP)-$(PLUGINS)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(wildcard tests/*/test_targets.py) $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(wildcard tests/*/test_*_targets.py) $(ARGS)
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .

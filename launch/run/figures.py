@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # The palette of Okabe and Ito for colour-blind readers, without yellow, which is invisible on white.
 BLUE, ORANGE, GREEN, PINK, AMBER, SKY, GREY = PALETTE = (
@@ -175,6 +175,11 @@ def from_zero(axes: Axes) -> None:
     """Starts the y axis at zero, with a margin above the data."""
     highest = axes.dataLim.ymax if axes.has_data() else 1.0
     axes.set_ylim(0, 1.08 * highest if highest > 0 else 1.0)
+
+
+def percent(axes: Axes) -> None:
+    """Labels a y axis of shares in whole percent."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def time_scale(seconds: np.ndarray) -> tuple[float, str]:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch.hfedmoe import client_figures
 from launch.hfedmoe import figures as hfedmoe_figures
-from launch.hfedmoe.figures import client_metric, write_figures
+from launch.hfedmoe.client_figures import client_metric
+from launch.hfedmoe.figures import write_figures
 from launch.run import figures
 
 OUTCOMES = ("clients_ok", "clients_dropped_out", "clients_over_budget", "clients_nonfinite")
@@ -136,7 +138,7 @@ def test_a_device_class_looks_alike_in_every_run():
     _, record = make_run()
     other = record | {"device_class": ["tablet", "nano"] * 3, "budget": record["budget"][::-1]}
     looks = [
-        {name: look for name, _, look in hfedmoe_figures._device_classes(each, np.full(6, True))}
+        {name: look for name, _, look in client_figures._device_classes(each, np.full(6, True))}
         for each in (record, other)
     ]
     assert looks[0]["tablet"] == looks[1]["tablet"] != looks[0]["phone"]
