@@ -1,5 +1,6 @@
 """The cell of a SLIDE run, and with a target whether its solvers fit; nothing is solved or written."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ def lowered_solvers(problem: Problem, device: Any) -> Iterator[tuple[str, Callab
         shapes = jax.tree.map(lambda array: on_device(array, device), arguments)
     for name, solver in SOLVERS.items():
         if solver.decide is not None:
-            yield name, lambda solver=solver: lower(solver.decide, shapes[: 2 + solver.needs_key])
+            yield name, functools.partial(lower, solver.decide, shapes[: 2 + solver.needs_key])
 
 
 def on_device(array: Any, device: Any) -> jax.ShapeDtypeStruct:

@@ -44,9 +44,9 @@ NUMBERED = {"header": False, "text_column": "1", "label_column": "2"}
         ("data.tsv", separated("\t"), {}),
         ("data.csv", separated(";"), {"separator": ";"}),
         ("data.csv", separated("\t"), {"separator": "\\t"}),
-        ("data.csv.gz", gzip.compress(separated(",")), {}),
-        ("data.TSV.GZ", gzip.compress(separated("\t")), {}),
-        ("data.jsonl.gz", gzip.compress(as_jsonl()), {}),
+        ("data.csv.gz", gzip.compress(separated(","), mtime=0), {}),
+        ("data.TSV.GZ", gzip.compress(separated("\t"), mtime=0), {}),
+        ("data.jsonl.gz", gzip.compress(as_jsonl(), mtime=0), {}),
         (
             "data.csv",
             separated(",", header=False),
@@ -132,7 +132,7 @@ def test_other_encodings_are_told(make_config, tmp_path, encoding, part, name):
     if "json" in name:
         content = content.replace("\\u00fc", "ü")
     content = content.encode(encoding)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith("gz") else content)
     error = error_of(make_config, tmp_path / name)
     assert error.field == "data.train_path" and part in str(error) and "save it as UTF-8" in str(error)
 
@@ -172,7 +172,7 @@ def test_json_that_python_cannot_hold(make_config, tmp_path, content):
 
 
 def test_a_damaged_gz_is_told(make_config, tmp_path):
-    whole = gzip.compress(separated(",") * 50)
+    whole = gzip.compress(separated(",") * 50, mtime=0)
     for name, content in (("cut", whole[:-20]), ("plain", separated(","))):
         path = tmp_path / f"{name}.csv.gz"
         path.write_bytes(content)
