@@ -24,10 +24,20 @@ CHOICES = {
 
 
 def lookup(config: ConfigDict, field: str) -> Any:
-    """Returns the value at a dotted path."""
+    """Returns the value at a dotted path.
+
+    Raises:
+      InputError: the config has no such field: it is one of another experiment, or incomplete.
+    """
+    part = config
     for name in field.split("."):
-        config = config[name]
-    return config
+        if name not in part:
+            problem = "the config has no such field, which the experiment `hfedmoe` needs"
+            raise InputError(
+                field, None, problem, "give a config of that experiment, e.g. configs/hfedmoe.py"
+            )
+        part = part[name]
+    return part
 
 
 def check_config(config: ConfigDict) -> None:

@@ -1,8 +1,8 @@
 """Simultaneous model downloading and inference: who is served, with which model, spectrum and clock.
 
 The method is SLIDE (arXiv 2512.20946). `read_scenario` and `make_problem` give a `Problem`, `solve` and the
-`SOLVERS` an `Allocation`, `verify` checks it independently; `latency`, `sensitivity` and `relaxed` are the
-differentiable side, `extensions` what goes beyond the paper.
+`SOLVERS` an `Allocation` (`solve_batch` under `jit`, `vmap` and `grad`), `verify` checks it independently;
+`latency`, `sensitivity` and `relaxed` are the differentiable side, `extensions` what goes beyond the paper.
 
 >>> import slide_jax
 >>> problem = slide_jax.read_scenario({
@@ -20,6 +20,7 @@ differentiable side, `extensions` what goes beyond the paper.
 """
 
 from slide_jax import extensions, profiles, quantise
+from slide_jax.batch import solve_batch
 from slide_jax.checks import make_problem
 from slide_jax.errors import InputError
 from slide_jax.experiment import Latencies, Sweep, compare_latencies, run_sweep, sample_latencies
@@ -60,6 +61,7 @@ __all__ = [
     "sensitivities",
     "shadow_price",
     "solve",
+    "solve_batch",
     "verify",
     "write_allocation",
     "write_scenario",

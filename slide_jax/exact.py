@@ -15,10 +15,9 @@ import dataclasses
 
 from slide_jax.admission import admit
 from slide_jax.allocation import allocate
-from slide_jax.errors import unknown_name
 from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
-from slide_jax.leftover import LEFT_OVER, share_out
+from slide_jax.leftover import share_out
 from slide_jax.problem import Allocation, Problem
 from slide_jax.provisioning import provision
 
@@ -28,13 +27,11 @@ def exact(problem: Problem, left_over: str = "none") -> Allocation:
 
     Args:
       problem: of any size; a million users take a fraction of a second.
-      left_over: what becomes of spectrum that nobody needs: one of `LEFT_OVER`.
+      left_over: what becomes of spectrum that nobody needs: one of `leftover.LEFT_OVER`.
 
     Raises:
       InputError: an unknown policy.
     """
-    if left_over not in LEFT_OVER:
-        raise unknown_name("left_over", left_over, LEFT_OVER)
     allocation = compute_in_float64(decide_exact, problem, left_over=left_over)
     return dataclasses.replace(allocation, upper_bound=float(allocation.throughput), solver="exact")
 
@@ -45,7 +42,7 @@ def decide_exact(hull: Hull, problem: Problem, left_over: str = "none") -> Alloc
     Args:
       hull: of the catalogue, by `convex_hull`.
       problem: float64 numbers.
-      left_over: one of `LEFT_OVER`.
+      left_over: one of `leftover.LEFT_OVER`.
     """
     need = provision(hull, problem)
     served = admit(need.bandwidth_hz, problem.bandwidth_hz)

@@ -13,7 +13,7 @@ import numpy as np
 
 from slide_jax.errors import InputError
 from slide_jax.hull import convex_hull
-from slide_jax.problem import Problem
+from slide_jax.problem import Problem, refuse_traced
 
 
 def compute_in_float64(function: Callable[..., Any], problem: Problem, *arrays: Any, **options: Any) -> Any:
@@ -24,7 +24,11 @@ def compute_in_float64(function: Callable[..., Any], problem: Problem, *arrays: 
       problem: its numbers are converted to float64, and the hull of its catalogue is computed from them.
       *arrays: further pytrees of arrays.
       **options: static (hashable) arguments.
+
+    Raises:
+      InputError: a problem inside `jit`, `vmap` or `grad`.
     """
+    refuse_traced("this function", problem, arrays)
     with jax.enable_x64(True):
         hull = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop)
         result = _jitted(function, hull, to_float64(problem), arrays, tuple(options.items()))
@@ -36,6 +40,11 @@ def _jitted(function, hull, problem, arrays, options):
     return function(hull, problem, *arrays, **dict(options))
 
 
+def computes_in_float64() -> bool:
+    """Returns whether JAX keeps float64 here, or else rounds it to float32."""
+    return jnp.zeros(0).dtype == np.float64
+
+
 def require_float64(*arrays: Any) -> None:
     """Refuses pytrees of arrays in another floating dtype than float64, and programs without it.
 
@@ -44,7 +53,7 @@ def require_float64(*arrays: Any) -> None:
     """
     dtypes = {str(array.dtype) for array in jax.tree.leaves(arrays) if hasattr(array, "dtype")}
     narrow = {name for name in dtypes if jnp.issubdtype(name, jnp.floating)} - {"float64"}
-    if jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+    if not computes_in_float64():
         narrow = narrow or {"float32"}  # to which JAX would round
     if narrow:
         remedy = "call slide_jax.solve or solve_batch, which convert it"

@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, ArrayLike, Float
+
+from slide_jax.problem import is_traced
 
 
 class Hull(NamedTuple):
@@ -42,8 +45,11 @@ class Hull(NamedTuple):
 def convex_hull(layer_bits: Float[ArrayLike, "I L"], layer_flop: Float[ArrayLike, "I L"]) -> Hull:
     """Returns the hull vertices of every model; NumPy float64, on the host, O(I L).
 
-    H is rounded up to a multiple of four, so that catalogues of a kind share one compiled program.
+    H is rounded up to a multiple of four, so that catalogues of a kind share one compiled program. Of layers
+    inside `jit`, `vmap` or `grad` the number of vertices is not known: H is L there, O(I L^2).
     """
+    if is_traced(layer_bits, layer_flop):
+        return _traced_hull(jnp.asarray(layer_bits), jnp.asarray(layer_flop))
     layer_bits, layer_flop = np.asarray(layer_bits, np.float64), np.asarray(layer_flop, np.float64)
     return _hull_of(layer_bits.tobytes(), layer_flop.tobytes(), layer_bits.shape)
 
@@ -66,6 +72,34 @@ def _hull_of(raw_bits: bytes, raw_flop: bytes, shape: tuple[int, int]) -> Hull:
     for array in hull:
         array.setflags(write=False)
     return hull
+
+
+def _traced_hull(layer_bits: Array, layer_flop: Array) -> Hull:
+    """`convex_hull` in JAX, with the next vertex in place of each layer that is none."""
+    received = jnp.cumsum(layer_bits, axis=-1)
+    remaining = jnp.flip(jnp.cumsum(jnp.flip(layer_flop, -1), axis=-1), -1)
+    # With little time layer l asks for more than a later one m, beyond v T = meet[l, m] for less.
+    bits, flop = received[..., :, None], remaining[..., :, None]
+    later_bits, later_flop = received[..., None, :], remaining[..., None, :]
+    rise, cross = later_bits - bits, later_bits * flop - bits * later_flop
+    meet = jnp.where(rise > 0, cross / jnp.where(rise > 0, rise, 1.0), jnp.inf)
+    layer = jnp.arange(layer_bits.shape[-1])
+    pair = (layer[:, None] < layer) & (received[..., :, None] > 0)
+    begins = jnp.maximum(jnp.max(jnp.where(pair, meet, -jnp.inf), axis=-2), remaining)
+    ends = jnp.min(jnp.where(pair, meet, jnp.inf), axis=-1)
+    is_vertex = (received > 0) & (begins < ends)
+    # A layer that is no vertex repeats the next one, beyond the last one that.
+    following = lax.cummin(jnp.where(is_vertex, layer, layer.size), axis=received.ndim - 1, reverse=True)
+    last = jnp.max(jnp.where(is_vertex, layer, 0), axis=-1, keepdims=True)
+    chosen = jnp.minimum(following, last)
+    some = jnp.any(is_vertex, axis=-1, keepdims=True)
+    bits, flop = (
+        jnp.where(some, jnp.take_along_axis(table, chosen, -1), 0.0) for table in (received, remaining)
+    )
+    rise = jnp.diff(bits, axis=-1)
+    cross = bits[..., 1:] * flop[..., :-1] - bits[..., :-1] * flop[..., 1:]
+    switch = jnp.where(rise > 0, cross / jnp.where(rise > 0, rise, 1.0), jnp.inf)
+    return Hull(bits, flop, switch, received[..., -1], remaining[..., 0])
 
 
 def _vertices(received: np.ndarray, remaining: np.ndarray) -> list[tuple[float, float]]:
@@ -121,9 +155,10 @@ def latency_on_hull(
     speed_flop_s: Float[ArrayLike, " K"],
 ) -> Float[Array, " K"]:
     """Returns the latency [s], from the start, of one model or of each user's [H, K], at positive speeds."""
-    per_bit, per_flop = jnp.where(rate_bps > 0, 1 / rate_bps, jnp.inf), 1 / speed_flop_s
+    moving = rate_bps > 0
+    per_bit, per_flop = 1 / jnp.where(moving, rate_bps, 1.0), 1 / speed_flop_s
     slowest = total_flop * per_flop
     for vertex in range(len(bits)):
-        downloading = jnp.where(bits[vertex] > 0, bits[vertex] * per_bit, 0.0)
+        downloading = jnp.where(moving | (bits[vertex] == 0), bits[vertex] * per_bit, jnp.inf)
         slowest = jnp.maximum(slowest, downloading + flop[vertex] * per_flop)
     return slowest

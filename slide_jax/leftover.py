@@ -3,14 +3,18 @@
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from slide_jax.errors import unknown_name
 from slide_jax.hull import Hull
 from slide_jax.problem import Problem
 from slide_jax.provisioning import Need, bandwidth_by
-from slide_jax.roots import bisect
+from slide_jax.roots import earliest_gain
 
 LEFT_OVER = ("none", "proportional", "min_max")
 """`none`: it stays unused. `proportional`: all bandwidths grow by the same factor. `min_max`: the latest
 completion of all users becomes as early as possible."""
+
+SPARE = 1e-13
+"""The share of the spectrum that `min_max` may leave."""
 
 
 def share_out(
@@ -22,7 +26,12 @@ def share_out(
       hull, problem, need: as in `exact`.
       served: a set of users whose needs fit the spectrum.
       left_over: one of `LEFT_OVER`.
+
+    Raises:
+      InputError: an unknown policy.
     """
+    if left_over not in LEFT_OVER:
+        raise unknown_name("left_over", left_over, LEFT_OVER)
     least = jnp.where(served, need.bandwidth_hz, 0.0)
     if left_over == "none":
         return least
@@ -33,7 +42,11 @@ def share_out(
 
 
 def _earliest_end(hull, problem, need, served, least):
-    """Bisects the earliest time by which all tasks can be finished; nobody gets less than it needs."""
+    """Finds the earliest time by which all tasks can be finished; nobody gets less than it needs.
+
+    What everybody asks for falls with the time, much like its inverse: searched is where the spectrum over
+    it reaches 1.
+    """
     users = problem.users
 
     def bandwidth_at(end_s):
@@ -42,7 +55,10 @@ def _earliest_end(hull, problem, need, served, least):
         return jnp.where(served, jnp.maximum(asked, least), 0.0)
 
     late = jnp.max(jnp.where(served, users.deadline_s, 0.0), initial=0.0)
-    end_s = bisect(
-        lambda end_s: problem.bandwidth_hz - jnp.sum(bandwidth_at(end_s)), jnp.zeros_like(late), late
-    )
-    return bandwidth_at(end_s)
+
+    def spare(end_s):
+        asked = jnp.sum(bandwidth_at(end_s))
+        reach = problem.bandwidth_hz / jnp.where(asked > 0, asked, 1.0)
+        return jnp.where(asked > 0, jnp.minimum(reach, 2.0), 2.0) - 1
+
+    return bandwidth_at(earliest_gain(spare, jnp.zeros_like(late), late, SPARE))

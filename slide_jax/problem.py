@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from slide_jax.errors import InputError
+
 RATE_MODELS = ("linear", "shannon")
 
 REASONS = (
@@ -31,6 +33,22 @@ REASONS = (
     "spectrum used by others",
 )
 """What became of a user, by code; of several models the one that came furthest names the reason."""
+
+
+def is_traced(*arrays: typing.Any) -> bool:
+    """Returns whether a pytree holds arrays inside `jit`, `vmap` or `grad`, which have no values yet."""
+    return any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(arrays))
+
+
+def refuse_traced(name: str, *arrays: typing.Any) -> None:
+    """Refuses arrays inside `jit`, `vmap` or `grad` where values are needed.
+
+    Raises:
+      InputError: what works there.
+    """
+    if is_traced(*arrays):
+        problem = f"{name} needs values, which there are none of inside jit, vmap and grad"
+        raise InputError("problem", "a traced array", problem, "call slide_jax.solve_batch there")
 
 
 @dataclasses.dataclass(frozen=True)

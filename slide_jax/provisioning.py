@@ -121,6 +121,9 @@ def outcome(
 
     def of_block(block):
         users, model, frequency_hz, bandwidth_hz = block
+        # Where nobody is served any clock does, so that derivatives are no nan there.
+        served = model >= 0
+        frequency_hz = jnp.where(served, frequency_hz, 1.0)
         rate, speed = rate_of(bandwidth_hz, users, rate_model), frequency_hz * users.flop_per_cycle
         chosen = hull_of_chosen(hull, model)
         taking = latency_on_hull(chosen.bits, chosen.flop, chosen.total_flop, rate, speed)

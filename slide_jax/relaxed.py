@@ -31,10 +31,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE, admit
 from slide_jax.allocation import allocate
-from slide_jax.errors import unknown_name
 from slide_jax.float64 import compute_in_float64
 from slide_jax.hull import Hull
-from slide_jax.leftover import LEFT_OVER, share_out
+from slide_jax.leftover import share_out
 from slide_jax.problem import Allocation, Problem
 from slide_jax.provisioning import provision
 from slide_jax.roots import differentiable_root
@@ -67,7 +66,7 @@ def relaxed(problem: Problem, left_over: str = "none") -> Allocation:
 
     Args:
       problem: of any size.
-      left_over: what becomes of spectrum that nobody needs: one of `LEFT_OVER`.
+      left_over: what becomes of spectrum that nobody needs: one of `leftover.LEFT_OVER`.
 
     Raises:
       InputError: an unknown policy.
@@ -87,8 +86,6 @@ def relaxed_from(
     Raises:
       InputError: an unknown policy.
     """
-    if left_over not in LEFT_OVER:
-        raise unknown_name("left_over", left_over, LEFT_OVER)
     price = np.float64(0.0 if start is None else start.price_per_hz)
     allocation, relaxation = compute_in_float64(decide_relaxed_from, problem, price, left_over=left_over)
     bound = float(allocation.upper_bound)
@@ -101,7 +98,7 @@ def decide_relaxed(hull: Hull, problem: Problem, left_over: str = "none") -> All
     Args:
       hull: of the catalogue, by `convex_hull`.
       problem: float64 numbers.
-      left_over: one of `LEFT_OVER`.
+      left_over: one of `leftover.LEFT_OVER`.
     """
     return decide_relaxed_from(hull, problem, 0.0, left_over)[0]
 

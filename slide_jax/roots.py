@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import jaxopt
+from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 HALVINGS = 60
@@ -50,6 +51,55 @@ def bisect(
     # No tolerance: the last halvings decide whether an exact fit is a fit.
     search = jaxopt.Bisection(residual, low, high, maxiter=HALVINGS, tol=-1.0, check_bracket=False)
     return search.run().state.high
+
+
+def earliest_gain(
+    gain: Callable[[Float[ArrayLike, ""]], Float[ArrayLike, ""]],
+    low: Float[ArrayLike, ""],
+    high: Float[ArrayLike, ""],
+    tolerance: float,
+) -> Float[Array, ""]:
+    """Returns the least number found whose gain is not below 0, in about ten evaluations; differentiable.
+
+    False position with the Illinois rule, of which every fifth step is a halving. The derivatives are those
+    of the root.
+
+    Args:
+      gain: rising from -1 or more to 1 or less; the nearer to a line the fewer evaluations.
+      low, high: the bracket; where it holds no change of sign, `high` is returned.
+      tolerance: a gain from 0 to this one ends the search.
+    """
+
+    def search(gain, guess):
+        def going(state):
+            low, high, *_, actual, steps = state
+            return (actual > tolerance) & (high - low > 4 * jnp.finfo(high.dtype).eps * high) & (steps < 200)
+
+        def step(state):
+            low, high, gain_low, gain_high, above, actual, steps = state
+            # Aimed a little beyond the root, on the side that counts.
+            part = (gain_high - tolerance / 2) / jnp.maximum(gain_high - gain_low, tolerance)
+            point = high - jnp.where(steps % 5 == 4, 0.5, part) * (high - low)
+            point = jnp.where((point > low) & (point < high), point, low + (high - low) / 2)
+            here = gain(point)
+            reached = here >= 0
+            # The end that stays a second time counts half, so that the other one moves too.
+            weight = jnp.where(reached == above, 0.5, 1.0)
+            return (
+                jnp.where(reached, low, point),
+                jnp.where(reached, point, high),
+                jnp.where(reached, gain_low * weight, here),
+                jnp.where(reached, here, gain_high * weight),
+                reached,
+                jnp.where(reached, here, actual),
+                steps + 1,
+            )
+
+        ends = gain(guess)
+        begin = (lax.stop_gradient(low), guess, jnp.full_like(ends, -1.0), ends, ends < 0, ends, jnp.int32(0))
+        return lax.while_loop(going, step, begin)[1]
+
+    return lax.custom_root(gain, high, search, _divide_by_slope)
 
 
 def _divide_by_slope(slope_times: Callable[[Any], Any], right_side: Array) -> Array:

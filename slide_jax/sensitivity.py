@@ -25,7 +25,7 @@ from slide_jax.errors import unknown_name
 from slide_jax.float64 import compute_in_float64, to_float64
 from slide_jax.hull import Hull
 from slide_jax.latency import latency, least_rate
-from slide_jax.problem import RATE_MODELS, Allocation, Problem
+from slide_jax.problem import RATE_MODELS, Allocation, Problem, refuse_traced
 from slide_jax.provisioning import BANDWIDTHS, RATES, clock_of, provision, signal_of
 from slide_jax.relaxed import Relaxation, relax
 from slide_jax.roots import differentiable_root
@@ -117,6 +117,7 @@ def sensitivities(problem: Problem, allocation: Allocation) -> Sensitivities:
     Returns:
       NumPy arrays, float64.
     """
+    refuse_traced("sensitivities", problem, allocation)
     with jax.enable_x64(True):
         chosen = (np.asarray(allocation.model, np.int32), np.asarray(allocation.frequency_hz, np.float64))
         return jax.tree.map(np.asarray, _sensitivities(to_float64(problem), *chosen))

@@ -100,10 +100,18 @@ POINTS = 100
 
 
 def lookup(config: Any, field: str) -> Any:
-    """Returns the value at a dotted path."""
+    """Returns the value at a dotted path.
+
+    Raises:
+      InputError: the config has no such field: it is one of another experiment, or incomplete.
+    """
+    part = config
     for name in field.split("."):
-        config = config[name]
-    return config
+        if name not in part:
+            problem = "the config has no such field, which the experiment `slide` needs"
+            raise InputError(field, None, problem, "give a config of that experiment, e.g. configs/slide.py")
+        part = part[name]
+    return part
 
 
 def check_config(config: Any) -> None:
@@ -112,6 +120,8 @@ def check_config(config: Any) -> None:
     Raises:
       InputError: the first field at fault, its value and what would do.
     """
+    for field in ("scenario.path", "setting.models"):
+        lookup(config, field)
     names = {"solver": (ALL, *SOLVERS), "left_over": LEFT_OVER, "setting.rate_model": RATE_MODELS}
     for field, known in names.items():
         if lookup(config, field) not in known:

@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from slide_jax.errors import InputError, unknown_name
 from slide_jax.exact import decide_exact, exact
 from slide_jax.float64 import compute_in_float64
 from slide_jax.milp import milp
-from slide_jax.problem import Allocation, Problem
+from slide_jax.problem import Allocation, Problem, refuse_traced
 from slide_jax.relaxed import decide_relaxed, relaxed
 
 
@@ -74,11 +74,6 @@ def pure_solver(
     def solve(problem: Problem, **options: Any) -> Allocation:
         posed = baselines.download_then_infer(problem) if download_first else problem
         keys = (jax.random.key(_checked_seed(options.pop("seed", 0))),) if needs_key else ()
-        for name, value in options.items():
-            if not isinstance(value, Hashable):
-                raise InputError(
-                    name, type(value).__name__, "is of the wrong type", "give a text or a number"
-                )
         return compute_in_float64(decide, posed, *keys, **options)
 
     return Solver(solve, decide, label, (*own, "seed") if needs_key else own, needs_key, download_first)
@@ -112,6 +107,20 @@ def sweep_solvers() -> tuple[str, ...]:
     return tuple(name for name, solver in SOLVERS.items() if solver.decide is not None)
 
 
+def check_options(solver: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that a solver of the table does not have, and values of no type of theirs.
+
+    Raises:
+      InputError: the first of them, and the options there are.
+    """
+    for name, value in options.items():
+        if name not in SOLVERS[solver].options:
+            raise unknown_name(f"option of {solver}", name, SOLVERS[solver].options)
+        if not isinstance(value, Hashable):
+            kind = type(value).__name__
+            raise InputError(name, kind, "is of the wrong type", "give a text or a number")
+
+
 def solve(problem: Problem, solver: str = "exact", **options: Any) -> Allocation:
     """Returns the allocation that a solver finds, with the seconds that it took in `solve_s`.
 
@@ -127,9 +136,8 @@ def solve(problem: Problem, solver: str = "exact", **options: Any) -> Allocation
     """
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
-    for name in options:
-        if name not in SOLVERS[solver].options:
-            raise unknown_name(f"option of {solver}", name, SOLVERS[solver].options)
+    refuse_traced("solve", problem)
+    check_options(solver, options)
     begun = time.perf_counter()
     allocation = SOLVERS[solver].solve(problem, **options)
     return dataclasses.replace(allocation, solver=solver, solve_s=time.perf_counter() - begun)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slide_jax.problem import REASONS, Allocation, Problem
+from slide_jax.problem import REASONS, Allocation, Problem, refuse_traced
 
 TOLERANCE = 1e-9
 """Relative slack of latency (from the start), energy, clock and memory, also of reported values."""
@@ -63,6 +63,7 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
       problem: of K users, arrays of any kind.
       allocation: arrays of length K.
     """
+    refuse_traced("verify", problem, allocation)
     num_users = problem.num_users
     columns = ("model", "bandwidth_hz", "frequency_hz", "latency_s", "energy_j", "reason")
     answer = {name: np.asarray(getattr(allocation, name)) for name in columns}

@@ -9,6 +9,13 @@ from configs import hfedmoe, slide
 CONFIGS = {hfedmoe: hfedmoe_jax.checks.check_config, slide: slide_jax.settings.check_config}
 
 
+def fields(config) -> set[str]:
+    flat = set()
+    for name, value in config.items():
+        flat |= {f"{name}.{field}" for field in value} if hasattr(value, "items") else {name}
+    return flat
+
+
 @pytest.mark.parametrize(
     ("module", "preset"), [(module, preset) for module in CONFIGS for preset in module.PRESETS]
 )
@@ -26,8 +33,18 @@ def test_an_unknown_preset_names_the_nearest(module):
         module.get_config("smok")
 
 
-def fields(config) -> set[str]:
-    flat = set()
-    for name, value in config.items():
-        flat |= {f"{name}.{field}" for field in value} if hasattr(value, "items") else {name}
-    return flat
+@pytest.mark.parametrize(("module", "other"), [(hfedmoe, slide), (slide, hfedmoe)])
+def test_a_config_of_the_other_experiment_is_refused(module, other):
+    with pytest.raises(ValueError, match="the config has no such field, which the experiment") as raised:
+        CONFIGS[module](other.get_config())
+    assert f"configs/{module.get_config().experiment}.py" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("field", sorted(fields(slide.get_config()) - {"experiment"}))
+def test_a_config_without_one_of_the_fields_is_refused(field):
+    config = slide.get_config()
+    *group, name = field.split(".")
+    del (config[group[0]] if group else config)[name]
+    with pytest.raises(ValueError, match=f"{field}=None: the config has no such field"):
+        slide_jax.settings.check_config(config)

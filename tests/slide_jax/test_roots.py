@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slide_jax.roots import bisect, differentiable_root, root_tangent
+from slide_jax.roots import bisect, differentiable_root, earliest_gain, root_tangent
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +81,23 @@ def test_an_exact_root_in_the_middle_does_not_end_the_search():
 
 def test_a_bracket_without_a_root_gives_its_upper_end():
     assert bisect(lambda x: x + 1.0, jnp.float64(0.0), jnp.float64(2.0)) == 2.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.7e9])
+@pytest.mark.parametrize("power", [1, 3, 9])
+def test_the_earliest_gain_is_the_root_and_never_below_it(power, shift):
+    def gain(x, root):
+        return jnp.clip((x - shift) ** power / root**power - 1, -1.0, 1.0)
+
+    def find(root):
+        low, high = jnp.zeros_like(root), jnp.full_like(root, 8.0 + shift)
+        return earliest_gain(lambda x: gain(x, root), low, high, 1e-13)
+
+    for root in (0.01, 0.7, 5.0, 7.999):
+        found = jax.jit(find)(jnp.float64(root))
+        # As near as the numbers around the shift are to each other, and never on the side of a loss.
+        np.testing.assert_allclose(found - shift, root, rtol=1e-12, atol=8 * np.spacing(shift))
+        assert gain(found, root) >= 0
+    assert jax.jit(find)(jnp.float64(9.0)) == 8.0 + shift  # no root in the bracket
+    if not shift:
+        np.testing.assert_allclose(jax.grad(find)(jnp.float64(0.7)), 1.0, rtol=1e-9)

@@ -260,6 +260,21 @@ def test_each_solver_is_run_by_name(tmp_path, solver):
     assert found[solver].solver == solver and math.isfinite(found[solver].solve_s)
 
 
+def test_the_second_call_is_timed_however_long_the_first_took(tmp_path, monkeypatch):
+    calls = []
+
+    def timed(problem, solver, **options):
+        calls.append(solver)
+        seconds = 1000.0 if calls.count(solver) == 1 else 0.25
+        return dataclasses.replace(solve(problem, solver, **options), solve_s=seconds)
+
+    monkeypatch.setattr(experiment, "solve", timed)
+    config, *_ = read_command(slide_run.arguments(tmp_path, solver="exact"))
+    solutions = experiment.solve_all(config, sample_drop(config))
+    assert [found.allocation.solve_s for found in solutions] == [0.25, 0.25]
+    assert calls == ["exact", "exact", "dai", "dai"]
+
+
 def test_left_over_spectrum_is_handed_out(tmp_path):
     config, *_ = read_command(slide_run.arguments(tmp_path, solver="exact", left_over="proportional"))
     problem = sample_drop(config)
