@@ -15,6 +15,7 @@ import typing
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from slide_jax.errors import InputError
@@ -37,7 +38,7 @@ REASONS = (
 
 def is_traced(*arrays: typing.Any) -> bool:
     """Returns whether a pytree holds arrays inside `jit`, `vmap` or `grad`, which have no values yet."""
-    return any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(arrays))
+    return any(isinstance(array, Tracer) for array in jax.tree.leaves(arrays))
 
 
 def refuse_traced(name: str, *arrays: typing.Any) -> None:
