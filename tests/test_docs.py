@@ -63,6 +63,7 @@ def test_python_is_a_quoted_example_or_runs(text, monkeypatch):
         exec(text, {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path, tmp_path, capsys, solvers_restored):
     if "def get_config" in path.read_text(encoding="utf-8"):

@@ -245,6 +245,7 @@ def test_a_run_belongs_to_its_data(finished, copy, tmp_path):
     assert before == {path: path.read_bytes() for path in before}
 
 
+@pytest.mark.slow
 def test_more_rounds_continue_a_finished_run(finished, copy, tmp_path):
     """The first run's last round, which a longer one does not evaluate, leaves no trace in it."""
     fresh = tiny_run.arguments(tmp_path / "fresh", finished.train_path, **FIELDS)

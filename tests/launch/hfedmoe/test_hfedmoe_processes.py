@@ -65,6 +65,7 @@ def alone(tmp_path_factory, texts):
     return workdir
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_results_of_one_bit_for_bit(tmp_path, texts, alone):
     """On as many devices."""
     size, workdir = 2, tmp_path / "run"

@@ -23,6 +23,7 @@ def small(monkeypatch):
     monkeypatch.setattr(suite, "QUANTISED_USERS", 8)
 
 
+@pytest.mark.slow
 def test_the_suite_writes_its_tables(small, tmp_path, capsys):
     assert bench.main(["--suite=slide", "--repeats=3", f"--workdir={tmp_path / 'new'}"]) == 0
     record = json.loads((tmp_path / "new" / "bench.json").read_text())
