@@ -201,7 +201,7 @@ def test_an_answer_has_the_documented_form(written):
         "frequency_hz": 0.0,
         "latency_s": None,
         "energy_j": None,
-        "reason": "spectrum used by others",
+        "reason": "deadline shorter than compute",
     }
     assert (served["id"], served["model"], served["reason"]) == ("a1", "small", None)
 
