@@ -187,7 +187,7 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
         num_rows(data.test),
     )
     print(f"{config.fl.algorithm} on {config.data.source}, in {workdir}")
-    print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test texts; "
+    print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test passages; "
           f"{len(data.label_names)} labels, vocabulary {data.vocab_size:,}")  # fmt: skip
     budgets = budget_by_class(experiment)
     print(f"experts that a client can train, of {experiment.cost.all_experts}: "

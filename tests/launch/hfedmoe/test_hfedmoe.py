@@ -66,7 +66,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
     code, out, err = finished.screen
     assert (code, err) == (0, "")
     assert f"hfedmoe on file, in {finished.workdir}" in out
-    assert "4 clients; 66 training, 12 validation, 12 test texts; 3 labels" in out
+    assert "4 clients; 66 training, 12 validation, 12 test passages; 3 labels" in out
     assert "laptop 3, phone 3, tablet 3" in out
     assert "note: fl.chunk=2 is for accelerators" in out
     assert re.search(r"rounds 6/6  accuracy [\d.]+  loss [\d.e-]+  .*elapsed", out)

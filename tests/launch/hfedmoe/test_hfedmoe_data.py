@@ -74,7 +74,7 @@ def test_local_models_of_owners_from_parquet_run_to_the_end(tmp_path):
     }
     screen = tiny_run.run_main(tiny_run.arguments(tmp_path / "run", train, **fields))
     assert (screen.code, screen.err) == (0, "")
-    assert "4 clients; 42 training, 6 validation, 9 test texts; 3 labels" in screen.out
+    assert "4 clients; 42 training, 6 validation, 9 test passages; 3 labels" in screen.out
     summary = tiny_run.summary(tmp_path / "run")
     assert summary["rounds"] == 2 and summary["client_rounds"]["ok"] == 6
     assert summary["bytes_up"] == summary["bytes_down"] == 0 < summary["simulated_time_s"]
