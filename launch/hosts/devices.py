@@ -48,7 +48,7 @@ def num_devices(cores: int, most: int, experts: int) -> int:
 @contextlib.contextmanager
 def no_compilation_cache() -> Iterator[None]:
     """Compiles anew in its context: a program for a device that is not here cannot be read back."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.read("jax_enable_compilation_cache")
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
