@@ -48,12 +48,13 @@ def num_devices(cores: int, most: int, experts: int) -> int:
 @contextlib.contextmanager
 def no_compilation_cache() -> Iterator[None]:
     """Compiles anew in its context: a program for a device that is not here cannot be read back."""
-    enabled = jax.config.read("jax_enable_compilation_cache")
-    jax.config.update("jax_enable_compilation_cache", False)
+    flag = "jax_enable_compilation_cache"
+    enabled = jax.config.values[flag]
+    jax.config.update(flag, False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
+        jax.config.update(flag, enabled)
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:
