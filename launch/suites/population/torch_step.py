@@ -316,7 +316,7 @@ def initial(task: Task) -> Float[np.ndarray, " parameters"]:
 class Loop(contextlib.AbstractContextManager):
     """Plain PyTorch in this process on one device, one client after the other.
 
-    It is meant for a GPU and has not been run on one.
+    It is meant for a GPU.
 
     Args:
       task, settings: the work, and how PyTorch runs it; a GPU has no oneDNN.
