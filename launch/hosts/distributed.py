@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hfedmoe_jax.errors import InputError
-from launch.hosts.processes import Links, Processes, accept_processes, connect, listen
+from launch.hosts.joining import Links, accept_processes, connect, listen
+from launch.hosts.processes import Processes
 
 _REMEDY = "give --coordinator=HOST:PORT --processes=N --process=I on every host, the same but for I"
 
@@ -83,7 +85,7 @@ def _start_at(coordinator: str, processes: int, process: int, directory: pathlib
     # Our connections come first, with errors of our own: JAX would abort a process that finds no others.
     links, address = _connect_at(coordinator, processes, process)
     started = Processes(links, process, processes, directory)
-    jax.distributed.initialize(address, processes, process)
+    jax.distributed.initialize(coordinator, processes, process, coordinator_bind_address=address)
     _mute_gloo()
     return started
 
@@ -155,7 +157,7 @@ def _checked_flags(
         missing = next(flag for flag, value in given.items() if value is None)
         raise InputError(missing, None, "missing", _REMEDY)
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 2**16:
         remedy = "give process 0's host and a free port of it, e.g. --coordinator=10.0.0.1:9876"
         raise InputError("--coordinator", coordinator, "is not HOST:PORT", remedy)
     if processes < 1:
@@ -167,34 +169,36 @@ def _checked_flags(
 
 
 def _connect_at(coordinator: str, processes: int, process: int) -> tuple[Links, str]:
-    """Returns the connections to the other processes, and the address for JAX's coordinator."""
-    host, _, port = coordinator.rpartition(":")
+    """Returns the connections to the other processes, and the address that JAX's service listens at."""
+    host, port = _host_and_port(coordinator)
     if process > 0:
-        links, answer = connect((host.strip("[]"), int(port)), process, processes)
-        return links, answer["address"]
-    try:
-        server = listen(int(port))
-    except OSError as error:
-        problem, remedy = f"port {port} cannot be used ({error.strerror})", "give a free port"
-        raise InputError("--coordinator", coordinator, problem, remedy) from None
-    with server, listen(0) as free:
-        address = f"{host}:{free.getsockname()[1]}"
-        free.close()
-        return accept_processes(server, processes, {"address": address}), address
+        return connect((host, port), process, processes), coordinator
+    with listen(host, port) as server:
+        own, port, *_ = server.getsockname()
+        return accept_processes(server, processes), f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
+
+
+def _host_and_port(coordinator: str) -> tuple[str, int]:
+    host, _, port = coordinator.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _connect_through_jax() -> Links:
-    """Returns the connections to the other processes, whose addresses are exchanged through JAX."""
+    """Returns the connections to the other processes, whose address is exchanged through JAX.
+
+    So is a text that only they know: process 0 listens at all addresses here, because a cluster tells no
+    process which of its addresses the others use.
+    """
     content = np.zeros(256, np.uint8)
-    with listen(0) as server:
+    with listen(None, 0) as server:
         if is_first_process():
-            text = json.dumps([socket.gethostname(), server.getsockname()[1]]).encode()
+            text = json.dumps([socket.gethostname(), server.getsockname()[1], secrets.token_hex(16)]).encode()
             content[: len(text)] = np.frombuffer(text, np.uint8)
         content = np.asarray(multihost_utils.broadcast_one_to_all(content))
+        host, port, run = json.loads(content.tobytes().rstrip(b"\0"))
         if is_first_process():
-            return accept_processes(server, jax.process_count(), {})
-    address = json.loads(content.tobytes().rstrip(b"\0"))
-    return connect(tuple(address), jax.process_index(), jax.process_count())[0]
+            return accept_processes(server, jax.process_count(), run)
+    return connect((host, port), jax.process_index(), jax.process_count(), run)
 
 
 def _mute_gloo() -> None:

@@ -13,7 +13,8 @@ from launch.hosts.distributed import (
     gather_processes,
     start_processes,
 )
-from launch.hosts.processes import EXIT_PROCESS_LOST, listen
+from launch.hosts.joining import listen
+from launch.hosts.processes import EXIT_PROCESS_LOST
 from launch.run.checkpoints import Checkpoints
 
 # Shared by the processes and the test: a state of every kind of leaf, as a function of the step. Four
@@ -229,9 +230,9 @@ def test_a_wrong_place_is_named(tmp_path, place, flag):
 
 
 def test_a_port_in_use_is_named(tmp_path):
-    with listen(0) as server:
+    with listen("localhost", 0) as server:
         place = f"localhost:{server.getsockname()[1]}"
-        with pytest.raises(InputError, match="cannot be used") as caught:
+        with pytest.raises(InputError, match=r"cannot listen there .*in use") as caught:
             start_processes(place, 2, 0, tmp_path)
     assert caught.value.field == "--coordinator"
 
