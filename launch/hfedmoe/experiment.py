@@ -80,6 +80,7 @@ def run_process(
     """
     check_same_config(config)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
+    check_same_data(experiment)
     with hold_workdir(workdir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
             open_workdir(workdir, config.to_dict(), fingerprints(experiment, source), raisable=["fl.rounds"])
@@ -132,11 +133,26 @@ def write_results(experiment: Experiment, state: RunState, outcome: Outcome, wor
 
 def check_same_config(config: ConfigDict) -> None:
     """Raises an `InputError` if the processes have different configs, which would deadlock them."""
-    digest = np.frombuffer(hashlib.sha256(config.to_json(sort_keys=True).encode()).digest(), np.uint8)
-    different = np.flatnonzero((gather_processes(digest) != digest).any(axis=1))
-    if len(different):
-        problem = f"process {different[0]} has another config"
+    other = process_unlike(config.to_json(sort_keys=True))
+    if other is not None:
+        problem = f"process {other} has another config"
         raise InputError("config", config.experiment, problem, "give every process the same --config flags")
+
+
+def check_same_data(experiment: Experiment) -> None:
+    """Raises an `InputError` if the processes have read different data."""
+    for field, value, what, digest in fingerprints(experiment, None):
+        other = process_unlike(digest)
+        if other is not None:
+            problem = f"{what} of process {other} differ"
+            raise InputError(field, value, problem, "give every host the same data")
+
+
+def process_unlike(text: str) -> int | None:
+    """Returns the first process that has another text than this one; every process must call it."""
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    different = np.flatnonzero((gather_processes(digest) != digest).any(axis=1))
+    return int(different[0]) if len(different) else None
 
 
 class Saved(NamedTuple):

@@ -4,6 +4,7 @@ import shutil
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,26 @@ def test_processes_with_unlike_configs_are_refused(monkeypatch):
     config.seed += 1
     with pytest.raises(InputError, match="process 0 has another config"):
         experiment.check_same_config(config)
+
+
+def test_processes_that_read_other_data_are_refused(monkeypatch):
+    digests = []
+
+    def gather(own):
+        digests.append(own)
+        return np.stack(digests)
+
+    monkeypatch.setattr(experiment, "gather_processes", gather)
+    for texts in ("one text", "one text"):
+        assert experiment.process_unlike(texts) is None
+    assert experiment.process_unlike("another") == 0
+    digests.clear()
+    smoke = SimpleNamespace(config=get_config("smoke"), fingerprint={"the texts or labels": "1"})
+    experiment.check_same_data(smoke)
+    smoke.fingerprint = {"the texts or labels": "2"}
+    with pytest.raises(InputError, match="the texts or labels of process 0 differ") as caught:
+        experiment.check_same_data(smoke)
+    assert caught.value.field == "data.source"
 
 
 @pytest.mark.slow

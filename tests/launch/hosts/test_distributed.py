@@ -52,7 +52,7 @@ def state(step, mesh):
 PROCESS = (
     STATE
     + """
-import sys
+import sys, time
 from jax.experimental.multihost_utils import process_allgather
 from launch.run.checkpoints import Checkpoints
 from launch.hosts.distributed import gather_processes, is_first_process, start_processes
@@ -87,6 +87,8 @@ with joined, Checkpoints(directory, keep=2) as checkpoints:
     print("saved", flush=True)
     if end == "fail" and process == "1":
         raise ValueError("one of its own")
+    if end == "well" and process == "1":
+        time.sleep(8)  # late
     while end != "well":
         jax.block_until_ready(total(state(1, mesh)["sharded"]))
 print("over" if is_first_process() else "gone")
@@ -159,7 +161,7 @@ def groups(tmp_path_factory):
     return directory, ends
 
 
-def test_processes_compute_save_and_end_together(groups):
+def test_processes_compute_save_and_end_together_though_one_is_late(groups):
     assert groups[1]["well"] == [(0, "saved\nover\n", ""), (0, "saved\ngone\n", "")]
 
 
