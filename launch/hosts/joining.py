@@ -85,60 +85,97 @@ def accept_processes(server: socket.socket, count: int, run: str = "") -> Links:
       InputError: not all of them connected within `JOIN_TIMEOUT_S`.
     """
     deadline = time.monotonic() + JOIN_TIMEOUT_S
-    guests: dict[socket.socket, tuple[float, bytes]] = {}  # until when it may speak, and what it has said
-    links: dict[socket.socket, int] = {}
-    server.setblocking(False)
     with selectors.DefaultSelector() as selector:
-        selector.register(server, selectors.EVENT_READ)
-
-        def drop(link: socket.socket) -> None:
-            selector.unregister(link)
-            links.pop(link, None)
-            guests.pop(link, None)
-            link.close()
-
-        while len(links) < count - 1:
-            now = time.monotonic()
-            if now > deadline:
-                for link in [*guests, *links]:
-                    link.close()
-                missing = sorted(set(range(1, count)) - set(links.values()))
+        lobby = _Lobby(server, selector, count, run)
+        while len(lobby.links) < count - 1:
+            left = deadline - time.monotonic()
+            if left < 0:
+                lobby.close()
+                missing = sorted(set(range(1, count)) - set(lobby.links.values()))
                 problem = f"processes {missing} did not connect within {JOIN_TIMEOUT_S:g} s"
                 raise InputError("--processes", count, problem, "start the same command on every host")
-            for link in [link for link, (until, _) in guests.items() if now > until]:
-                drop(link)
-            for key, _ in selector.select(min(deadline - now, 1.0)):
+            lobby.drop_silent()
+            for key, _ in selector.select(min(left, 1.0)):
                 if key.fileobj is server:
-                    with contextlib.suppress(OSError):  # it is gone already
-                        link = server.accept()[0]
-                        link.setblocking(False)
-                        selector.register(link, selectors.EVENT_READ)
-                        guests[link] = now + HELLO_TIMEOUT_S, b""
-                    if len(guests) > MOST_GUESTS:
-                        drop(next(iter(guests)))
-                    continue
-                link: Any = key.fileobj
-                until, said = guests.get(link, (0.0, b""))
-                try:
-                    part = link.recv(_MESSAGE_BYTES - len(said))
-                except OSError:
-                    part = b""
-                if not part or link in links:  # it is gone, or is a process that speaks out of turn
-                    drop(link)
-                elif len(said + part) < _MESSAGE_BYTES:
-                    guests[link] = until, said + part
-                elif (index := index_of(_parse(said + part), run)) is None:
-                    drop(link)
-                elif refusal := refusal_of(*index, count, links.values()):
-                    _refuse(link, *index, *refusal)
-                    drop(link)
+                    lobby.admit()
                 else:
-                    del guests[link]
-                    links[link] = index[0]
-    for link in links:
+                    link: Any = key.fileobj
+                    lobby.hear(link)
+    for guest in lobby.guests:
+        guest.close()
+    for link in lobby.links:
         use_keepalive(link)
         send(link, {"joined": count})
-    return links
+    return lobby.links
+
+
+class _Lobby:
+    """Process 0's connections while it waits for the others.
+
+    Attributes:
+      guests: connections that have not said who they are, the oldest first: until when they may, and what
+        they have said so far.
+      links: those of processes of the run.
+    """
+
+    def __init__(self, server: socket.socket, selector: selectors.BaseSelector, count: int, run: str):
+        self._server, self._selector, self._count, self._run = server, selector, count, run
+        self.guests: dict[socket.socket, tuple[float, bytes]] = {}
+        self.links: dict[socket.socket, int] = {}
+        server.setblocking(False)
+        selector.register(server, selectors.EVENT_READ)
+
+    def admit(self) -> None:
+        """Takes a new connection."""
+        with contextlib.suppress(OSError):  # it is gone already
+            link = self._server.accept()[0]
+            link.setblocking(False)
+            self._selector.register(link, selectors.EVENT_READ)
+            self.guests[link] = time.monotonic() + HELLO_TIMEOUT_S, b""
+        if len(self.guests) > MOST_GUESTS:
+            self._drop(next(iter(self.guests)))
+
+    def hear(self, link: socket.socket) -> None:
+        """Reads what a connection says: it becomes a process of the run, is told why not, or is dropped."""
+        if link in self.links:  # a process that is gone, or speaks out of turn
+            self._drop(link)
+        if link not in self.guests:
+            return
+        until, said = self.guests[link]
+        try:
+            part = link.recv(_MESSAGE_BYTES - len(said))
+        except OSError:
+            part = b""
+        said += part
+        if part and len(said) < _MESSAGE_BYTES:
+            self.guests[link] = until, said
+            return
+        found = index_of(_parse(said), self._run) if part else None
+        refusal = found and refusal_of(*found, self._count, self.links.values())
+        if found and refusal:
+            _refuse(link, *found, *refusal)
+        if not found or refusal:
+            self._drop(link)
+        else:
+            del self.guests[link]
+            self.links[link] = found[0]
+
+    def drop_silent(self) -> None:
+        """Drops the connections that have not said in time who they are."""
+        now = time.monotonic()
+        for link in [link for link, (until, _) in self.guests.items() if now > until]:
+            self._drop(link)
+
+    def close(self) -> None:
+        """Closes all connections."""
+        for link in [*self.guests, *self.links]:
+            link.close()
+
+    def _drop(self, link: socket.socket) -> None:
+        self._selector.unregister(link)
+        self.guests.pop(link, None)
+        self.links.pop(link, None)
+        link.close()
 
 
 def connect(address: Address, index: int, count: int, run: str = "") -> Links:
