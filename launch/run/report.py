@@ -30,8 +30,10 @@ table.summary { width: 100%; }
 table.summary > tbody > tr { border-top: 1px solid var(--line); }
 table.summary > tbody > tr > th { width: 16rem; }
 td table th, td table td { padding: 0 1.2rem 0 0; }
-table.comparison th, table.comparison td { text-align: right; padding: .32rem 0 .32rem 1.6rem; }
-table.comparison th:first-child, table.comparison td:first-child { text-align: left; padding-left: 0; }
+table.comparison th, table.comparison td { text-align: right; padding: .32rem 0 .32rem 1.6rem;
+  white-space: nowrap; }
+table.comparison th:first-child, table.comparison td:first-child { text-align: left; padding-left: 0;
+  white-space: normal; min-width: 7rem; }
 table.comparison tbody tr { border-top: 1px solid var(--line); }
 .wide { overflow-x: auto; }
 pre { margin: 0; padding: .85rem 1rem;
@@ -42,6 +44,7 @@ figure img { display: block; width: 100%; height: auto; background: #fff; paddin
   border: 1px solid var(--line); }
 @media (max-width: 40rem) {
   body { padding: 1.25rem .9rem 3rem; }
+  table.comparison th, table.comparison td { padding-left: .9rem; }
   table.summary > tbody > tr > * { display: block; width: auto; padding: .2rem 0; }
   /* A figure keeps a readable size and scrolls within its frame. */
   figure { overflow-x: auto; }
