@@ -33,6 +33,7 @@ if __name__ == "__main__":
     end_at_interrupt()  # while the following imports load JAX
 
 from launch.experiments import run_command
+from launch.hosts.processes import end_process
 from launch.run.command import read_command
 from launch.run.program import run_program
 
@@ -48,4 +49,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from typing import Any
+import time
+from typing import Any, NoReturn
 
 import jax
 
@@ -23,12 +24,17 @@ from launch.run.program import exit_code
 EXIT_PROCESS_LOST = 3
 """Exit code of a process that stops because another one died or failed."""
 
+LEAVE_TIMEOUT_S = 60.0
+"""How long process 0 waits at the end until the others have ended; they have nothing left to do."""
+
 EVENTS = ("done", "failed", "lost")
 """What a message tells of the process whose index it has."""
 
 
 class Processes:
     """A context in which all processes of a run compute: it ends when all have left it or one has died.
+
+    What is left to a process after it must not compute with the others, and ends with `end_process`.
 
     The kernel closes the connections of a killed process, and TCP keepalive those of a host that is gone
     (within 15 s), so a death is noticed even while Python or XLA is busy.
@@ -65,6 +71,10 @@ class Processes:
         elif self._index == 0:
             self._listener.join()
             self._send_all({"done": 0})
+            deadline = time.monotonic() + LEAVE_TIMEOUT_S
+            for link in self._links:  # JAX would abort who is still there when its service is gone
+                link.settimeout(max(deadline - time.monotonic(), 0.01))
+                receive(link)
         else:
             self._send_all({"done": self._index})
             self._listener.join()
@@ -137,7 +147,18 @@ def event_of(message: dict[str, Any] | None) -> tuple[str, int] | None:
     return (event, process) if event in EVENTS and type(process) is int else None
 
 
-def _exit_now(code: int) -> None:
+def end_process(code: int) -> NoReturn:
+    """Ends this process with an exit code, and of several without JAX's shutdown.
+
+    That would wait for the others, whose work is done, and abort with a stack trace if one has died
+    meanwhile.
+    """
+    if jax.distributed.is_initialized():
+        _exit_now(code)
+    sys.exit(code)
+
+
+def _exit_now(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

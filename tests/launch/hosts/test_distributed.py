@@ -52,10 +52,11 @@ def state(step, mesh):
 PROCESS = (
     STATE
     + """
-import sys, time
+import os, sys, time
 from jax.experimental.multihost_utils import process_allgather
 from launch.run.checkpoints import Checkpoints
 from launch.hosts.distributed import gather_processes, is_first_process, start_processes
+from launch.hosts.processes import end_process
 port, processes, process, directory, restore, end = sys.argv[1:]
 joined = start_processes(f"127.0.0.1:{port}", int(processes), int(process), directory)
 with joined, Checkpoints(directory, keep=2) as checkpoints:
@@ -87,11 +88,13 @@ with joined, Checkpoints(directory, keep=2) as checkpoints:
     print("saved", flush=True)
     if end == "fail" and process == "1":
         raise ValueError("one of its own")
-    if end == "well" and process == "1":
-        time.sleep(8)  # late
-    while end != "well":
+    while end not in ("well", "leave"):
         jax.block_until_ready(total(state(1, mesh)["sharded"]))
 print("over" if is_first_process() else "gone")
+if end == "leave" and process == "1":
+    os.kill(os.getpid(), 9)
+time.sleep(8 if process == "1" else 0)  # late
+end_process(0)
 """
 )
 
@@ -158,6 +161,7 @@ def groups(tmp_path_factory):
     two.kill(0)
     ends["first killed"] = two.ends()
     ends["failed"] = Group(directory, 2, 5, "fail").ends()
+    ends["killed at its end"] = Group(directory, 2, 7, "leave").ends()
     return directory, ends
 
 
@@ -181,6 +185,10 @@ def test_others_stop_with_one_line_when_a_process_is_killed(groups):
     assert ends["first killed"] == [(-9, "", ""), (EXIT_PROCESS_LOST, "", line.format(0, 2, 5))]
 
 
+def test_a_process_that_is_killed_when_all_is_done_changes_nothing(groups):
+    assert groups[1]["killed at its end"] == [(0, "saved\nover\n", ""), (-9, "saved\ngone\n", "")]
+
+
 def test_a_process_that_fails_says_why_and_the_others_stop(groups):
     (first, failed) = groups[1]["failed"]
     assert first[0] == EXIT_PROCESS_LOST
@@ -196,8 +204,8 @@ def test_one_process_restores_what_several_saved(groups):
     mesh = jax.make_mesh((1,), ("clients",), axis_types=(jax.sharding.AxisType.Auto,))
     with Checkpoints(groups[0], keep=2) as checkpoints:
         step, found = checkpoints.restore(made["state"](0, mesh))
-    assert step == 7
-    expected = made["state"](7, mesh)
+    assert step == 9
+    expected = made["state"](9, mesh)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         was = found[name]
@@ -273,8 +281,10 @@ SLURM_TASK = """
 import sys
 import jax
 from launch.hosts.distributed import gather_processes, start_processes
+from launch.hosts.processes import end_process
 with start_processes(None, None, None, sys.argv[1]):
     print(gather_processes(jax.process_index()).tolist())
+end_process(0)
 """
 
 
