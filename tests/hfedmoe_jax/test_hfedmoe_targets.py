@@ -12,7 +12,7 @@ from hfedmoe_jax import Experiment, make_mesh
 from launch.hosts.devices import no_compilation_cache
 from launch.targets import read_target
 
-MARKS = {"v5e:2x2": ":T(", "h100:1x2": "cublas"}
+MARKS = {"v5e:2x2": ":T(", "h100:1x2": "fusion_backend_config"}
 """By target: what the text of a program for it has and for a CPU has not."""
 
 COMMON = FIELDS | {"data__seq_len": 8, "model__width": 8, "model__num_heads": 2, "model__hidden": 6}
