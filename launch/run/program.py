@@ -9,7 +9,7 @@ from collections.abc import Callable
 from absl import logging as absl_logging
 
 from hfedmoe_jax.errors import InputError
-from launch.run.starting import EXIT_INTERRUPTED, raise_at_interrupt
+from launch.run.starting import EXIT_INTERRUPTED, exit_at_interrupt, raise_at_interrupt
 
 EXIT_ERROR = 1
 EXIT_INPUT_ERROR = 2
@@ -37,7 +37,7 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
       arguments: the command line without the program's name; `--help` prints the usage and does no work.
       usage: the text of `--help`.
       work: what the program does.
-      when_interrupted: what the user reads after Ctrl-C.
+      when_interrupted: what the user reads after Ctrl-C or SIGTERM.
 
     Raises:
       ValueError: an error of the program and not of its input, so that its traceback is shown.
@@ -49,10 +49,12 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a label is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        raise_at_interrupt()
+        raise_at_interrupt(when_interrupted)
         work()
+        exit_at_interrupt(0)
     except (KeyboardInterrupt, NothingTrainedError, OSError, ValueError) as error:
         code = exit_code(error)
+        exit_at_interrupt(code)
         if code == EXIT_ERROR and not isinstance(error, OSError):
             raise
         print(when_interrupted if code == EXIT_INTERRUPTED else f"error: {line_of(error)}", file=sys.stderr)
