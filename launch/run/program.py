@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from absl import logging as absl_logging
@@ -104,3 +105,5 @@ def quiet_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax raises what it logs as an error
     for name in ("jax", "orbax", "tensorboardX", "datasets", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A compiled program that cannot be read or kept is compiled again.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
