@@ -143,8 +143,6 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Number]]:
 
 
 def _whole_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # A killed process may leave an incomplete line, whose last number may have lost digits.
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))

@@ -161,5 +161,7 @@ def test_tensorboard_gets_every_finite_number_and_the_step_to_purge_from(tmp_pat
     assert [event.step for event in events if event.session_log.status] == [0, 2]
 
 
-def test_missing_file_has_no_rows(tmp_path):
-    assert read_metrics(tmp_path / "none.csv") == []
+def test_missing_file_is_an_error_of_the_storage(tmp_path):
+    """Not a run without rounds, of which there is nothing to draw."""
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        read_metrics(tmp_path / "none.csv")
