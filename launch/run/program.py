@@ -10,7 +10,7 @@ from collections.abc import Callable
 from absl import logging as absl_logging
 
 from hfedmoe_jax.errors import InputError
-from launch.run.starting import EXIT_INTERRUPTED, exit_at_interrupt, raise_at_interrupt
+from launch.run.starting import EXIT_INTERRUPTED, end_at_once, exit_at_interrupt, raise_at_interrupt
 
 EXIT_ERROR = 1
 EXIT_INPUT_ERROR = 2
@@ -59,6 +59,8 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
         if code == EXIT_ERROR and not isinstance(error, OSError):
             raise
         print(when_interrupted if code == EXIT_INTERRUPTED else f"error: {line_of(error)}", file=sys.stderr)
+        if code in (EXIT_ERROR, EXIT_INTERRUPTED):
+            end_at_once(code)
         return code
     return 0
 

@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM while a program loads its libraries, works and ends; imports nothing of them itself."""
+"""How the process of a program ends, also by Ctrl-C and SIGTERM; imports none of the program's libraries."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -9,10 +10,14 @@ from typing import Any, NoReturn
 
 EXIT_INTERRUPTED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_own_process = False
+"""Whether a program has called `end_at_interrupt`, so that the process is its own and not a caller's."""
 
 
 def end_at_interrupt() -> None:
     """Lets Ctrl-C and SIGTERM end the process at once, with one line: there is nothing to save or close."""
+    global _own_process
+    _own_process = True
     for number in _SIGNALS:
         # Where the caller of the program has one ignored, e.g. by nohup, it stays so.
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
@@ -39,6 +44,19 @@ def raise_at_interrupt(line: str) -> None:
 def exit_at_interrupt(code: int) -> None:
     """Lets them end the process at once with the exit code that it would end with: its work is over."""
     _handle(_raise, lambda *_: os._exit(code))
+
+
+def end_at_once(code: int) -> None:
+    """Ends the process of a program that has failed and said so; without effect in another process.
+
+    Threads of a save that failed or was interrupted could hold it for minutes, and report what they left.
+    """
+    if not _own_process:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _handle(before: Callable, now: Callable) -> bool:
