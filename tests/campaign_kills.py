@@ -27,7 +27,7 @@ from campaign_run import Campaign  # noqa: E402
 
 from launch.run.progress import print_table  # noqa: E402
 
-HITS = 5  # of one run, before it may end
+HITS = 10  # of a case, before its run may end
 INTERRUPTED = 130
 
 Case = tuple[list[str], list[str]]
