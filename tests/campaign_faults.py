@@ -19,8 +19,9 @@ def fault(campaign: Campaign, seed: int) -> Case:
     """Runs the case of a seed: the kinds take turns."""
     kind = KINDS[seed % len(KINDS)]
     struck: list[str] = []
+    campaign.codes.clear()
     wrong = kind(campaign, random.Random(f"fault {seed}"), campaign.folder / "run", struck)
-    return [kind.__name__], [f"{' '.join(struck)}: {each}" for each in wrong]
+    return [f"{kind.__name__}, code {campaign.codes[0]}"], [f"{' '.join(struck)}: {each}" for each in wrong]
 
 
 def full_disk(campaign: Campaign, rng: random.Random, place: pathlib.Path, struck: list[str]) -> list[str]:
@@ -41,7 +42,7 @@ def full_disk(campaign: Campaign, rng: random.Random, place: pathlib.Path, struc
 
 def file_size(campaign: Campaign, rng: random.Random, place: pathlib.Path, struck: list[str]) -> list[str]:
     """No file may be larger than some kB, from the start or from an instant on."""
-    most = int(10 ** rng.uniform(2, 5.3))
+    most = int(10 ** rng.uniform(2.3, 5.3))
     return limited(campaign, rng, place, struck, "fsize", most)
 
 

@@ -100,12 +100,13 @@ class Campaign:
 
     Attributes:
       said: how often each line came on stderr, without its numbers.
+      codes: exit codes of the runs since they were last cleared.
       seconds: that the undisturbed run took.
       half: a work directory of a run killed after its third round.
     """
 
     def __init__(self, folder: pathlib.Path):
-        self.folder, self.said = folder, Counter()
+        self.folder, self.said, self.codes = folder, Counter(), []
         self.train = tiny_run.write_jsonl(folder / "train.jsonl", tiny_run.texts(60))
         self.compiled, self.whole, self.half = (folder / name for name in ("compiled", "whole", "half"))
         for workdir in (folder / "compiling", self.whole):
@@ -140,6 +141,7 @@ class Campaign:
     def unclear(self, child: Child) -> list[str]:
         """Returns what is wrong with how a disturbed run ends: a failure is a line with path and remedy."""
         code, err = child.end()
+        self.codes.append(code)
         lines = self._note(err)
         if code not in (0, 1, 2) or "Traceback" in err or len(lines) > 1:
             return [f"code {code}, {err[-2000:]!r}"]
@@ -154,6 +156,7 @@ class Campaign:
           lines: on stderr, at most.
         """
         code, err = child.end()
+        self.codes.append(code)
         if code or "Traceback" in err or len(self._note(err)) > lines:
             return [f"the last run ended with code {code} and {err[-2000:]!r}"]
         return self.differences(child.workdir)
