@@ -36,7 +36,9 @@ def raise_at_interrupt(line: str) -> None:
         def end_or_report(unraisable: "sys.UnraisableHookArgs") -> None:
             if issubclass(unraisable.exc_type, KeyboardInterrupt):
                 _end_with(line)
-            report(unraisable)
+            # What TensorStore tells an event loop of Orbax whose save has failed; that is told already.
+            if "Event loop is closed" not in str(unraisable.exc_value):
+                report(unraisable)
 
         sys.unraisablehook = end_or_report
 
