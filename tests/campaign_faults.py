@@ -84,6 +84,11 @@ def removed(campaign: Campaign, rng: random.Random, place: pathlib.Path, struck:
         with contextlib.suppress(OSError):
             path.unlink()
     wrong = campaign.unclear(child)
+    if place.exists() and not (place / "config.json").exists():  # Orbax has made a directory again
+        code, err = campaign.start(place).end()
+        if code != 2 or "no config.json; give a new or empty --workdir" not in err:
+            wrong.append(f"code {code}, {err!r}")
+        shutil.rmtree(place, ignore_errors=True)
     return wrong + ended_after_damage(campaign, place)
 
 

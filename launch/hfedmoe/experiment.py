@@ -34,7 +34,14 @@ from launch.run.compiled import remove_damaged
 from launch.run.program import NothingTrainedError
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
-from launch.run.workdir import Fingerprint, hold_workdir, open_workdir, versions, write_json
+from launch.run.workdir import (
+    Fingerprint,
+    check_workdir,
+    hold_workdir,
+    open_workdir,
+    versions,
+    write_json,
+)
 from launch.run.writers import MetricWriter, read_metrics, write_rows
 
 
@@ -116,6 +123,7 @@ def fingerprints(experiment: Experiment, source: Fingerprint | None) -> list[Fin
 def write_results(experiment: Experiment, state: RunState, outcome: Outcome, workdir: pathlib.Path) -> None:
     """Writes the figures, the report and summary.json, and prints the summary."""
     config = experiment.config
+    check_workdir(workdir)
     rows = read_metrics(workdir / "metrics.csv")
     summary = summarize(experiment, state, outcome)
     figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures")
@@ -171,6 +179,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
             for number in range(first + 1, config.fl.rounds + 1):
                 state, row, failures = experiment.step(state)
                 if is_first_process():
+                    check_workdir(workdir)
                     writer.write(number, row)
                     for failure in failures:
                         print(f"warning: {failure}", file=sys.stderr)

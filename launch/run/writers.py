@@ -51,8 +51,11 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # a run that continues writes its rows again
+            self._events.close()
 
     @property
     def text(self) -> str:
@@ -106,6 +109,7 @@ class MetricWriter:
 
     def _restore_if_changed(self) -> None:
         """Writes the file again if another program removed it or changed its length."""
+        os.stat(self._path.parent)  # fails if the directory is gone: before a line says what is written
         if not self._path.exists() or self._path.stat().st_size != self._bytes:
             self._tell_difference()
             self._write_whole()

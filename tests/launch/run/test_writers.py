@@ -1,4 +1,5 @@
 import math
+import shutil
 import struct
 
 import jax.numpy as jnp
@@ -159,6 +160,15 @@ def test_tensorboard_gets_every_finite_number_and_the_step_to_purge_from(tmp_pat
     ]
     assert scalars == [(1, "loss", 0.5), (1, "count", 3.0), (2, "loss", 0.5), (2, "count", 2.0)]
     assert [event.step for event in events if event.session_log.status] == [0, 2]
+
+
+def test_a_removed_directory_is_an_error_and_not_a_warning(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileNotFoundError, match="run"), MetricWriter(tmp_path / "run", COLUMNS) as writer:
+        shutil.rmtree(tmp_path / "run")
+        writer.write(1, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_file_is_an_error_of_the_storage(tmp_path):
