@@ -22,7 +22,7 @@ One run on several hosts (SLURM and TPU pods are detected without these flags):
 
 Exit codes: 0 done, 1 storage or another failure in the midst of the run, 2 a mistake in the command or the
 data (one line says which), 3 another process of the run stopped, 4 no round trained anything, 130
-interrupted.
+interrupted by Ctrl-C or SIGTERM.
 """
 
 import sys

@@ -30,10 +30,18 @@ from launch.hosts.distributed import (
     wait_for_processes,
 )
 from launch.run.checkpoints import Checkpoints
+from launch.run.compiled import remove_damaged
 from launch.run.program import NothingTrainedError
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
-from launch.run.workdir import Fingerprint, hold_workdir, open_workdir, versions, write_json
+from launch.run.workdir import (
+    Fingerprint,
+    check_workdir,
+    hold_workdir,
+    open_workdir,
+    versions,
+    write_json,
+)
 from launch.run.writers import MetricWriter, read_metrics, write_rows
 
 
@@ -85,7 +93,9 @@ def run_process(
         if is_first_process():
             open_workdir(workdir, config.to_dict(), fingerprints(experiment, source), raisable=["fl.rounds"])
             (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
-            use_compilation_cache(host.compiled or workdir / "compiled")
+            compiled = host.compiled or workdir / "compiled"
+            use_compilation_cache(compiled)
+            remove_damaged(compiled)
         wait_for_processes()  # the others must not use the directory before it exists
         describe(experiment, workdir)
         state = train(experiment, workdir)
@@ -114,6 +124,7 @@ def fingerprints(experiment: Experiment, source: Fingerprint | None) -> list[Fin
 def write_results(experiment: Experiment, state: RunState, outcome: Outcome, workdir: pathlib.Path) -> None:
     """Writes the figures, the report and summary.json, and prints the summary."""
     config = experiment.config
+    check_workdir(workdir)
     rows = read_metrics(workdir / "metrics.csv")
     summary = summarize(experiment, state, outcome)
     figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures")
@@ -184,6 +195,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
             for number in range(first + 1, config.fl.rounds + 1):
                 state, row, failures = experiment.step(state)
                 if is_first_process():
+                    check_workdir(workdir)
                     writer.write(number, row)
                     for failure in failures:
                         print(f"warning: {failure}", file=sys.stderr)

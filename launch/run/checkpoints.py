@@ -1,6 +1,7 @@
 """Checkpoints, from which a killed run continues with the same bits as one that was not killed."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import logging
@@ -22,6 +23,8 @@ from orbax.checkpoint import v1 as ocp
 from launch.run.program import REMEDIES
 
 PyTree = Any
+STATUS = {"NOT_FOUND": errno.ENOENT, "PERMISSION_DENIED": errno.EACCES}
+"""How a message of TensorStore begins that has no words of the operating system."""
 
 
 class Checkpoints:
@@ -193,6 +196,7 @@ def _storage_errors(directory: pathlib.Path) -> Iterator[None]:
             chain.append(cause)
         numbers = [each.errno for each in chain if isinstance(each, OSError) and each.errno]
         numbers += [n for n in REMEDIES if any(os.strerror(n) in str(each) for each in chain)]
+        numbers += [n for word, n in STATUS.items() if any(str(each).startswith(word) for each in chain)]
         if not numbers:
             raise
         raise OSError(numbers[0], os.strerror(numbers[0]), str(directory)) from error

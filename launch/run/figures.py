@@ -79,9 +79,9 @@ def new_figure(
 
 
 def save(figure: Figure, path: str | os.PathLike) -> pathlib.Path:
-    """Writes a figure as a PNG file, creating its directory, and returns the path."""
+    """Writes a figure as a PNG file, creating its directory in one that is there, and returns the path."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=DOTS_PER_INCH)
     return path
 

@@ -4,12 +4,13 @@ import errno
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from absl import logging as absl_logging
 
 from hfedmoe_jax.errors import InputError
-from launch.run.starting import EXIT_INTERRUPTED, raise_at_interrupt
+from launch.run.starting import EXIT_INTERRUPTED, end_at_once, exit_at_interrupt, raise_at_interrupt
 
 EXIT_ERROR = 1
 EXIT_INPUT_ERROR = 2
@@ -37,7 +38,7 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
       arguments: the command line without the program's name; `--help` prints the usage and does no work.
       usage: the text of `--help`.
       work: what the program does.
-      when_interrupted: what the user reads after Ctrl-C.
+      when_interrupted: what the user reads after Ctrl-C or SIGTERM.
 
     Raises:
       ValueError: an error of the program and not of its input, so that its traceback is shown.
@@ -49,13 +50,17 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a label is no reason to stop
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        raise_at_interrupt()
+        raise_at_interrupt(when_interrupted)
         work()
+        exit_at_interrupt(0)
     except (KeyboardInterrupt, NothingTrainedError, OSError, ValueError) as error:
         code = exit_code(error)
+        exit_at_interrupt(code)
         if code == EXIT_ERROR and not isinstance(error, OSError):
             raise
         print(when_interrupted if code == EXIT_INTERRUPTED else f"error: {line_of(error)}", file=sys.stderr)
+        if code in (EXIT_ERROR, EXIT_INTERRUPTED):
+            end_at_once(code)
         return code
     return 0
 
@@ -102,3 +107,5 @@ def quiet_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax raises what it logs as an error
     for name in ("jax", "orbax", "tensorboardX", "datasets", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A compiled program that cannot be read or kept is compiled again.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")

@@ -137,6 +137,11 @@ def open_workdir(
     return directory
 
 
+def check_workdir(directory: pathlib.Path) -> None:
+    """Raises a FileNotFoundError if the work directory was removed, though Orbax may have made one again."""
+    os.stat(directory / CONFIG_FILE)
+
+
 def _entries(path: str | os.PathLike) -> set[str]:
     """Creates a directory, checks that a run may use it, and returns the names of what it holds."""
     directory = pathlib.Path(path)

@@ -51,8 +51,11 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # a run that continues writes its rows again
+            self._events.close()
 
     @property
     def text(self) -> str:
@@ -106,6 +109,7 @@ class MetricWriter:
 
     def _restore_if_changed(self) -> None:
         """Writes the file again if another program removed it or changed its length."""
+        os.stat(self._path.parent)  # fails if the directory is gone: before a line says what is written
         if not self._path.exists() or self._path.stat().st_size != self._bytes:
             self._tell_difference()
             self._write_whole()
@@ -143,8 +147,6 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Number]]:
 
 
 def _whole_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     # A killed process may leave an incomplete line, whose last number may have lost digits.
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))

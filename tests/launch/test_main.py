@@ -219,6 +219,8 @@ def test_the_program_exits_with_2_and_no_traceback(runs, tmp_path):
 
 STUB = """
 import sys, types
+from launch.run.starting import end_at_interrupt
+end_at_interrupt()
 experiment = types.ModuleType("launch.hfedmoe.experiment")
 sys.modules["launch.hfedmoe.experiment"] = experiment
 def run(config, workdir, host, source):
@@ -242,19 +244,41 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": root}
 
 
-def test_interrupt_exits_with_130_and_says_how_to_go_on(runs):
-    child = _start(
-        "print('ready', flush=True)\nimport time\ntime.sleep(60)", "--config=config.py", "--workdir=w"
-    )
+INTERRUPTED = "interrupted: the same command continues the run, from a checkpoint if there is one\n"
+WAIT = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
+IN_FINALIZER = f"""
+class Slow:
+    def __del__(self):
+        import time
+        print('ready', flush=True)
+        time.sleep(60)
+Slow()
+{WAIT}
+"""
+AT_EXIT = """
+import atexit, time
+atexit.register(lambda: (print('ready', flush=True), time.sleep(60)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("body", "ends"),
+    [(WAIT, (130, INTERRUPTED)), (IN_FINALIZER, (130, INTERRUPTED)), (AT_EXIT, (0, ""))],
+    ids=["work", "finalizer", "exit"],
+)
+def test_interrupt_exits_with_130_and_says_how_to_go_on(runs, number, body, ends):
+    """Also where Python drops exceptions; a run whose work is over is not called interrupted."""
+    child = _start(body, "--config=config.py", "--workdir=w")
     assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, error = child.communicate(timeout=180)
-    assert child.returncode == 130
-    assert error == "interrupted: the same command continues the run, from a checkpoint if there is one\n"
+    assert (child.returncode, error) == ends
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("program", ["main", "bench"])
-def test_interrupt_while_the_libraries_load_is_one_line(tmp_path, program):
+def test_interrupt_while_the_libraries_load_is_one_line(tmp_path, program, number):
     """JAX is replaced by a module that takes long to load."""
     (tmp_path / "jax.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), _environment()["PYTHONPATH"]])}
@@ -263,7 +287,7 @@ def test_interrupt_while_the_libraries_load_is_one_line(tmp_path, program):
         env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdout and child.stdout.readline() == "loading\n"
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, error = child.communicate(timeout=180)
     assert (child.returncode, error) == (130, "interrupted: nothing had begun\n")
 

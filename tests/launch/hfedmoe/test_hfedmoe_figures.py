@@ -229,3 +229,10 @@ def test_line_leaves_gaps_out_and_joins_the_rest():
 )
 def test_time_scale(seconds, expected):
     assert figures.time_scale(np.array(seconds)) == expected
+
+
+def test_a_work_directory_that_was_removed_is_not_made_again(tmp_path):
+    """Figures alone in it would have the next run refused."""
+    with pytest.raises(FileNotFoundError, match="figures"):
+        write_figures(*make_run(rounds=2), tmp_path / "removed" / "figures")
+    assert not list(tmp_path.iterdir())

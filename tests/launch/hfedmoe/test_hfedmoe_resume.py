@@ -1,5 +1,7 @@
 """A run that is killed and started again ends as if nothing had happened."""
 
+import re
+import shutil
 import signal
 import time
 
@@ -56,6 +58,22 @@ def test_a_run_killed_twice_ends_like_one_that_was_not(tmp_path):
     assert f"continuing after round {done} of {ROUNDS}" in screen.out
     assert [row["round"] for row in tiny_run.metrics(killed)] == [str(n) for n in range(1, ROUNDS + 1)]
     tiny_run.assert_same_results(killed, whole)
+
+
+@pytest.mark.slow
+def test_a_work_directory_removed_during_the_run_is_one_line(tmp_path):
+    """Before the first round, so that Orbax makes a directory again."""
+    train = tiny_run.write_jsonl(tmp_path / "train.jsonl", tiny_run.texts(60))
+    run = tmp_path / "run"
+    child = tiny_run.start_process(tiny_run.arguments(run, train, **FIELDS))
+    while not (run / "config.json").exists() and child.poll() is None:
+        time.sleep(0.002)
+    while rows_written(run) < 0 and child.poll() is None:
+        time.sleep(0.002)
+    shutil.rmtree(run, ignore_errors=True)
+    _, err = child.communicate(timeout=180)
+    assert child.returncode == 1, err
+    assert re.fullmatch(rf"error: {run}\S*: No such file or directory; put back what was removed .+\n", err)
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import math
+import shutil
 import struct
 
 import jax.numpy as jnp
@@ -161,5 +162,16 @@ def test_tensorboard_gets_every_finite_number_and_the_step_to_purge_from(tmp_pat
     assert [event.step for event in events if event.session_log.status] == [0, 2]
 
 
-def test_missing_file_has_no_rows(tmp_path):
-    assert read_metrics(tmp_path / "none.csv") == []
+def test_a_removed_directory_is_an_error_and_not_a_warning(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(FileNotFoundError, match="run"), MetricWriter(tmp_path / "run", COLUMNS) as writer:
+        shutil.rmtree(tmp_path / "run")
+        writer.write(1, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_file_is_an_error_of_the_storage(tmp_path):
+    """Not a run without rounds, of which there is nothing to draw."""
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        read_metrics(tmp_path / "none.csv")
