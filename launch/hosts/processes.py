@@ -20,6 +20,7 @@ import jax
 
 from launch.hosts.joining import Links, receive, send
 from launch.run.program import exit_code
+from launch.run.starting import exit_now
 
 EXIT_PROCESS_LOST = 3
 """Exit code of a process that stops because another one died or failed."""
@@ -67,7 +68,7 @@ class Processes:
             self._failed = True
             self._send_all({"failed": self._index})
             # JAX's shutdown would wait for the others and then abort.
-            atexit.register(_exit_now, exit_code(error))
+            atexit.register(exit_now, exit_code(error))
         elif self._index == 0:
             self._listener.join()
             self._send_all({"done": 0})
@@ -138,7 +139,7 @@ class Processes:
             for link in self._links:
                 link.settimeout(2)
                 receive(link)
-        _exit_now(EXIT_PROCESS_LOST)  # the main thread may be blocked in a collective
+        exit_now(EXIT_PROCESS_LOST)  # the main thread may be blocked in a collective
 
 
 def event_of(message: dict[str, Any] | None) -> tuple[str, int] | None:
@@ -154,12 +155,5 @@ def end_process(code: int) -> NoReturn:
     meanwhile.
     """
     if jax.distributed.is_initialized():
-        _exit_now(code)
+        exit_now(code)
     sys.exit(code)
-
-
-def _exit_now(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)

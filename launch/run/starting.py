@@ -53,8 +53,12 @@ def end_at_once(code: int) -> None:
 
     Threads of a save that failed or was interrupted could hold it for minutes, and report what they left.
     """
-    if not _own_process:
-        return
+    if _own_process:
+        exit_now(code)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process with what it has printed, and without what Python and libraries do at their end."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
