@@ -30,7 +30,7 @@ from launch.hosts.distributed import (
     wait_for_processes,
 )
 from launch.run.checkpoints import Checkpoints
-from launch.run.compiled import remove_damaged
+from launch.run.compiled_cache import remove_damaged
 from launch.run.program import NothingTrainedError
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
