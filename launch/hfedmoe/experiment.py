@@ -30,7 +30,7 @@ from launch.hosts.distributed import (
     wait_for_processes,
 )
 from launch.run.checkpoints import Checkpoints
-from launch.run.compiled import remove_damaged
+from launch.run.compiled_cache import remove_damaged
 from launch.run.program import NothingTrainedError
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
@@ -42,7 +42,7 @@ from launch.run.workdir import (
     versions,
     write_json,
 )
-from launch.run.writers import MetricWriter, read_metrics, write_rows
+from launch.run.writers import MetricWriter, parse_metrics, write_rows
 
 
 def run_experiment(
@@ -98,10 +98,10 @@ def run_process(
             remove_damaged(compiled)
         wait_for_processes()  # the others must not use the directory before it exists
         describe(experiment, workdir)
-        state = train(experiment, workdir)
+        state, metrics = train(experiment, workdir)
         outcome = experiment.finish(state)
         if is_first_process():
-            write_results(experiment, state, outcome, workdir)
+            write_results(experiment, Saved(state, metrics), outcome, workdir)
     return state
 
 
@@ -121,11 +121,11 @@ def fingerprints(experiment: Experiment, source: Fingerprint | None) -> list[Fin
     return [*([source] if source else []), *of_data]
 
 
-def write_results(experiment: Experiment, state: RunState, outcome: Outcome, workdir: pathlib.Path) -> None:
+def write_results(experiment: Experiment, saved: "Saved", outcome: Outcome, workdir: pathlib.Path) -> None:
     """Writes the figures, the report and summary.json, and prints the summary."""
-    config = experiment.config
+    config, state = experiment.config, saved.run
     check_workdir(workdir)
-    rows = read_metrics(workdir / "metrics.csv")
+    rows = parse_metrics(saved.metrics)
     summary = summarize(experiment, state, outcome)
     figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures")
     write_rows(workdir / "clients.csv", client_rows(experiment, state, outcome))
@@ -173,8 +173,8 @@ class Saved(NamedTuple):
     metrics: str
 
 
-def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
-    """Returns the state after the last round, resuming from the newest checkpoint if there is one."""
+def train(experiment: Experiment, workdir: pathlib.Path) -> Saved:
+    """Returns the state and rows after the last round; resumes from the newest checkpoint if there is one."""
     config, metric = experiment.config, experiment.task.metric
     state, kept = experiment.init(), ""
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
@@ -202,7 +202,7 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> RunState:
                 if number % config.checkpoint.every == 0 or number == config.fl.rounds:
                     checkpoints.save(number, Saved(state, writer.text if is_first_process() else ""))
                 progress.update(number, **{metric: row.get(f"validation_{metric}")}, loss=row["train_loss"])
-    return state
+    return Saved(state, writer.text if is_first_process() else "")
 
 
 def describe(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -58,27 +58,30 @@ def hold_workdir(path: str | os.PathLike) -> Iterator[None]:
       InputError: another process holds the directory, or it cannot be written or has other files.
     """
     _entries(path)
-    with _open_lock(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"is in use by {file.read().strip() or 'another process'}"
-            remedy = "wait for it or stop it, or give another --workdir"
-            raise InputError("workdir", str(path), problem, remedy) from None
-        except OSError as error:
-            print(
-                f"warning: {path} cannot be locked ({error.strerror}): start no second run in it",
-                file=sys.stderr,
-            )
-        now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
-        file.flush()
-        try:
+    try:
+        with _open_lock(path) as file:
+            _take_lock(path, file)
             yield
-        except OSError as error:
-            error.filename = error.filename or str(path)  # a full disk is told without one
-            raise
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is told without one
+        raise
+
+
+def _take_lock(path: str | os.PathLike, file: TextIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = f"is in use by {file.read().strip() or 'another process'}"
+        remedy = "wait for it or stop it, or give another --workdir"
+        raise InputError("workdir", str(path), problem, remedy) from None
+    except OSError as error:
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr
+        )
+    now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}\n")
+    file.flush()
 
 
 def _open_lock(path: str | os.PathLike) -> TextIO:

@@ -91,9 +91,12 @@ class MetricWriter:
         self._write_whole()
 
     def close(self) -> None:
-        """Closes the event file, and leaves metrics.csv whole."""
+        """Closes the event file, and leaves metrics.csv with the rows of the run."""
         self._events.close()
         self._restore_if_changed()
+        if self._path.read_bytes() != self.text.encode():  # an edit may keep the length
+            self._tell_difference()
+            self._write_whole()
 
     def _line(self, cells: Mapping[str, Any]) -> str:
         text = io.StringIO()
@@ -143,13 +146,14 @@ def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Number]]:
     """Returns the rows of a metrics.csv: numbers as they were written, None for an empty cell."""
-    return [{name: _parse(text) for name, text in row.items()} for row in _whole_rows(pathlib.Path(path))]
+    return parse_metrics(pathlib.Path(path).read_text(encoding="utf-8"))
 
 
-def _whole_rows(path: pathlib.Path) -> list[dict[str, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+def parse_metrics(text: str) -> list[dict[str, Number]]:
+    """Returns the rows of the content of a metrics.csv, as `read_metrics` does."""
     # A killed process may leave an incomplete line, whose last number may have lost digits.
-    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [{name: _parse(cell) for name, cell in row.items()} for row in csv.DictReader(lines)]
 
 
 def _number(value: Any) -> Number:

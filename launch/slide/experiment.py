@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from launch.hosts.devices import use_compilation_cache
 from launch.hosts.distributed import SINGLE_PROCESS, Host
-from launch.run.compiled import remove_damaged
+from launch.run.compiled_cache import remove_damaged
 from launch.run.progress import print_summary, print_table
 from launch.run.report import write_report
 from launch.run.workdir import Fingerprint, hold_workdir, open_workdir, versions, write_json

@@ -230,3 +230,10 @@ def test_errors_of_the_system_name_the_directory_unless_they_name_a_file(tmp_pat
         with pytest.raises(OSError) as error, hold_workdir(tmp_path):
             raise OSError(errno.ENOSPC, "No space left on device", given)
         assert error.value.filename == named
+
+
+def test_a_disk_that_is_full_for_the_lock_already_is_told_with_the_directory(tmp_path):
+    (tmp_path / ".lock").symlink_to("/dev/full")
+    with pytest.raises(OSError) as failed, hold_workdir(tmp_path):
+        pass
+    assert failed.value.filename == str(tmp_path)

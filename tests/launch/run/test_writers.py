@@ -162,6 +162,16 @@ def test_tensorboard_gets_every_finite_number_and_the_step_to_purge_from(tmp_pat
     assert [event.step for event in events if event.session_log.status] == [0, 2]
 
 
+def test_an_edit_of_the_same_length_is_found_at_the_end(tmp_path, capsys):
+    with MetricWriter(tmp_path, COLUMNS) as writer:
+        writer.write(1, {"loss": 1.0})
+        edited = writer.text.replace(",", ";")
+        (tmp_path / "metrics.csv").write_text(edited)
+    assert (tmp_path / "metrics.csv").read_text() == writer.text
+    assert (tmp_path / "metrics_changed.csv").read_text() == edited
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_removed_directory_is_an_error_and_not_a_warning(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with pytest.raises(FileNotFoundError, match="run"), MetricWriter(tmp_path / "run", COLUMNS) as writer:

@@ -2,13 +2,13 @@ import os
 import subprocess
 import sys
 
-from launch.run.compiled import remove_damaged
+from launch.run.compiled_cache import remove_damaged
 
 COMPILED = """
 import sys
 import jax, jax.numpy as jnp
 from launch.hosts.devices import use_compilation_cache
-from launch.run.compiled import remove_damaged
+from launch.run.compiled_cache import remove_damaged
 from launch.run.program import quiet_libraries
 quiet_libraries()
 use_compilation_cache(sys.argv[1])
