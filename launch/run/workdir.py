@@ -134,8 +134,7 @@ def open_workdir(
         if raised:
             write_json(directory / CONFIG_FILE, config)
     else:
-        if fingerprints:
-            write_json(directory / FINGERPRINTS_FILE, {each.what: each.digest for each in fingerprints})
+        _write_fingerprints(directory, fingerprints)
         write_json(directory / CONFIG_FILE, config)  # last: it makes the directory one of a run
     return directory
 
@@ -242,13 +241,19 @@ def _is_raised(earlier: dict[str, Any], now: dict[str, Any], field: str) -> bool
 
 
 def _check_same_fingerprints(directory: pathlib.Path, fingerprints: Sequence[Fingerprint]) -> None:
-    if not (directory / FINGERPRINTS_FILE).exists():  # an older version of this program made the directory
+    if not (directory / FINGERPRINTS_FILE).exists():  # removed, or from a version that wrote none
+        _write_fingerprints(directory, fingerprints)
         return
     earlier = _read_json(directory, FINGERPRINTS_FILE)
     for field, value, what, found in fingerprints:
         if earlier.get(what, found) != found:
             problem = f"{what} changed since the run in {directory} was started"
             raise InputError(field, value, problem, "restore them, or give another --workdir")
+
+
+def _write_fingerprints(directory: pathlib.Path, fingerprints: Sequence[Fingerprint]) -> None:
+    if fingerprints:
+        write_json(directory / FINGERPRINTS_FILE, {each.what: each.digest for each in fingerprints})
 
 
 def _read_json(directory: pathlib.Path, name: str) -> dict[str, Any]:

@@ -237,3 +237,12 @@ def test_a_disk_that_is_full_for_the_lock_already_is_told_with_the_directory(tmp
     with pytest.raises(OSError) as failed, hold_workdir(tmp_path):
         pass
     assert failed.value.filename == str(tmp_path)
+
+
+def test_fingerprints_that_were_removed_are_written_again(tmp_path):
+    was = Fingerprint("data.train_path", "a.csv", "the texts or labels", "1")
+    open_workdir(tmp_path, {"seed": 0}, [was])
+    (tmp_path / "fingerprints.json").unlink()
+    open_workdir(tmp_path, {"seed": 0}, [was])
+    with pytest.raises(InputError, match="the texts or labels changed"):
+        open_workdir(tmp_path, {"seed": 0}, [was._replace(digest="2")])
