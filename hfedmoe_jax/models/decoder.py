@@ -131,6 +131,12 @@ class MixtureBlock(nn.Module):
         return (x_btd + y_nd.reshape(x_btd.shape), tape), (served.permit, routing)
 
 
+def no_routing(num_tokens: int) -> Routing:
+    """Returns the routing of a model without experts."""
+    none, nobody = jnp.zeros((0, num_tokens, 0)), jnp.zeros((0, 0), jnp.int32)
+    return Routing(none, none > 0, nobody, nobody, jnp.zeros(0, jnp.int32), jnp.zeros(0))
+
+
 class Decoder(nn.Module):
     """Tokens to logits over the vocabulary, each from those up to it.
 
@@ -181,7 +187,7 @@ class Decoder(nn.Module):
             x_btd, _ = self.stack(DenseBlock, s.dense_layers, nn.broadcast)(
                 s, self.remat, self.dtype, name="dense"
             )(x_btd, mask_bt)
-        tape, permit, routing = (), jnp.zeros((0, 0)), None
+        tape, permit, routing = (), jnp.zeros((0, 0)), no_routing(mask_bt.size)
         if self.num_layers:
             if budget is None:
                 sizes = (self.num_layers, s.num_experts, s.width, s.expert_hidden)

@@ -61,7 +61,7 @@ def import_params(
       InputError: all tensors that are missing, unknown or of another shape, in one line.
     """
     stored = find_tensors(directory)
-    wanted = {"/".join(path): shape for path, shape in traverse_util.flatten_dict(dict(shapes)).items()}
+    wanted = _flat(shapes)
     chosen = choose_names(names, stored)
     problems = [f"no tensor is known for the parameter {path}" for path in wanted if path not in chosen]
     needed: set[str] = set()
@@ -75,17 +75,22 @@ def import_params(
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise InputError("model.source", str(directory), shown, "use the family that the checkpoint is of")
-    flat_shardings = traverse_util.flatten_dict(dict(shardings)) if shardings is not None else {}
+    flat_shardings = _flat(shardings or {})
     leaves = {}
     for path, shape in wanted.items():
         reader = _reader(chosen[path], shape.shape, stored, dtype)
         key = tuple(path.split("/"))
-        sharding: Sharding | None = flat_shardings.get(key)
+        sharding: Sharding | None = flat_shardings.get(path)
         if sharding is None:
             leaves[key] = reader((slice(None),) * len(shape.shape))
         else:
             leaves[key] = jax.make_array_from_callback(shape.shape, sharding, reader)
     return traverse_util.unflatten_dict(leaves)
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of nested dicts by their paths, "blocks/router/kernel"."""
+    return {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(dict(tree)).items()}
 
 
 def choose_names(names: Sequence[Name], stored: Mapping[str, Any]) -> dict[str, Name]:
@@ -148,7 +153,7 @@ def _check(
 
 def _reader(
     name: Name, shape: Sequence[int], stored: Mapping[str, StoredTensor], dtype: Any
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
+) -> Callable[[Any], np.ndarray]:
     """Returns a function that reads a part of a parameter, given by a slice for each axis."""
     tensors, lead = tensors_of(name, shape), len(_axes(name))
 
@@ -188,7 +193,7 @@ def export_params(
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    leaves = {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(dict(params)).items()}
+    leaves = _flat(params)
     chosen: dict[str, Name] = {}
     for name in names:
         chosen.setdefault(name.path, name)
