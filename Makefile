@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test test-targets lint docs clean
+.PHONY: run test test-targets test-parity lint docs clean
 
 run: $(STAMP)
 	$(BIN)/python -m launch.main --config=configs/hfedmoe.py $(ARGS)
@@ -21,6 +21,11 @@ test: $(STAMP)
 # PLUGINS=tpu,cuda also an H100 (5.5 GB).
 test-targets: $(STAMP)-$(PLUGINS)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(wildcard tests/*/test_*_targets.py) $(ARGS)
+
+# Computes with torch and transformers anew what the tests of model families compare with.
+test-parity: $(STAMP)-parity
+	$(BIN)/python tests/parity/make_decoders.py
+	$(BIN)/python -m pytest tests/hfedmoe_jax/models $(ARGS)
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .

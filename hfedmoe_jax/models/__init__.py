@@ -3,7 +3,7 @@
 from hfedmoe_jax.models import switch
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, check_sizes, families
 from hfedmoe_jax.models.params import NO_PARAMS, Params, merge_params, params_specs, split_params, tree_bytes
-from hfedmoe_jax.models.routing import Routing, load_balancing_loss, own_choice
+from hfedmoe_jax.models.routing import RouterRule, Routing, load_balancing_loss, own_choice
 
 __all__ = [
     "NO_PARAMS",
@@ -11,6 +11,7 @@ __all__ = [
     "ModelSizes",
     "MoeModel",
     "Params",
+    "RouterRule",
     "Routing",
     "build_model",
     "check_sizes",

@@ -32,6 +32,24 @@ class Routing(NamedTuple):
     balance: Float[Array, "*layers"]
 
 
+class RouterRule(NamedTuple):
+    """How a router chooses a token's experts, and weighs them.
+
+    Attributes:
+      top_k: experts of a token.
+      renormalise: whether their weights are divided by their sum.
+      scale: factor of the weights after that.
+      groups, top_groups: the experts are cut into so many groups, and chosen from those whose best gates are
+        largest (arXiv 2405.04434).
+    """
+
+    top_k: int
+    renormalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+
 class Assignment(NamedTuple):
     """The experts of each token: indices and weights, both [N, K]; weight zero means none."""
 
@@ -43,7 +61,7 @@ def assign(
     logits: Float[Array, "tokens experts"],
     layer: LayerBudget,
     token_mask: Bool[Array, " tokens"],
-    top_k: int,
+    rule: RouterRule,
 ) -> tuple[Float[Array, "tokens experts"], Assignment]:
     """Returns the gates over all experts, and each token's top-k among those that may run.
 
@@ -56,7 +74,7 @@ def assign(
       logits: router outputs [N, E].
       layer: of the budget; its bias is added to the logits.
       token_mask: real (not padding) tokens [N].
-      top_k: experts a token.
+      rule: of the family.
     """
     logits = logits.astype(jnp.float32)
     if layer.bias is not None:
@@ -65,16 +83,31 @@ def assign(
     forward = jnp.ones(logits.shape[1], bool) if layer.forward is None else layer.forward
     closed = jnp.float32(-1e30)  # finite, so that a layer in which no expert runs has no NaN gradient
     open_gates = jax.nn.softmax(jnp.where(forward, logits, closed))
-    weight, expert = jax.lax.top_k(jnp.where(forward, open_gates, 0.0), top_k)
+    weight, expert = jax.lax.top_k(limit_groups(jnp.where(forward, open_gates, 0.0), rule), rule.top_k)
+    if rule.renormalise:
+        weight = weight / jnp.maximum(jnp.sum(weight, axis=-1, keepdims=True), 1e-30)
+    weight = weight * rule.scale if rule.scale != 1 else weight
     served = token_mask[:, None] & forward[expert]
     return gates, Assignment(expert, jnp.where(served, weight, 0.0))
 
 
+def limit_groups(
+    gates: Float[AnyArray, "*layers tokens experts"], rule: RouterRule
+) -> Float[AnyArray, "*layers tokens experts"]:
+    """Returns the gates, 0 outside of each token's best groups."""
+    if rule.groups == rule.top_groups:
+        return gates
+    best = jnp.max(gates.reshape(*gates.shape[:-1], rule.groups, -1), axis=-1)
+    _, group = jax.lax.top_k(best, rule.top_groups)
+    open_group = jnp.any(jax.nn.one_hot(group, rule.groups, dtype=bool), axis=-2)
+    return jnp.where(jnp.repeat(open_group, gates.shape[-1] // rule.groups, axis=-1), gates, 0.0)
+
+
 def own_choice(
-    gates: Float[AnyArray, "*layers tokens experts"], token_mask: Bool[AnyArray, " tokens"], top_k: int
+    gates: Float[AnyArray, "*layers tokens experts"], token_mask: Bool[AnyArray, " tokens"], rule: RouterRule
 ) -> Bool[Array, "*layers tokens experts"]:
-    """Returns the top-k experts of each real token when every expert runs."""
-    _, expert = jax.lax.top_k(gates, top_k)
+    """Returns the experts of each real token when every expert runs."""
+    _, expert = jax.lax.top_k(limit_groups(gates, rule), rule.top_k)
     chosen = jnp.any(jax.nn.one_hot(expert, gates.shape[-1], dtype=bool), axis=-2)
     return chosen & token_mask[:, None]
 

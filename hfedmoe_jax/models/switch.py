@@ -22,7 +22,7 @@ from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_b
 from hfedmoe_jax.models.attention import masked_attention
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
-from hfedmoe_jax.models.routing import Routing, assign, load_balancing_loss, own_choice
+from hfedmoe_jax.models.routing import RouterRule, Routing, assign, load_balancing_loss, own_choice
 from hfedmoe_jax.slots import expert_capacity
 
 PAD_ID = 0
@@ -85,10 +85,11 @@ class Block(nn.Module):
         x_btd, h_btd = attention(self.num_heads, self.dtype, name="attend")(x_btd, token_mask_bt)
         h_nd, token_mask = h_btd.reshape(-1, h_btd.shape[-1]), token_mask_bt.reshape(-1)
         router = nn.Dense(self.num_experts, use_bias=False, name="router", dtype=jnp.float32)
-        gates, (expert, weight) = assign(router(h_nd), layer, token_mask, self.top_k)
+        rule = RouterRule(self.top_k)
+        gates, (expert, weight) = assign(router(h_nd), layer, token_mask, rule)
         capacity = expert_capacity(h_nd.shape[0], self.num_experts, self.top_k, self.capacity_factor)
         y_nd, tape, served = mix_experts(self.expert, capacity, experts, layer, tape, h_nd, expert, weight)
-        own = own_choice(gates, token_mask, self.top_k)
+        own = own_choice(gates, token_mask, rule)
         balance = load_balancing_loss(gates, own, token_mask)
         routing = Routing(gates, own, served.sent, served.kept, served.slots, balance)
         return (x_btd + y_nd.reshape(x_btd.shape), tape), (served.permit, routing)

@@ -20,7 +20,7 @@ from tiny import tiny_batches, tiny_config, tiny_model, tiny_params
 from hfedmoe_jax import experts as x
 from hfedmoe_jax.mesh import ALONE, Place
 from hfedmoe_jax.models import switch
-from hfedmoe_jax.models.routing import assign
+from hfedmoe_jax.models.routing import RouterRule, assign
 from hfedmoe_jax.tasks import classification
 
 LAYERS, EXPERTS, TIER = 2, 3, 4
@@ -172,7 +172,7 @@ def layer_inputs(seed, tokens, experts):
 def mixed(h, logits, multiplier, tape, weights, forward, real, k, capacity, rules):
     """Returns (y, tape, permit) of one layer."""
     layer = x.LayerBudget(jnp.int32(0), multiplier, forward)
-    _, (index, weight) = assign(logits, layer, real, k)
+    _, (index, weight) = assign(logits, layer, real, RouterRule(k))
     experts = x.Experts(weights, (), rules)
     y, tape, served = x.mix_experts(relu_expert, capacity, experts, layer, tape, h, index, weight)
     return y, tape, served.permit

@@ -11,7 +11,7 @@ from tiny import tiny_config
 from hfedmoe_jax import scoring as r
 from hfedmoe_jax.devices import NO_SCORING, ScoringPasses
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models import Routing, own_choice
+from hfedmoe_jax.models import RouterRule, Routing, own_choice
 from hfedmoe_jax.scores import routing_importance, score_rules, units_of
 
 LAYERS, EXPERTS = 2, 3
@@ -28,7 +28,7 @@ def batch(seed):
     """Returns what the routers did, the contributions and the gradient norms of a made-up batch."""
     rng = np.random.default_rng(seed)
     gates = jax.nn.softmax(2 * rng.standard_normal((LAYERS, MASK.size, EXPERTS)).astype(np.float32))
-    own = own_choice(gates, MASK.reshape(-1), 1)
+    own = own_choice(gates, MASK.reshape(-1), RouterRule(1))
     sent = jnp.sum(own, axis=1)
     return (
         Routing(gates, own, sent, sent, jnp.zeros(LAYERS, jnp.int32), jnp.zeros(LAYERS)),

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from hfedmoe_jax.mesh import BY_CLIENT, CLIENTS, make_mesh
-from hfedmoe_jax.models import Routing, own_choice
+from hfedmoe_jax.models import RouterRule, Routing, own_choice
 from hfedmoe_jax.scoring import SeenBatch, build_scoring
 from launch.hosts.compiled import total_flop
 from launch.suites.population.comparison import peers_table
@@ -265,7 +265,7 @@ def make_selection(rounds: Rounds) -> Callable[[], Any]:
     mask = jnp.ones((size.batch_size, size.seq_len), bool)
     shape = (SELECTIONS, size.num_layers, mask.size, size.num_experts)
     gates = jax.nn.softmax(jax.random.normal(jax.random.key(SEED), shape))
-    own = own_choice(gates, mask.reshape(-1), size.top_k)
+    own = own_choice(gates, mask.reshape(-1), RouterRule(size.top_k))
     budget, key = rounds.budget[0], jax.random.key(SEED)
 
     def step(known, batch):

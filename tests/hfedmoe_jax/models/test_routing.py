@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hfedmoe_jax.experts import LayerBudget
 from hfedmoe_jax.models import routing
-from hfedmoe_jax.models.routing import load_balancing_loss, own_choice
+from hfedmoe_jax.models.routing import RouterRule, load_balancing_loss, own_choice
 
 assign = jax.jit(routing.assign, static_argnums=3)
 
@@ -31,7 +31,7 @@ def layers(draw):
 def test_tokens_go_to_their_best_open_experts(layer, biased):
     logits, forward, token_mask, k = layer
     bias = np.linspace(-1, 2, len(forward), dtype=np.float32) if biased else None
-    gates, assignment = assign(logits, budget_of(forward, bias), token_mask, k)
+    gates, assignment = assign(logits, budget_of(forward, bias), token_mask, RouterRule(k))
     logits = logits if bias is None else logits + bias
     exact = np.exp(logits.astype(np.float64))
     np.testing.assert_allclose(gates, exact / exact.sum(-1, keepdims=True), rtol=1e-5)
@@ -54,14 +54,16 @@ def test_tokens_go_to_their_best_open_experts(layer, biased):
 @given(layers())
 def test_open_experts_leave_the_routing_of_the_paper(layer):
     logits, forward, token_mask, k = layer
-    gates, assignment = assign(logits, budget_of(np.ones_like(forward)), token_mask, k)
+    gates, assignment = assign(logits, budget_of(np.ones_like(forward)), token_mask, RouterRule(k))
     taken = np.take_along_axis(np.asarray(gates), np.asarray(assignment.expert), axis=1)
     np.testing.assert_array_equal(assignment.weight, np.where(token_mask[:, None], taken, 0))
-    chosen = np.asarray(own_choice(gates, token_mask, k))
+    chosen = np.asarray(own_choice(gates, token_mask, RouterRule(k)))
     assert set(chosen.sum(-1)[token_mask].tolist()) <= {k}
     assert not chosen[~token_mask].any()
     unasked = budget_of(forward)._replace(forward=None)
-    jax.tree.map(np.testing.assert_array_equal, (gates, assignment), assign(logits, unasked, token_mask, k))
+    jax.tree.map(
+        np.testing.assert_array_equal, (gates, assignment), assign(logits, unasked, token_mask, RouterRule(k))
+    )
 
 
 def test_load_balancing_is_one_when_even_and_the_number_of_experts_when_not():
@@ -72,3 +74,23 @@ def test_load_balancing_is_one_when_even_and_the_number_of_experts_when_not():
     one = np.zeros((1, 4, 4), np.float32)
     one[..., 0] = 1
     np.testing.assert_allclose(load_balancing_loss(one, one > 0, mask), 4.0, rtol=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (4, 1), (4, 2), (4, 4), (2, 1)]), st.booleans())
+def test_groups_renormalisation_and_scale_are_what_a_loop_gives(seed, groups, renormalise):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(5, 8)).astype(np.float32)
+    rule = RouterRule(2, renormalise, 1.5, *groups)
+    mask = np.ones(5, bool)
+    gates, (expert, weight) = assign(logits, budget_of(np.ones(8, bool)), mask, rule)
+    for n in range(5):
+        parts = np.asarray(gates)[n].reshape(groups[0], -1)
+        best = set(np.argsort(-parts.max(axis=1))[: groups[1]])
+        size = 8 // groups[0]
+        order = [e for e in np.argsort(-np.asarray(gates)[n]) if e // size in best][:2]
+        assert np.asarray(expert)[n].tolist() == order
+        expected = np.asarray(gates)[n][order]
+        expected = 1.5 * (expected / expected.sum() if renormalise else expected)
+        np.testing.assert_allclose(np.asarray(weight)[n], expected, rtol=1e-5)
+    chosen = np.asarray(own_choice(gates, mask, rule))
+    assert all(set(np.flatnonzero(row)) == set(map(int, e)) for row, e in zip(chosen, expert, strict=True))

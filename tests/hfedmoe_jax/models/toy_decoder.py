@@ -7,7 +7,7 @@ from ml_collections import FrozenConfigDict
 
 from hfedmoe_jax.experts import mix_experts, open_budget
 from hfedmoe_jax.models import ModelOutput, ModelSizes, Routing, families, load_balancing_loss, own_choice
-from hfedmoe_jax.models.routing import assign
+from hfedmoe_jax.models.routing import RouterRule, assign
 from hfedmoe_jax.slots import expert_capacity
 
 
@@ -36,11 +36,13 @@ class Layer(nn.Module):
         x_btd += glu(self.param("dense", init_glu, (), c.width, c.hidden), h_nd).reshape(x_btd.shape)
         if self.factor is None:
             return x_btd
-        gates, (index, weight) = assign(nn.Dense(c.num_experts, name="router")(h_nd), layer, real, c.top_k)
+        gates, (index, weight) = assign(
+            nn.Dense(c.num_experts, name="router")(h_nd), layer, real, RouterRule(c.top_k)
+        )
         weight /= jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1e-9)
         capacity = expert_capacity(len(h_nd), c.num_experts, c.top_k, self.factor)
         y_nd, tape, served = mix_experts(glu, capacity, experts, layer, tape, h_nd, index, weight)
-        own = own_choice(gates, real, c.top_k)
+        own = own_choice(gates, real, RouterRule(c.top_k))
         balance = load_balancing_loss(gates, own, real)
         routing = Routing(gates, own, served.sent, served.kept, served.slots, balance)
         return (x_btd + y_nd.reshape(x_btd.shape), tape), (served.permit, routing)

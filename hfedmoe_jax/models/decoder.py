@@ -1,0 +1,217 @@
+"""Decoders with mixtures of experts (Mixtral, OLMoE, Qwen2/3-MoE, DeepSeek-V2, DeepSeekMoE), and Llama.
+
+Pre-norm blocks: causal attention, then a network of gated units; in layers with experts a mixture of them,
+with experts that serve every token where the family has such. The layers without experts come first. Which
+family it is, `DecoderSizes` says.
+
+Axes: B batch, T tokens, N = B * T, L layers with experts, E experts, D model, F hidden, S slots of an expert.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_budget
+from hfedmoe_jax.models.decoder_attention import GroupedAttention, LatentAttention
+from hfedmoe_jax.models.decoder_sizes import DecoderSizes
+from hfedmoe_jax.models.family import ModelOutput
+from hfedmoe_jax.models.precision import matmul
+from hfedmoe_jax.models.routing import Routing, assign, load_balancing_loss, own_choice
+from hfedmoe_jax.slots import expert_capacity
+
+PAD_ID = 0
+INIT = nn.initializers.normal(0.02)
+
+
+@functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("gate", "up"), prevent_cse=False
+)
+def gated_expert(weights: dict[str, Array], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
+    """silu(x gate) * (x up), then down; of the forward pass the two products are kept."""
+    gate = checkpoint_name(matmul(x_sd, weights["gate_df"]), "gate")
+    up = checkpoint_name(matmul(x_sd, weights["up_df"]), "up")
+    return matmul(jax.nn.silu(gate) * up, weights["down_fd"])
+
+
+def init_experts(key: Array, num_layers: int, num_experts: int, width: int, hidden: int) -> dict[str, Array]:
+    """Returns the experts of all layers."""
+    gate, up, down = jax.random.split(key, 3)
+    inwards = (num_layers, num_experts, width, hidden)
+    return dict(
+        gate_df=INIT(gate, inwards), up_df=INIT(up, inwards),
+        down_fd=INIT(down, (num_layers, num_experts, hidden, width)),
+    )  # fmt: skip
+
+
+class GatedNetwork(nn.Module):
+    """Gated units that serve every token."""
+
+    hidden: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "... model"]) -> Float[Array, "... model"]:
+        """Returns an array like `h`."""
+        gate, up = (
+            nn.Dense(self.hidden, use_bias=False, dtype=self.dtype, name=name)(h) for name in ("gate", "up")
+        )
+        return nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="down")(jax.nn.silu(gate) * up)
+
+
+class Attend(nn.Module):
+    """Attention behind a norm and a residual connection, then the norm before the network."""
+
+    sizes: DecoderSizes
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_btd: Float[Array, "batch tokens model"], mask_bt: Bool[Array, "batch tokens"]):
+        """Returns the residual stream, and what the network reads."""
+
+        def norm(name):
+            return nn.RMSNorm(self.sizes.epsilon, dtype=self.dtype, name=name)
+
+        attention = GroupedAttention if self.sizes.latent is None else LatentAttention
+        h_btd = norm("norm_attention")(x_btd)
+        x_btd = x_btd + attention(self.sizes, self.dtype, name="attention")(h_btd, mask_bt)
+        return x_btd, norm("norm_network")(x_btd)
+
+
+class DenseBlock(nn.Module):
+    """A layer without experts."""
+
+    sizes: DecoderSizes
+    remat: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_btd: Float[Array, "batch tokens model"], mask_bt: Bool[Array, "batch tokens"]):
+        """Returns (x, None), the carry and the result of `nn.scan`."""
+        attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
+        x_btd, h_btd = attend(self.sizes, self.dtype, name="attend")(x_btd, mask_bt)
+        network = GatedNetwork(self.sizes.hidden, self.sizes.width, self.dtype, name="network")
+        return x_btd + network(h_btd), None
+
+
+class MixtureBlock(nn.Module):
+    """A layer with experts."""
+
+    sizes: DecoderSizes
+    capacity_factor: float
+    remat: bool
+    dtype: Any
+    expert: Expert
+
+    @nn.compact
+    def __call__(self, carry, mask_bt, experts, layer: LayerBudget):
+        """Returns ((x, tape), (permit, routing)), the carry and the result of `nn.scan`."""
+        s, (x_btd, tape) = self.sizes, carry
+        attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
+        x_btd, h_btd = attend(s, self.dtype, name="attend")(x_btd, mask_bt)
+        h_nd, mask = h_btd.reshape(-1, s.width), mask_bt.reshape(-1)
+        router = nn.Dense(s.num_experts, use_bias=False, name="router", dtype=jnp.float32)
+        gates, (expert, weight) = assign(router(h_nd), layer, mask, s.router)
+        capacity = expert_capacity(h_nd.shape[0], s.num_experts, s.router.top_k, self.capacity_factor)
+        y_nd, tape, served = mix_experts(self.expert, capacity, experts, layer, tape, h_nd, expert, weight)
+        if s.shared_hidden:
+            common = GatedNetwork(s.shared_hidden, s.width, self.dtype, name="shared")(h_nd)
+            if s.shared_gate:
+                scale = nn.Dense(1, use_bias=False, dtype=self.dtype, name="shared_gate")(h_nd)
+                common = jax.nn.sigmoid(scale) * common
+            y_nd = y_nd + common
+        own = own_choice(gates, mask, s.router)
+        balance = load_balancing_loss(gates, own, mask)
+        routing = Routing(gates, own, served.sent, served.kept, served.slots, balance)
+        return (x_btd + y_nd.reshape(x_btd.shape), tape), (served.permit, routing)
+
+
+def no_routing(num_tokens: int) -> Routing:
+    """Returns the routing of a model without experts."""
+    none, nobody = jnp.zeros((0, num_tokens, 0)), jnp.zeros((0, 0), jnp.int32)
+    return Routing(none, none > 0, nobody, nobody, jnp.zeros(0, jnp.int32), jnp.zeros(0))
+
+
+class Decoder(nn.Module):
+    """Tokens to logits over the vocabulary, each from those up to it.
+
+    Attributes:
+      shape: sizes and variants.
+      capacity_factor, eval_capacity_factor: slots of an expert over an even share of the tokens; the number
+        of experts over top_k drops no token.
+      dtype: that products are computed in.
+      remat: compute attention again in the backward pass.
+      expert: of all layers.
+    """
+
+    shape: DecoderSizes
+    capacity_factor: float
+    eval_capacity_factor: float
+    dtype: Any = jnp.float32
+    remat: bool = False
+    expert: Expert = gated_expert
+
+    output = "token"
+
+    @property
+    def num_layers(self) -> int:
+        """L, those with experts."""
+        return self.shape.num_layers - self.shape.dense_layers
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape.num_experts
+
+    @property
+    def top_k(self) -> int:
+        return self.shape.router.top_k
+
+    def mask(self, batch: dict[str, Array]) -> Bool[Array, "batch tokens"]:
+        """Says which tokens of a batch are real; those of a text come first."""
+        return batch["tokens"] != PAD_ID
+
+    @nn.compact
+    def __call__(
+        self, batch: dict[str, Array], budget: Budget | None = None, training: bool = True
+    ) -> ModelOutput:
+        """Returns logits [B, T, vocabulary] in float32, the tape, the permits and the routing."""
+        s, mask_bt = self.shape, self.mask(batch)
+        table = self.param("embed", INIT, (s.vocab_size, s.width))
+        x_btd = table[batch["tokens"]].astype(self.dtype)
+        if s.dense_layers:
+            x_btd, _ = self.stack(DenseBlock, s.dense_layers, nn.broadcast)(
+                s, self.remat, self.dtype, name="dense"
+            )(x_btd, mask_bt)
+        tape, permit, routing = (), jnp.zeros((0, 0)), no_routing(mask_bt.size)
+        if self.num_layers:
+            if budget is None:
+                sizes = (self.num_layers, s.num_experts, s.width, s.expert_hidden)
+                budget = open_budget(self.param("experts", init_experts, *sizes), s.num_experts)
+            factor = self.capacity_factor if training else self.eval_capacity_factor
+            blocks = self.stack(MixtureBlock, self.num_layers, nn.broadcast, nn.broadcast, 0)(
+                s, factor, self.remat, self.dtype, self.expert, name="blocks"
+            )
+            carry = (x_btd, budget.tape)
+            (x_btd, tape), (permit, routing) = blocks(carry, mask_bt, budget.experts, budget.layers)
+        x_btd = nn.RMSNorm(s.epsilon, dtype=self.dtype, name="norm")(x_btd)
+        if s.tied:
+            logits = x_btd @ table.T.astype(self.dtype)
+        else:
+            logits = nn.Dense(s.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x_btd)
+        return ModelOutput(logits.astype(jnp.float32), tape, permit, routing)
+
+    @nn.nowrap
+    def stack(self, block: Any, length: int, *in_axes: Any) -> Any:
+        """Returns so many blocks, one after the other."""
+        return nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=in_axes,  # pyright: ignore[reportArgumentType]
+            length=length,
+        )

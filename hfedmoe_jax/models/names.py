@@ -1,0 +1,245 @@
+"""Between the parameters of a Flax module and the tensors of a Hugging Face checkpoint, by a table of names.
+
+Axes: L layers of a stack, E experts of a layer.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Sharding
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.tensor_files import NewTensor, StoredTensor, find_tensors, write_tensors
+
+CONFIG = "config.json"
+
+
+class Name(NamedTuple):
+    """How a parameter is stored.
+
+    Attributes:
+      path: of the parameter in the module, e.g. "blocks/attend/attention/query/kernel".
+      tensor: its name, with {layer} and {expert} where a parameter is of so many tensors.
+      transposed: PyTorch's matrices are [outputs, inputs], Flax's kernels [inputs, outputs].
+      first_layer: the number of the first layer of the stack.
+      part: (i, n) if a tensor holds n parameters, one after the other, of which this is the i-th.
+    """
+
+    path: str
+    tensor: str
+    transposed: bool = False
+    first_layer: int = 0
+    part: tuple[int, int] = (0, 1)
+
+
+def import_params(
+    directory: str | os.PathLike,
+    names: Sequence[Name],
+    shapes: Mapping[str, Any],
+    shardings: Mapping[str, Any] | None = None,
+    unused: str = "",
+    dtype: Any = np.float32,
+) -> dict[str, Any]:
+    """Returns the parameters of a directory; each device reads its part of each tensor and no more.
+
+    Args:
+      directory: with safetensors files.
+      names: of every parameter; several that share a path are alternatives (see `choose_names`).
+      shapes: of the module's parameters, nested dicts of `jax.ShapeDtypeStruct`.
+      shardings: of each, the same tree; None: NumPy arrays on the host.
+      unused: regular expression of tensors that need no parameter.
+      dtype: of the parameters.
+
+    Raises:
+      InputError: all tensors that are missing, unknown or of another shape, in one line.
+    """
+    stored = find_tensors(directory)
+    wanted = _flat(shapes)
+    chosen = choose_names(names, stored)
+    problems = [f"no tensor is known for the parameter {path}" for path in wanted if path not in chosen]
+    needed: set[str] = set()
+    for path, shape in wanted.items():
+        if path in chosen:
+            problems += _check(chosen[path], shape.shape, stored, needed)
+    problems += [
+        f"{name} has no parameter" for name in sorted(stored)
+        if name not in needed and not (unused and re.search(unused, name))
+    ]  # fmt: skip
+    if problems:
+        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise InputError("model.source", str(directory), shown, "use the family that the checkpoint is of")
+    flat_shardings = _flat(shardings or {})
+    leaves = {}
+    for path, shape in wanted.items():
+        reader = _reader(chosen[path], shape.shape, stored, dtype)
+        key = tuple(path.split("/"))
+        sharding: Sharding | None = flat_shardings.get(path)
+        if sharding is None:
+            leaves[key] = reader((slice(None),) * len(shape.shape))
+        else:
+            leaves[key] = jax.make_array_from_callback(shape.shape, sharding, reader)
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of nested dicts by their paths, "blocks/router/kernel"."""
+    return {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(dict(tree)).items()}
+
+
+def choose_names(names: Sequence[Name], stored: Mapping[str, Any]) -> dict[str, Name]:
+    """Returns the name of each parameter: of alternatives the first whose first tensor is there."""
+    chosen: dict[str, Name] = {}
+    for name in names:
+        there = name.tensor.format(layer=name.first_layer, expert=0) in stored
+        if name.path not in chosen or (there and not _is_stored(chosen[name.path], stored)):
+            chosen[name.path] = name
+    return chosen
+
+
+def _is_stored(name: Name, stored: Mapping[str, Any]) -> bool:
+    return name.tensor.format(layer=name.first_layer, expert=0) in stored
+
+
+def _axes(name: Name) -> list[str]:
+    """Returns what the leading axes of a parameter count: "layer", "expert"."""
+    return [axis for axis in ("layer", "expert") if f"{{{axis}}}" in name.tensor]
+
+
+def tensors_of(name: Name, shape: Sequence[int]) -> dict[tuple[int, ...], str]:
+    """Returns the tensors of a parameter by their index in its leading axes.
+
+    >>> tensors_of(Name("a", "layer.{layer}", first_layer=3), (2, 5))
+    {(0,): 'layer.3', (1,): 'layer.4'}
+    """
+    axes = _axes(name)
+    found = {}
+    for index in np.ndindex(*shape[: len(axes)]):
+        values = dict(zip(axes, index, strict=True))
+        layer = values.get("layer", 0) + name.first_layer
+        found[index] = name.tensor.format(layer=layer, expert=values.get("expert", 0))
+    return found
+
+
+def _stored_shape(name: Name, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of a tensor that holds a parameter [of one layer and expert] of `shape`."""
+    *outer, rows, columns = shape if len(shape) > 1 else (*shape, 1)
+    if len(shape) == 1:
+        return tuple(shape)
+    if name.transposed:
+        rows, columns = columns, rows
+    return (*outer, rows * name.part[1], columns)
+
+
+def _check(
+    name: Name, shape: Sequence[int], stored: Mapping[str, StoredTensor], needed: set[str]
+) -> list[str]:
+    """Returns what is wrong with the tensors of a parameter, and notes which they are in `needed`."""
+    tensors = tensors_of(name, shape)
+    expected = _stored_shape(name, shape[len(_axes(name)) :])
+    needed.update(tensors.values())
+    missing = [tensor for tensor in tensors.values() if tensor not in stored]
+    wrong = [tensor for tensor in tensors.values() if tensor in stored and stored[tensor].shape != expected]
+    return [f"{tensor} is missing" for tensor in missing] + [
+        f"{tensor} is {list(stored[tensor].shape)}, not {list(expected)}" for tensor in wrong
+    ]
+
+
+def _reader(
+    name: Name, shape: Sequence[int], stored: Mapping[str, StoredTensor], dtype: Any
+) -> Callable[[Any], np.ndarray]:
+    """Returns a function that reads a part of a parameter, given by a slice for each axis."""
+    tensors, lead = tensors_of(name, shape), len(_axes(name))
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = [range(size)[part] for size, part in zip(shape, index, strict=True)]
+        result = np.empty([len(each) for each in ranges], dtype)
+        for place in np.ndindex(*result.shape[:lead]):
+            at = tuple(ranges[axis][i] for axis, i in enumerate(place))
+            tensor = stored[tensors[at]].read()
+            which, parts = name.part
+            if parts > 1:
+                rows = tensor.shape[-2] // parts
+                tensor = tensor[..., which * rows : (which + 1) * rows, :]
+            result[place] = (tensor.swapaxes(-1, -2) if name.transposed else tensor)[index[lead:]]
+        return result
+
+    return read
+
+
+def export_params(
+    directory: str | os.PathLike,
+    names: Sequence[Name],
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dtype: Any = np.float32,
+    shard_bytes: int | None = None,
+) -> None:
+    """Writes parameters as a Hugging Face directory, tensor by tensor.
+
+    Args:
+      directory: created; its files of these names are replaced.
+      names: of every parameter; of alternatives the first is written.
+      params: nested dicts of arrays.
+      config: the content of config.json.
+      dtype: of the tensors.
+      shard_bytes: of a file at most; None: see `tensor_files`.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    leaves = _flat(params)
+    chosen: dict[str, Name] = {}
+    for name in names:
+        chosen.setdefault(name.path, name)
+    parts: dict[str, list[tuple[int, Callable[[], np.ndarray], tuple[int, ...]]]] = {}
+    for path, leaf in leaves.items():
+        name = chosen[path]
+        lead = len(_axes(name))
+        for index, tensor in tensors_of(name, leaf.shape).items():
+
+            def read(leaf=leaf, index=index, name=name):
+                array = np.asarray(leaf[index])
+                return array.swapaxes(-1, -2) if name.transposed else array
+
+            shape = _stored_shape(name._replace(part=(0, 1)), leaf.shape[lead:])
+            parts.setdefault(tensor, []).append((name.part[0], read, shape))
+    tensors = {}
+    for tensor, pieces in parts.items():
+        pieces.sort(key=lambda piece: piece[0])
+        *outer, rows, columns = pieces[0][2] if len(pieces[0][2]) > 1 else (*pieces[0][2], 1)
+        whole = pieces[0][2] if len(pieces) == 1 else (*outer, rows * len(pieces), columns)
+
+        def join(pieces=pieces):
+            read = [piece() for _, piece, _ in pieces]
+            return read[0] if len(read) == 1 else np.concatenate(read, axis=-2)
+
+        tensors[tensor] = NewTensor(np.dtype(dtype), tuple(whole), join)
+    options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+    write_tensors(directory, tensors, **options)
+    (directory / CONFIG).write_text(json.dumps(dict(config), indent=2), encoding="utf-8")
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """Returns the content of a directory's config.json.
+
+    Raises:
+      InputError: there is none, or it is no JSON object.
+    """
+    path = pathlib.Path(directory) / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is no JSON"
+        problem, remedy = f"{CONFIG} cannot be read ({reason})", "name a directory of a checkpoint"
+        raise InputError("model.source", str(directory), problem, remedy) from None
+    if not isinstance(content, dict):
+        raise InputError(
+            "model.source", str(path), "holds no JSON object", "name a directory of a checkpoint"
+        )
+    return content
