@@ -73,7 +73,8 @@ def check_config(config: ConfigDict) -> None:
             f"above fl.clients={config.fl.clients}",
             "sample at most all clients",
         )
-    if not (config.data.validation_fraction > 0 or config.data.validation_path):
+    given = config.data.validation_path or config.data.validation_split
+    if not (config.data.validation_fraction > 0 or given):
         raise InputError(
             "data.validation_fraction",
             config.data.validation_fraction,

@@ -111,15 +111,28 @@ def check_memory(model_bytes: int, memory_bytes: float | None = None) -> None:
       model_bytes: of one copy of the parameters.
       memory_bytes: of the devices of a copy; None: of this machine, if it says.
     """
+    check_bytes(
+        "model", f"{model_bytes / 1e9:,.4g} GB", "its parameters are", model_bytes,
+        "use fewer layers or experts, a smaller width or vocabulary", memory_bytes,
+    )  # fmt: skip
+
+
+def check_bytes(
+    field: str, value: Any, what: str, num_bytes: float, remedy: str, memory_bytes: float | None = None
+) -> None:
+    """Raises InputError for a value that asks for more memory than there is.
+
+    Args:
+      field, value, remedy: of the error.
+      what: takes the memory, and its verb, e.g. "its parameters are".
+      num_bytes: that it takes.
+      memory_bytes: that there are; None: of this machine, if it says.
+    """
     if memory_bytes is None:
         try:
             memory_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         except (AttributeError, ValueError, OSError):  # not on every system
             memory_bytes = math.inf
-    if model_bytes > memory_bytes:
-        raise InputError(
-            "model",
-            f"{model_bytes / 1e9:,.4g} GB",
-            f"its parameters are more than the memory of {memory_bytes / 1e9:,.4g} GB",
-            "use fewer layers or experts, a smaller width or vocabulary",
-        )
+    if num_bytes > memory_bytes:
+        problem = f"{what} more than the memory of {memory_bytes / 1e9:,.4g} GB"
+        raise InputError(field, value, problem, remedy)

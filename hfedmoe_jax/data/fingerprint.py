@@ -12,7 +12,9 @@ def fingerprint(data: FederatedData) -> dict[str, str]:
     """Returns a SHA-256 of each part of the data that results depend on, by what it is."""
     return {
         "the texts or labels": _digest(
-            data.label_names, *_arrays(data.train), *_arrays(data.validation), *_arrays(data.test)
+            data.label_names,
+            *(*_arrays(data.train), *_arrays(data.validation), *_arrays(data.test)),
+            *(data.validation_document, data.test_document),
         ),
         "the split or the partition of the texts": _digest(
             data.client_names, *data.client_train, *data.client_holdout

@@ -15,6 +15,7 @@ from jaxtyping import Int32
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.ranges import check_bytes
 from hfedmoe_jax.registry import unknown_name
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
@@ -93,6 +94,9 @@ def encode_passages(
         for start in range(0, _kept_windows(len(ids), window, long_text) * window, window):
             passages.append(ids[start : start + window])
             document.append(index)
+    what = f"{len(passages):,} passages of that length are"
+    # Another of the size says where tokens are.
+    check_bytes("data.seq_len", seq_len, what, 5.0 * len(passages) * seq_len, "use fewer tokens a passage")
     lengths = np.fromiter(map(len, passages), np.int32, len(passages))
     tokens = np.full((len(passages), seq_len), PAD_ID, np.int32)
     tokens[:, 0] = CLS_ID

@@ -119,9 +119,15 @@ def roofline(experiment: Experiment, chip: Chip) -> Table:
     held = cost.shared_training_bytes + budget * (cost.expert_parameter_bytes + cost.expert_training_bytes)
     moved = 2 * steps * held / config.mesh.experts
     by_flop, by_bytes = flop / chip.flop_per_s[config.model.precision], moved / chip.bytes_per_s
+    peaks = chip.flop_per_s[config.model.precision] / 1e12, chip.bytes_per_s / 1e9
     rows = [
-        ["matrix products", f"{flop / 1e9:,.4g} GFLOP", f"{by_flop * 1e3:,.3g} ms"],
-        ["memory", megabytes(moved) + " MB", f"{by_bytes * 1e3:,.3g} ms"],
+        [
+            "matrix products",
+            f"{flop / 1e9:,.4g} GFLOP",
+            f"{peaks[0]:,.4g} TFLOP/s",
+            f"{by_flop * 1e3:,.3g} ms",
+        ],
+        ["memory", megabytes(moved) + " MB", f"{peaks[1]:,.4g} GB/s", f"{by_bytes * 1e3:,.3g} ms"],
     ]
     title = f"Roofline of a round on one of {chips} chips: an estimate"
-    return title, ["limit", "of the busiest chip", "at the chip's peak"], rows
+    return title, ["limit", "of the busiest chip", "peak", "at the peak"], rows

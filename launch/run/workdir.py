@@ -23,6 +23,8 @@ from hfedmoe_jax.errors import InputError
 CONFIG_FILE = "config.json"
 FINGERPRINTS_FILE = "fingerprints.json"
 LOCK_FILE = ".lock"
+DIRECTORIES = ("checkpoints", "compiled", "figures", "tensorboard")
+FILE_ENDINGS = (".csv", ".html", ".json")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "numpy", "scipy")
 
 
@@ -155,6 +157,7 @@ def _entries(path: str | os.PathLike) -> set[str]:
     except OSError as error:
         problem = f"is no directory that can be written ({error.strerror})"
         raise InputError("workdir", str(path), problem, "give another --workdir") from None
+    _check_kinds(directory)
     # A run killed before its config was written has left only these.
     files = (CONFIG_FILE, FINGERPRINTS_FILE)
     own = {LOCK_FILE, *files, *(_temporary(directory / name).name for name in files)}
@@ -162,6 +165,18 @@ def _entries(path: str | os.PathLike) -> set[str]:
         problem = f"holds other files and no {CONFIG_FILE}"
         raise InputError("workdir", str(path), problem, "give a new or empty --workdir")
     return present
+
+
+def _check_kinds(directory: pathlib.Path) -> None:
+    """Raises InputError for a file or a link without an end where a directory should be, and the reverse."""
+    for entry in sorted(directory.iterdir()):
+        is_file = entry.name == LOCK_FILE or entry.suffix in FILE_ENDINGS
+        wrong = "directory" if is_file and entry.is_dir() else None
+        if entry.name in DIRECTORIES and not entry.is_dir():
+            wrong = "file"
+        if wrong:
+            problem = f"{entry} is a {wrong} and should not be"
+            raise InputError("workdir", str(directory), problem, "move it away, or give another --workdir")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

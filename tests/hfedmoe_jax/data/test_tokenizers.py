@@ -206,3 +206,8 @@ def test_passage_errors(seq_len, long_text, field):
     with pytest.raises(InputError) as caught:
         encode_passages(TOKENIZERS["bpe"], TEXTS, seq_len, long_text)
     assert caught.value.field == f"data.{field}"
+
+
+def test_passages_that_no_memory_holds_are_refused():
+    with pytest.raises(InputError, match=r"data\.seq_len=.*: 2 passages .* more than the memory"):
+        encode_passages(TOKENIZERS["bpe"], ["one text", "another"], 10**14, "split")

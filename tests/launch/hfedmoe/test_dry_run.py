@@ -76,7 +76,8 @@ def test_programs_and_their_roofline_on_a_chip(tmp_path, train_path, algorithm):
         left = float(cells[5].split()[0]) * (1 if cells[5].endswith("free") else -1)
         assert left == pytest.approx(0.1 - everything, rel=2e-3, abs=1e-3)
     assert any(cells[5].endswith("too much") for cells in rows)
-    _, _, ((_, flop, by_flop), (_, moved, by_bytes)) = dry_run.roofline(experiment, chip)
+    _, _, ((_, flop, peak, by_flop), (_, moved, rate, by_bytes)) = dry_run.roofline(experiment, chip)
+    assert (peak, rate) == ("197 TFLOP/s", "819 GB/s")
     assert float(by_flop.split()[0]) == pytest.approx(float(flop.split()[0]) * 1e9 / 197e12 * 1e3, rel=1e-2)
     assert float(by_bytes.split()[0]) == pytest.approx(float(moved.split()[0]) * 1e6 / 819e9 * 1e3, rel=1e-2)
 

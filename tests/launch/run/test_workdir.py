@@ -29,6 +29,27 @@ def test_new_directory_gets_the_config(tmp_path):
     assert [path.name for path in directory.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["checkpoints", "figures", "tensorboard", "compiled", "metrics.csv", "report.html", "summary.json"],
+)
+@pytest.mark.parametrize("link", [False, True])
+def test_something_else_in_place_of_a_file_or_directory_is_refused_before_the_run(tmp_path, name, link):
+    directory = open_workdir(tmp_path / "run", CONFIG)
+    path, is_file = directory / name, "." in name
+    if link:  # a link without an end takes the place of a directory, not of a file
+        path.symlink_to(tmp_path / "nothing")
+    elif is_file:
+        path.mkdir()
+    else:
+        path.write_text("")
+    if link and is_file:
+        open_workdir(directory, CONFIG)
+        return
+    with pytest.raises(InputError, match=f"{re.escape(str(path))} is a .* and should not be; move it away"):
+        open_workdir(directory, CONFIG)
+
+
 def test_same_config_opens_again_and_changes_nothing(tmp_path):
     directory = open_workdir(tmp_path, CONFIG)
     before = (directory / "config.json").stat().st_mtime_ns
