@@ -184,5 +184,6 @@ def _device_classes(record: Record, among: np.ndarray) -> list[tuple[str, np.nda
     """Returns (name, mask of its clients, look) of each device class, the largest budget first."""
     device_class, budget = np.asarray(record["device_class"]), np.asarray(record["budget"])
     names = sorted(set(device_class.tolist()), key=lambda name: (-budget[device_class == name].mean(), name))
-    classes = [(name, (device_class == name) & among, figures.look_of(name)) for name in names]
+    looks = figures.looks_of(names)
+    classes = [(name, (device_class == name) & among, looks[name]) for name in names]
     return [entry for entry in classes if entry[1].any()]

@@ -30,7 +30,6 @@ from launch.hosts.distributed import (
     wait_for_processes,
 )
 from launch.run.checkpoints import Checkpoints
-from launch.run.compiled_cache import remove_damaged
 from launch.run.program import NothingTrainedError
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
@@ -93,9 +92,7 @@ def run_process(
         if is_first_process():
             open_workdir(workdir, config.to_dict(), fingerprints(experiment, source), raisable=["fl.rounds"])
             (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
-            compiled = host.compiled or workdir / "compiled"
-            use_compilation_cache(compiled)
-            remove_damaged(compiled)
+            use_compilation_cache(host.compiled or workdir / "compiled")
         wait_for_processes()  # the others must not use the directory before it exists
         describe(experiment, workdir)
         state, metrics = train(experiment, workdir)

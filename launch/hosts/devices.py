@@ -8,6 +8,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from hfedmoe_jax.errors import InputError
+from launch.run.compiled_cache import remove_damaged
 
 
 def configure_devices(most: int, experts: int = 1) -> None:
@@ -60,7 +61,7 @@ def no_compilation_cache() -> Iterator[None]:
 def use_compilation_cache(directory: str | os.PathLike) -> None:
     """Sets the directory of JAX's persistent compilation cache, where later runs find their programs.
 
-    Of several processes only the first one writes to it.
+    Of several processes only the first one writes to it. Programs that are incomplete are removed.
 
     Args:
       directory: created; several runs may share it.
@@ -73,6 +74,7 @@ def use_compilation_cache(directory: str | os.PathLike) -> None:
     except OSError as error:
         problem = f"cannot be used for compiled programs ({error.strerror})"
         raise InputError("--compiled", str(directory), problem, "name one that can be written to") from None
+    remove_damaged(directory)
     compilation_cache.reset_cache()  # or a directory set after the first compilation has no effect
     jax.config.update("jax_compilation_cache_dir", str(directory))
     # By default programs that compile within a second are not kept; a run has dozens of them.

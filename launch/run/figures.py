@@ -3,7 +3,7 @@
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -99,18 +99,25 @@ KNOWN_LOOKS = {"phone": 0, "tablet": 1, "laptop": 2}
 """Places in the palette of the device classes of the default config."""
 
 
-def look_of(name: str) -> dict[str, str]:
-    """Returns the colour and the marker of a device class: by its name alone, so alike in all runs.
+def looks_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns the colour and the marker of each device class: by its name, so alike in all runs.
 
-    >>> look_of("phone")
-    {'color': '#0072B2', 'marker': 'o'}
+    Of two names of a run that would look the same, the second in the alphabet gets the next free look.
+
+    >>> looks_of(["phone"])
+    {'phone': {'color': '#0072B2', 'marker': 'o'}}
     """
-    place = KNOWN_LOOKS.get(name)
-    if place is not None:
-        return {"color": PALETTE[place], "marker": MARKERS[place]}
-    number = zlib.crc32(name.encode("utf-8", "surrogatepass"))
-    other, color = divmod(number, len(PALETTE))
-    return {"color": PALETTE[color], "marker": MARKERS[other % len(MARKERS)]}
+    every, found, taken = len(PALETTE) * len(MARKERS), {}, set()
+    for name in sorted(names, key=lambda name: (name not in KNOWN_LOOKS, name)):
+        number = zlib.crc32(name.encode("utf-8", "surrogatepass"))
+        if name in KNOWN_LOOKS:  # the same place in both
+            number = KNOWN_LOOKS[name] * (len(PALETTE) + 1)
+        places = [(number + step) % every for step in range(every)]
+        place = next((place for place in places if place not in taken), places[0])
+        taken.add(place)
+        marker, color = divmod(place, len(PALETTE))
+        found[name] = {"color": PALETTE[color], "marker": MARKERS[marker]}
+    return found
 
 
 def line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str, color: str, **style: Any) -> None:

@@ -257,6 +257,11 @@ def _is_raised(earlier: dict[str, Any], now: dict[str, Any], field: str) -> bool
 
 def _check_same_fingerprints(directory: pathlib.Path, fingerprints: Sequence[Fingerprint]) -> None:
     if not (directory / FINGERPRINTS_FILE).exists():  # removed, or from a version that wrote none
+        if fingerprints:
+            line = (
+                f"warning: {directory / FINGERPRINTS_FILE} is missing: data and config file are taken to be "
+            )
+            print(f"{line}those that the run was started with", file=sys.stderr)
         _write_fingerprints(directory, fingerprints)
         return
     earlier = _read_json(directory, FINGERPRINTS_FILE)

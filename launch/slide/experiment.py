@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from launch.hosts.devices import use_compilation_cache
 from launch.hosts.distributed import SINGLE_PROCESS, Host
-from launch.run.compiled_cache import remove_damaged
 from launch.run.progress import print_summary, print_table
 from launch.run.report import write_report
 from launch.run.workdir import Fingerprint, hold_workdir, open_workdir, versions, write_json
@@ -73,9 +72,7 @@ def run_experiment(
 def run_cell(config: ConfigDict, problem: Problem, workdir: pathlib.Path, host: Host) -> None:
     """Solves the cell, runs the sweeps and writes the results."""
     begun = time.perf_counter()
-    compiled = host.compiled or workdir / "compiled"
-    use_compilation_cache(compiled)
-    remove_damaged(compiled)
+    use_compilation_cache(host.compiled or workdir / "compiled")
     print(f"{title(config, problem)}, in {workdir}", flush=True)
     if problem.num_users <= SCENARIO_USERS:
         write_scenario(problem, workdir / "scenario.json")

@@ -142,8 +142,14 @@ def test_a_device_class_looks_alike_in_every_run():
         for each in (record, other)
     ]
     assert looks[0]["tablet"] == looks[1]["tablet"] != looks[0]["phone"]
-    assert figures.look_of("nano") == looks[1]["nano"]
-    assert len({tuple(figures.look_of(name).values()) for name in ("phone", "tablet", "laptop")}) == 3
+    assert figures.looks_of(["nano"])["nano"] == looks[1]["nano"]
+
+
+def test_no_two_device_classes_of_a_run_look_the_same():
+    names = ["phone", "tablet", "laptop", *(f"class {number}" for number in range(40))]
+    found = figures.looks_of(names)
+    assert len({tuple(look.values()) for look in found.values()}) == len(names)
+    assert figures.looks_of(["phone"])["phone"] == found["phone"]
 
 
 def test_of_coinciding_curves_both_are_seen():

@@ -260,10 +260,13 @@ def test_a_disk_that_is_full_for_the_lock_already_is_told_with_the_directory(tmp
     assert failed.value.filename == str(tmp_path)
 
 
-def test_fingerprints_that_were_removed_are_written_again(tmp_path):
+def test_fingerprints_that_were_removed_are_written_again(tmp_path, capsys):
     was = Fingerprint("data.train_path", "a.csv", "the texts or labels", "1")
     open_workdir(tmp_path, {"seed": 0}, [was])
     (tmp_path / "fingerprints.json").unlink()
     open_workdir(tmp_path, {"seed": 0}, [was])
+    assert (
+        "fingerprints.json is missing: data and config file are taken as they are" in capsys.readouterr().err
+    )
     with pytest.raises(InputError, match="the texts or labels changed"):
         open_workdir(tmp_path, {"seed": 0}, [was._replace(digest="2")])
