@@ -87,7 +87,9 @@ def decide_earliest_deadline_first(hull: Hull, problem: Problem) -> Allocation:
 
 def decide_random_order(hull: Hull, problem: Problem, key: jax.Array) -> Allocation:
     """Gives users what they need, in a random order; whoever does not fit is left out."""
-    return serve_in_order(hull, problem, jax.random.permutation(key, problem.num_users))
+    # A draw for each user: it does not depend on how many there are.
+    draws = jax.random.uniform(key, (problem.num_users,))
+    return serve_in_order(hull, problem, jnp.argsort(draws))
 
 
 def serve_in_order(hull: Hull, problem: Problem, order: Int[ArrayLike, " K"]) -> Allocation:

@@ -15,7 +15,7 @@ import dataclasses
 
 from slide_jax.admission import admit
 from slide_jax.allocation import allocate
-from slide_jax.float64 import compute_in_float64
+from slide_jax.buckets import compute_in_bucket
 from slide_jax.hull import Hull
 from slide_jax.leftover import share_out
 from slide_jax.problem import Allocation, Problem
@@ -32,7 +32,7 @@ def exact(problem: Problem, left_over: str = "none") -> Allocation:
     Raises:
       InputError: an unknown policy.
     """
-    allocation = compute_in_float64(decide_exact, problem, left_over=left_over)
+    allocation = compute_in_bucket(decide_exact, problem, left_over=left_over)
     return dataclasses.replace(allocation, upper_bound=float(allocation.throughput), solver="exact")
 
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from slide_jax.admission import TOLERANCE, admit
 from slide_jax.allocation import allocate
-from slide_jax.float64 import compute_in_float64
+from slide_jax.buckets import compute_in_bucket
 from slide_jax.hull import Hull
 from slide_jax.leftover import share_out
 from slide_jax.problem import Allocation, Problem
@@ -87,7 +87,7 @@ def relaxed_from(
       InputError: an unknown policy.
     """
     price = np.float64(0.0 if start is None else start.price_per_hz)
-    allocation, relaxation = compute_in_float64(decide_relaxed_from, problem, price, left_over=left_over)
+    allocation, relaxation = compute_in_bucket(decide_relaxed_from, problem, price, left_over=left_over)
     bound = float(allocation.upper_bound)
     return dataclasses.replace(allocation, upper_bound=bound, solver="relaxed"), relaxation
 

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from slide_jax import baselines
+from slide_jax.buckets import compute_in_bucket
 from slide_jax.errors import InputError, unknown_name
 from slide_jax.exact import decide_exact, exact
-from slide_jax.float64 import compute_in_float64
 from slide_jax.milp import milp
 from slide_jax.problem import Allocation, Problem, refuse_traced
 from slide_jax.relaxed import decide_relaxed, relaxed
@@ -74,7 +74,7 @@ def pure_solver(
     def solve(problem: Problem, **options: Any) -> Allocation:
         posed = baselines.download_then_infer(problem) if download_first else problem
         keys = (jax.random.key(_checked_seed(options.pop("seed", 0))),) if needs_key else ()
-        return compute_in_float64(decide, posed, *keys, **options)
+        return compute_in_bucket(decide, posed, *keys, **options)
 
     return Solver(solve, decide, label, (*own, "seed") if needs_key else own, needs_key, download_first)
 
@@ -124,7 +124,8 @@ def check_options(solver: str, options: Mapping[str, Any]) -> None:
 def solve(problem: Problem, solver: str = "exact", **options: Any) -> Allocation:
     """Returns the allocation that a solver finds, with the seconds that it took in `solve_s`.
 
-    The first call with arrays of a new shape includes compilation.
+    The first call with a catalogue of a new shape, or a number of users in a new bucket, includes compilation
+    (`buckets`).
 
     Args:
       problem: by `read_scenario`, `make_problem` or `sample_problem`.

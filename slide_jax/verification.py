@@ -4,12 +4,13 @@ Plain NumPy in float64, and independent of the solvers: latency is computed laye
 never by their closed forms.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from slide_jax.problem import REASONS, Allocation, Problem, refuse_traced
+from slide_jax.problem import REASONS, Allocation, Problem, Users, refuse_traced
 
 TOLERANCE = 1e-9
 """Relative slack of latency (from the start), energy, clock and memory, also of reported values."""
@@ -19,6 +20,9 @@ ROUNDING = 4
 
 SPECTRUM_TOLERANCE = 1e-12
 """Relative slack of the spectrum's sum: an exact fit is a fit, in whatever order it is summed."""
+
+
+HALVINGS = 60
 
 
 class Violation(NamedTuple):
@@ -51,8 +55,8 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     is among those the user allows), `memory_bits`, `f_min_hz`, `f_max_hz`, `energy_j`, `deadline_s`,
     `bandwidth_hz` (not negative, not nan; nothing for users who are not served; in sum no more than the
     spectrum), `frequency_hz` (0 for users who are not served), `reported latency_s` and `reported energy_j`
-    (nan for users who are not served), `reason` (`served` for exactly the served; of the others one that the
-    models, the memory, the energy and the signal of the user bear out) and `upper_bound` (not below the
+    (nan for users who are not served), `reason` (`served` for exactly the served; of the others the first
+    constraint that the model breaks which comes furthest) and `upper_bound` (not below the
     throughput). An answer of the wrong length or dtype breaks `shape` or `dtype` alone.
 
     An answer to another problem is to be verified against that one: an answer of `dai` against
@@ -92,7 +96,7 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     check(bandwidth >= 0, everyone, "bandwidth_hz", bandwidth, 0.0)
     check(bandwidth == 0, model < 0, "bandwidth_hz", bandwidth, 0.0)
     reason = answer["reason"]
-    expected = np.where(model >= 0, 0, _nearest_reason(problem, reason))
+    expected = np.where(model >= 0, 0, _nearest_reason(problem, reason, model < 0))
     check(reason == expected, everyone, "reason", reason, expected)
 
     served = exists & (model >= 0)
@@ -134,17 +138,91 @@ def verify(problem: Problem, allocation: Allocation) -> list[Violation]:
     return violations
 
 
-def _nearest_reason(problem: Problem, reason: np.ndarray) -> np.ndarray:
+def _nearest_reason(problem: Problem, reason: np.ndarray, refused: np.ndarray) -> np.ndarray:
     """Returns the reasons [K], or where a user cannot have been refused for them the nearest possible ones.
 
-    A model stops at the first of: admissible, memory, energy; the one that comes furthest counts. What lies
-    within the tolerance of a limit may stop there or not.
+    A model stops at the first constraint that it breaks, in the order of `REASONS`; the one that comes
+    furthest counts. What lies within the tolerance of a limit may stop there or not.
+
+    Args:
+      reason: int [K].
+      refused: bool [K], the users who are judged.
     """
-    catalogue, users = problem.catalogue, problem.users
-    memory, budget, f_min, f_max, flop_per_cycle, kappa, static = (
+    last = len(REASONS) - 1
+    least, most = np.ones((2, problem.num_users), np.int64)
+    for model in range(problem.num_models):
+        admissible = _is_admissible(problem, np.full(problem.num_users, model))
+        who = np.flatnonzero(refused & admissible & (least < last))  # nothing comes further than `last`
+        judged = _of_users(problem, who)
+        for bound, slack in ((least, 1 - TOLERANCE), (most, 1 + TOLERANCE)):
+            bound[who] = np.maximum(bound[who], _stop_of(judged, model, slack))
+    return np.where(refused, np.clip(reason, least, np.maximum(least, most)), reason)
+
+
+def _of_users(problem: Problem, who: np.ndarray) -> Problem:
+    """Returns the problem with these users alone."""
+    columns = dataclasses.asdict(problem.users).items()
+    chosen = {name: None if column is None else np.asarray(column)[who] for name, column in columns}
+    return dataclasses.replace(problem, users=Users(**chosen))
+
+
+def _stop_of(problem: Problem, model: int, slack: float) -> np.ndarray:
+    """Returns the reason [K] at which an admissible model stops for each user, its limits times `slack`.
+
+    The fastest clock that the energy allows has to do the work in the time there is, then the whole spectrum
+    to carry the layers, each by the replay of the recursion.
+    """
+    users = problem.users
+    memory, deadline, start, signal = (
         np.asarray(column, np.float64)
         for column in (
             users.memory_bits,
+            users.deadline_s,
+            users.start_s,
+            users.spectral_efficiency_bps_hz if problem.rate_model == "linear" else users.snr_hz,
+        )
+    )
+    chosen = np.full(problem.num_users, model)
+    bits = np.sum(np.asarray(problem.catalogue.layer_bits[model], np.float64))
+    clock = _fastest_clock(problem, model, slack)
+    time_s = (deadline - start) * slack + np.sign(slack - 1) * ROUNDING * np.spacing(deadline)
+
+    def in_time(bandwidth):
+        return _replay(problem, chosen, np.full(clock.shape, bandwidth), clock)[0] <= time_s
+
+    spectrum = float(problem.bandwidth_hz) * (1 + np.sign(slack - 1) * SPECTRUM_TOLERANCE)
+    # So wide that a rate is at its limit to rounding: for `shannon` snr_hz / ln 2.
+    wide = np.inf if problem.rate_model == "linear" else np.max(signal, initial=1.0) * 1e18
+    stops = [
+        ("memory smaller than the model", bits > memory * slack),
+        ("energy budget too small for the lowest clock", ~(clock > 0)),
+        ("deadline shorter than compute", ~_computes_in(problem, model, clock, time_s)),
+        ("no signal", (signal <= 0) & (bits > 0)),
+        ("rate above what the channel can carry", ~in_time(wide)),
+        ("needs more than the whole spectrum", ~in_time(spectrum)),
+    ]
+    last = REASONS.index("spectrum used by others")
+    return np.select([stopped for _, stopped in stops], [REASONS.index(name) for name, _ in stops], last)
+
+
+def _computes_in(problem: Problem, model: int, clock: np.ndarray, time_s: np.ndarray) -> np.ndarray:
+    """Returns for whom the work of a model takes less than `time_s` at a clock, all layers being there."""
+    flop = np.sum(np.asarray(problem.catalogue.layer_flop[model], np.float64))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        busy = np.where(flop > 0, flop / (clock * np.asarray(problem.users.flop_per_cycle, np.float64)), 0.0)
+    return busy < time_s
+
+
+def _fastest_clock(problem: Problem, model: int, slack: float) -> np.ndarray:
+    """Returns the fastest clock [Hz] at which each user's energy, times `slack`, runs a model; 0: none.
+
+    Energy falls with the clock down to the thriftiest one and rises from there. Without static power the
+    clock is sqrt(energy / (kappa cycles)); with it, it is searched above the thriftiest by halving.
+    """
+    users = problem.users
+    budget, f_min, f_max, flop_per_cycle, kappa, static = (
+        np.asarray(column, np.float64)
+        for column in (
             users.energy_j,
             users.f_min_hz,
             users.f_max_hz,
@@ -153,24 +231,24 @@ def _nearest_reason(problem: Problem, reason: np.ndarray) -> np.ndarray:
             users.static_power_w,
         )
     )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        thrifty = np.clip(np.nan_to_num(np.cbrt(static / (2 * kappa)), posinf=np.inf), f_min, f_max)
-        per_cycle = kappa * thrifty**2 + np.where(static > 0, static / thrifty, 0.0)
-    least, most = np.ones((2, problem.num_users), np.int64)
-    for i, bits in enumerate(np.sum(np.asarray(catalogue.layer_bits, np.float64), axis=1)):
-        admissible = _is_admissible(problem, np.full(problem.num_users, i))
-        cycles = np.sum(np.asarray(catalogue.layer_flop[i], np.float64)) / flop_per_cycle
-        energy = np.where(cycles > 0, per_cycle * cycles, 0.0)
-        for bound, slack in ((least, 1 - TOLERANCE), (most, 1 + TOLERANCE)):
-            fits = bits <= memory * slack
-            runs = (energy <= budget * slack) & ((energy > 0) | (f_min > 0) | (budget > 0) | (slack > 1))
-            further = 4 if bound is least else len(REASONS) - 1
-            stop = np.where(fits, np.where(runs, further, 3), 2)
-            np.maximum(bound, np.where(admissible, stop, 1), out=bound)
-    signal = users.spectral_efficiency_bps_hz if problem.rate_model == "linear" else users.snr_hz
-    mute, possible = np.asarray(signal) <= 0, np.clip(reason, least, most)
-    silent = REASONS.index("no signal")
-    return np.where(np.isin(possible, (silent, silent + 1)), np.where(mute, silent, silent + 1), possible)
+    cycles = np.sum(np.asarray(problem.catalogue.layer_flop[model], np.float64)) / flop_per_cycle
+    budget = budget * slack
+
+    def fits(clock):
+        drawn = np.where(static * cycles > 0, static * cycles / clock, 0.0)
+        return kappa * clock**2 * cycles + drawn <= budget
+
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        low = np.clip(np.nan_to_num(np.cbrt(static / (2 * kappa)), posinf=np.inf), f_min, f_max)
+        runs, best = fits(low), np.sqrt(budget / (kappa * cycles))
+        best = np.where(fits(f_max), f_max, np.clip(best, f_min, f_max))
+        if np.any(static > 0):
+            high = best
+            for _ in range(HALVINGS):
+                middle = np.sqrt(low) * np.sqrt(high)
+                low, high = np.where(fits(middle), middle, low), np.where(fits(middle), high, middle)
+            best = np.where((static > 0) & ~fits(f_max), low, best)
+    return np.where(runs, best, 0.0)
 
 
 def _is_admissible(problem: Problem, model: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import targets
 from slide_strategies import hull_of, random_problem
 
 from launch.hosts.devices import no_compilation_cache
-from slide_jax import milp
+from slide_jax import milp, solve_batch
 from slide_jax.leftover import LEFT_OVER
 from slide_jax.solvers import SOLVERS
 
@@ -33,3 +33,11 @@ def test_solvers_compile(name, target):
     key = (jax.random.key(0),) if solver.needs_key else ()
     arguments = (hull_of(problem), problem, *key)
     compile_for(target, lambda *arrays: solver.decide(*arrays, **options), *arguments)
+
+
+@pytest.mark.parametrize("target", targets.PLUGINS)
+@pytest.mark.parametrize("solver", ["exact", "relaxed", "random_order"])
+def test_batches_compile(solver, target):
+    drops = [random_problem(np.random.default_rng(seed), 5, 2, 1) for seed in range(3)]
+    batch = jax.tree.map(lambda *arrays: np.stack(arrays), *drops)
+    compile_for(target, lambda problem: solve_batch(problem, solver), batch)

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 from slide_oracles import best_allocation, best_clock, best_throughput, least_bandwidth
 from slide_strategies import CORNERS, RATE_MODELS, problems, random_problem
 
+from slide_jax import solve
 from slide_jax import verification as judge
 from slide_jax.problem import REASONS, Users
 from slide_jax.scenario import make_problem
@@ -265,6 +267,9 @@ def test_each_tampering_is_named(field, k, value, constraint):
             {"energy_j": 0.9, "kappa_j_per_hz2_cycle": 0.0, "static_power_w": 1.0},
             "energy budget too small for the lowest clock",
         ),
+        ({"deadline_s": [1.9]}, "deadline shorter than compute"),
+        ({"deadline_s": [2.02]}, "needs more than the whole spectrum"),
+        ({"energy_j": 1e-15, "deadline_s": [1.9]}, "energy budget too small for the lowest clock"),
     ],
 )
 def test_the_reason_is_where_the_user_stopped(columns, reason):
@@ -275,6 +280,42 @@ def test_the_reason_is_where_the_user_stopped(columns, reason):
     for other in range(1, len(REASONS)):
         answer = dataclasses.replace(nobody, reason=np.array([other], np.int32))
         assert [v.constraint for v in verify(problem, answer)] == ["reason"] * (other != code)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rate_model=st.sampled_from(RATE_MODELS),
+    corner=st.sampled_from(("none", "shannon cap", "zero signal", "named models")),
+)
+def test_only_the_true_reason_is_taken(seed, rate_model, corner):
+    """Nothing of these problems lies within rounding of a limit."""
+    problem = random_problem(np.random.default_rng(seed), 6, 3, 4, rate_model, corner)
+    for solver in ("exact", "equal_share"):
+        answer = solve(problem, solver)
+        assert verify(problem, answer) == []
+        for k in np.flatnonzero(~answer.served):
+            for other in set(range(1, len(REASONS))) - {int(answer.reason[k])}:
+                reason = answer.reason.copy()
+                reason[k] = other
+                (violation,) = verify(problem, dataclasses.replace(answer, reason=reason))
+                assert (violation.constraint, violation.limit) == ("reason", answer.reason[k])
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "reason"),
+    [
+        (3.3, "rate above what the channel can carry"),
+        (3.5, "needs more than the whole spectrum"),
+        (4.1, "served"),
+    ],
+)
+def test_a_rate_above_the_channels_is_told_from_a_narrow_spectrum(deadline_s, reason):
+    """2 Mbit in all but 1 s of the work: 1 MHz carries log2(1 + 1) Mbit/s, any spectrum below 1 / ln 2."""
+    problem = problem_of(
+        layers((2e6, 1e9)), deadline_s=[deadline_s], snr_hz=1e6, rate_model="shannon", bandwidth_hz=1e6
+    )
+    answer = best_allocation(problem)
+    assert REASONS[answer.reason[0]] == reason and verify(problem, answer) == []
 
 
 def test_without_a_signal_no_rate_is_refused():
@@ -367,4 +408,4 @@ def test_the_judge_knows_no_solver():
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
-    assert imported == {"math", "typing", "numpy", "slide_jax.problem"}
+    assert imported == {"dataclasses", "math", "typing", "numpy", "slide_jax.problem"}
