@@ -1,8 +1,8 @@
 """Numbers of users in steps, so that a problem with a few users more or less runs a program that is compiled.
 
 Users are added who ask for nothing: no model is admissible for them, so they are never served. They add zeros
-to sums whose order does not depend on their number (`sums`), so the answer is the same bit for bit once they are
-cut off it.
+to sums whose order does not depend on their number (`sums`). Once they are cut off it, the answer is the
+same bit for bit.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def compute_in_bucket(decide: Callable[..., Any], problem: Problem, *arrays: Any
     """Returns `compute_in_float64(decide, problem, *arrays, **options)`, computed with `bucket_of` users.
 
     Args:
-      decide: `(hull, problem, *arrays, **options)` to a pytree of arrays [K, ...] and of numbers. What it does
-        for a user must not depend on users for whom no model is admissible.
+      decide: `(hull, problem, *arrays, **options)` to a pytree of arrays [K, ...] and of numbers. What it
+        does for a user must not depend on users for whom no model is admissible.
       problem, options: as there.
       arrays: pytrees of arrays without an axis of users.
 
