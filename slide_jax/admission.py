@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from slide_jax.sums import total
+
 TOLERANCE = 1e-12
 """Relative tolerance of the spectrum constraint, so that an exact fit is not lost to rounding."""
 
@@ -37,12 +39,12 @@ def admit(bandwidth_hz: Float[ArrayLike, " K"], spectrum_hz: Float[ArrayLike, ""
     def step(state):
         low, used, above, high = state
         middle = jnp.where(high < jnp.inf, _between(above, high), largest)
-        total = jnp.sum(jnp.where(need <= middle, need, 0.0))
-        fits = total <= limit
+        asked = total(jnp.where(need <= middle, need, 0.0))
+        fits = asked <= limit
         too_much = jnp.max(jnp.where(need <= middle, need, 0.0), initial=0.0)
         return (
             jnp.where(fits, middle, low),
-            jnp.where(fits, total, used),
+            jnp.where(fits, asked, used),
             jnp.where(fits, next_above(middle), above),
             jnp.where(fits, high, too_much),
         )

@@ -21,6 +21,7 @@ from slide_jax.exact import exact
 from slide_jax.hull import Hull
 from slide_jax.problem import Allocation, Catalogue, Problem
 from slide_jax.provisioning import Need, bandwidth_of, provision, signal_of
+from slide_jax.sums import total
 
 
 def collapse(catalogue: Catalogue) -> Catalogue:
@@ -87,8 +88,9 @@ def decide_earliest_deadline_first(hull: Hull, problem: Problem) -> Allocation:
 
 def decide_random_order(hull: Hull, problem: Problem, key: jax.Array) -> Allocation:
     """Gives users what they need, in a random order; whoever does not fit is left out."""
-    # A draw for each user: it does not depend on how many there are.
-    draws = jax.random.uniform(key, (problem.num_users,))
+    users = jnp.arange(problem.num_users, dtype=jnp.uint32)
+    # One draw for each user, whatever the number of users: added ones (`buckets`) leave the order as it is.
+    draws = jax.vmap(lambda user: jax.random.uniform(jax.random.fold_in(key, user)))(users)
     return serve_in_order(hull, problem, jnp.argsort(draws))
 
 
@@ -136,12 +138,12 @@ def _serve_by_share(hull: Hull, problem: Problem, need: Need, load: Float[ArrayL
     order = jnp.argsort(need.bandwidth_hz)
     needed, loads = need.bandwidth_hz[order], load[order]
     reachable = needed < jnp.inf
-    total = jnp.cumsum(jnp.where(reachable, loads, 0.0))
+    loaded = jnp.cumsum(jnp.where(reachable, loads, 0.0))
     # Half of what the sum of all shares may exceed the spectrum by; the rest is for rounding.
     whole = problem.bandwidth_hz * (1 + TOLERANCE / 2)
     limit = jnp.where(needed > 0, whole * loads / jnp.where(needed > 0, needed, 1.0), jnp.inf)
-    suffices = reachable & (total <= lax.cummin(limit))
+    suffices = reachable & (loaded <= lax.cummin(limit))
     served = jnp.zeros(suffices.shape, bool).at[order].set(suffices)
-    shared = jnp.sum(jnp.where(served, load, 0.0))
+    shared = total(jnp.where(served, load, 0.0))
     share = problem.bandwidth_hz * load / jnp.where(shared > 0, shared, 1.0)
     return allocate(hull, problem, need, served, jnp.maximum(share, need.bandwidth_hz))

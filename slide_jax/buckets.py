@@ -1,7 +1,8 @@
 """Numbers of users in steps, so that a problem with a few users more or less runs a program that is compiled.
 
-Users are added who ask for nothing: no model is admissible for them, so they are never served, add nothing to
-any sum and change no decision. They are cut off the answer.
+Users are added who ask for nothing: no model is admissible for them, so they are never served. They add zeros
+to sums whose order does not depend on their number (`sums`). Once they are cut off it, the answer is the
+same bit for bit.
 """
 
 import dataclasses
@@ -14,30 +15,31 @@ import numpy as np
 from slide_jax.float64 import compute_in_float64
 from slide_jax.problem import Problem, Users, refuse_traced
 
-LEAST = 16
-MOST = 2**17
-"""Users from which on a problem is taken as it is: copying it would cost a fifth of the solution and more."""
-STEPS = 8  # an octave: at most an eighth of the users are added
+LEAST = 8
+STEPS = 4
+"""Of an octave from `FINE` users on, so that less than a quarter is added; below it an octave is one step."""
+FINE = 32
 
 
 def bucket_of(count: int) -> int:
     """Returns the number of users that a problem with `count` is computed with.
 
-    >>> [bucket_of(count) for count in (0, 3, 17, 100, 1000, 1024, 1025, 10**6)]
-    [0, 16, 18, 104, 1024, 1024, 1152, 1000000]
+    >>> [bucket_of(count) for count in (0, 3, 17, 33, 100, 1000, 1024, 1025, 10**6)]
+    [0, 8, 32, 40, 112, 1024, 1024, 1280, 1048576]
     """
-    if count == 0 or count > MOST:
-        return count
-    octave = 1 << max(count - 1, LEAST).bit_length() - 1  # the largest power of two below `count`
-    step = octave // STEPS
-    return max(LEAST, -(-count // step) * step)
+    if count <= LEAST:
+        return LEAST if count else 0
+    octave = 1 << (count - 1).bit_length() - 1  # the largest power of two below `count`
+    step = octave // STEPS if octave >= FINE else octave
+    return -(-count // step) * step
 
 
 def compute_in_bucket(decide: Callable[..., Any], problem: Problem, *arrays: Any, **options: Any) -> Any:
     """Returns `compute_in_float64(decide, problem, *arrays, **options)`, computed with `bucket_of` users.
 
     Args:
-      decide: `(hull, problem, *arrays, **options)` to a pytree of arrays [K, ...] and of numbers.
+      decide: `(hull, problem, *arrays, **options)` to a pytree of arrays [K, ...] and of numbers. What it
+        does for a user must not depend on users for whom no model is admissible.
       problem, options: as there.
       arrays: pytrees of arrays without an axis of users.
 

@@ -8,6 +8,7 @@ from slide_jax.hull import Hull
 from slide_jax.problem import Problem
 from slide_jax.provisioning import Need, bandwidth_by
 from slide_jax.roots import earliest_gain
+from slide_jax.sums import total
 
 LEFT_OVER = ("none", "proportional", "min_max")
 """`none`: it stays unused. `proportional`: all bandwidths grow by the same factor. `min_max`: the latest
@@ -36,8 +37,8 @@ def share_out(
     if left_over == "none":
         return least
     if left_over == "proportional":
-        total = jnp.sum(least)
-        return least * jnp.where(total > 0, jnp.maximum(problem.bandwidth_hz / total, 1.0), 1.0)
+        used = total(least)
+        return least * jnp.where(used > 0, jnp.maximum(problem.bandwidth_hz / used, 1.0), 1.0)
     return _earliest_end(hull, problem, need, served, least)
 
 
@@ -57,7 +58,7 @@ def _earliest_end(hull, problem, need, served, least):
     late = jnp.max(jnp.where(served, users.deadline_s, 0.0), initial=0.0)
 
     def spare(end_s):
-        asked = jnp.sum(bandwidth_at(end_s))
+        asked = total(bandwidth_at(end_s))
         reach = problem.bandwidth_hz / jnp.where(asked > 0, asked, 1.0)
         return jnp.where(asked > 0, jnp.minimum(reach, 2.0), 2.0) - 1
 

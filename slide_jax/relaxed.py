@@ -37,6 +37,7 @@ from slide_jax.leftover import share_out
 from slide_jax.problem import Allocation, Problem
 from slide_jax.provisioning import provision
 from slide_jax.roots import differentiable_root
+from slide_jax.sums import total
 
 TAU = 0.1
 """Curvature tau of the relaxed objective: users whose needs differ by less share the margin."""
@@ -139,10 +140,10 @@ def relax(
     part = jnp.where(reachable, bandwidth_hz, 0.0) / whole
     start = start_price_per_hz * whole * (1 - TAU / 2)
     price, steps = _find_price(start, part)
-    price = jnp.where(jnp.sum(part) <= 1, 0.0, price)
+    price = jnp.where(total(part) <= 1, 0.0, price)
     fraction = jnp.where(reachable, _fraction(price, part), 0.0)
     bend = TAU / (2 - TAU)
-    served = jnp.sum(fraction + bend * fraction * (1 - fraction))  # phi, exactly 1 at 1
+    served = total(fraction + bend * fraction * (1 - fraction))  # phi, exactly 1 at 1
     return Relaxation(fraction, served, price / whole / (1 - TAU / 2), steps)
 
 
@@ -156,8 +157,8 @@ def rounded(
       bandwidth_hz, spectrum_hz: as in `relax`.
     """
     whole = (fraction >= 1) & (bandwidth_hz < jnp.inf)
-    whole &= jnp.sum(jnp.where(whole, bandwidth_hz, 0.0)) <= spectrum_hz * (1 + TOLERANCE)
-    taken = jnp.sum(jnp.where(whole, bandwidth_hz, 0.0))
+    whole &= total(jnp.where(whole, bandwidth_hz, 0.0)) <= spectrum_hz * (1 + TOLERANCE)
+    taken = total(jnp.where(whole, bandwidth_hz, 0.0))
     room = spectrum_hz - taken / (1 + TOLERANCE)
     return whole | admit(jnp.where(whole, jnp.inf, bandwidth_hz), jnp.maximum(room, 0.0))
 
@@ -180,7 +181,7 @@ def certificate(
     cheapest_left_out = jnp.min(jnp.where(reachable & ~served, bandwidth_hz, jnp.inf), initial=jnp.inf)
     price = _quotient(1.0, cheapest_left_out)
     profit = jnp.where(reachable, 1 - price * jnp.where(reachable, bandwidth_hz, 0.0), 0.0)
-    bound = price * limit + jnp.sum(jnp.maximum(profit, 0.0))
+    bound = price * limit + total(jnp.maximum(profit, 0.0))
     # What the sums may have lost by rounding.
     return jnp.floor(bound + 1e-9 * (1 + bound))
 
@@ -191,7 +192,7 @@ def _fraction(price, part):
 
 def _unsold(price, part):
     """Returns the part of the spectrum that nobody asks for at a price."""
-    return 1.0 - jnp.sum(part * _fraction(price, part))
+    return 1.0 - total(part * _fraction(price, part))
 
 
 @differentiable_root(_unsold, has_aux=True)
@@ -209,9 +210,10 @@ def _find_price(start, part):
         between 0 and twice the mean is taken.
       part: b / B in [0, 1].
     """
-    total = jnp.sum(part)
-    lowest, highest = jnp.full_like(total, 1 - TAU), jnp.full_like(total, max(part.shape[0], 1))
-    start = jnp.where(start > 0, start, part.shape[0] / (2 * jnp.sqrt(jnp.maximum(total, 1.0))))
+    wanted = total(part)
+    asking = jnp.sum(part > 0, dtype=part.dtype)
+    lowest, highest = jnp.full_like(wanted, 1 - TAU), jnp.maximum(asking, 1.0)
+    start = jnp.where(start > 0, start, asking / (2 * jnp.sqrt(jnp.maximum(wanted, 1.0))))
 
     def going(state):
         _, _, _, residual, steps = state
@@ -220,8 +222,8 @@ def _find_price(start, part):
     def step(state):
         low, high, price, previous, steps = state
         fraction = _fraction(price, part)
-        asked = jnp.sum(part * fraction)
-        margin = jnp.sum(jnp.where((fraction > 0) & (fraction < 1), part**2, 0.0)) / TAU
+        asked = total(part * fraction)
+        margin = total(jnp.where((fraction > 0) & (fraction < 1), part**2, 0.0)) / TAU
         residual = jnp.log(asked)
         low, high = jnp.where(residual > 0, price, low), jnp.where(residual > 0, high, price)
         newton = price * jnp.exp(_quotient(residual * asked, price * margin))
@@ -237,7 +239,7 @@ def _find_price(start, part):
         lowest,
         highest,
         jnp.clip(start, lowest, highest),
-        jnp.where(total > 1, jnp.inf, 0.0),
+        jnp.where(wanted > 1, jnp.inf, 0.0),
         jnp.int32(0),
     )
     _, _, price, _, steps = lax.while_loop(going, step, begin)

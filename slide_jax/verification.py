@@ -21,8 +21,8 @@ ROUNDING = 4
 SPECTRUM_TOLERANCE = 1e-12
 """Relative slack of the spectrum's sum: an exact fit is a fit, in whatever order it is summed."""
 
-
 HALVINGS = 60
+"""Of the range of clocks, until the fastest that the energy allows is known to rounding."""
 
 
 class Violation(NamedTuple):

@@ -9,51 +9,15 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
+from slide_by_hand import CHAT, LAST, TWO_LAYERS, layers, problem_of
 from slide_oracles import best_allocation, best_clock, best_throughput, least_bandwidth
 from slide_strategies import CORNERS, RATE_MODELS, problems, random_problem
 
-from slide_jax import solve
 from slide_jax import verification as judge
-from slide_jax.problem import REASONS, Users
-from slide_jax.scenario import make_problem
+from slide_jax.problem import REASONS
 from slide_jax.verification import Violation, verify
 
-TWO_LAYERS = {
-    "name": "two",
-    "task": "vision",
-    "accuracy": 0.7,
-    "layers": [{"bits": 1e6, "flop": 5e8}, {"bits": 3e6, "flop": 5e8}],
-}
-LAST = {"name": "last", "task": "vision", "accuracy": 0.9, "layers": [{"bits": 1e7, "flop": 1e8}]}
-CHAT = {"name": "chat", "task": "language", "accuracy": 0.9, "layers": [{"bits": 1e6, "flop": 1e8}]}
-
-
-def problem_of(*models: dict, bandwidth_hz: float = 1e7, rate_model: str = "linear", **columns):
-    """Returns a problem whose device does 1e9 FLOP/s, at 2 bit/s/Hz, with a deadline of 3 s from second 1."""
-    users = dict(
-        task=0,
-        min_accuracy=0.5,
-        deadline_s=4.0,
-        start_s=1.0,
-        energy_j=np.inf,
-        spectral_efficiency_bps_hz=2.0,
-        snr_hz=1e7,
-        f_min_hz=1e8,
-        f_max_hz=1e9,
-        flop_per_cycle=1.0,
-        kappa_j_per_hz2_cycle=1e-27,
-        static_power_w=0.0,
-        memory_bits=np.inf,
-    )
-    return make_problem(models, Users(**users | columns), bandwidth_hz, rate_model)
-
-
 # ------------------------------------------------------------------ brute force against sums by hand
-
-
-def layers(*pairs) -> dict:
-    return {**LAST, "layers": [{"bits": bits, "flop": flop} for bits, flop in pairs]}
 
 
 @pytest.mark.parametrize(
@@ -255,75 +219,6 @@ def test_each_tampering_is_named(field, k, value, constraint):
     assert {v.user for v in violations} <= {f"u{k}", None}
     if field in ("latency_s", "energy_j", "reason"):
         assert [v.constraint for v in violations] == [constraint]
-
-
-@pytest.mark.parametrize(
-    ("columns", "reason"),
-    [
-        ({"min_accuracy": 0.95}, "no admissible model"),
-        ({"memory_bits": 1e3}, "memory smaller than the model"),
-        ({"energy_j": 1e-6}, "energy budget too small for the lowest clock"),
-        (
-            {"energy_j": 0.9, "kappa_j_per_hz2_cycle": 0.0, "static_power_w": 1.0},
-            "energy budget too small for the lowest clock",
-        ),
-        ({"deadline_s": [1.9]}, "deadline shorter than compute"),
-        ({"deadline_s": [2.02]}, "needs more than the whole spectrum"),
-        ({"energy_j": 1e-15, "deadline_s": [1.9]}, "energy budget too small for the lowest clock"),
-    ],
-)
-def test_the_reason_is_where_the_user_stopped(columns, reason):
-    problem = problem_of(TWO_LAYERS, **{"deadline_s": [4.0]} | columns)
-    nobody = best_allocation(problem)
-    code = REASONS.index(reason)
-    assert nobody.reason.tolist() == [code]
-    for other in range(1, len(REASONS)):
-        answer = dataclasses.replace(nobody, reason=np.array([other], np.int32))
-        assert [v.constraint for v in verify(problem, answer)] == ["reason"] * (other != code)
-
-
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    rate_model=st.sampled_from(RATE_MODELS),
-    corner=st.sampled_from(("none", "shannon cap", "zero signal", "named models")),
-)
-def test_only_the_true_reason_is_taken(seed, rate_model, corner):
-    """Nothing of these problems lies within rounding of a limit."""
-    problem = random_problem(np.random.default_rng(seed), 6, 3, 4, rate_model, corner)
-    for solver in ("exact", "equal_share"):
-        answer = solve(problem, solver)
-        assert verify(problem, answer) == []
-        for k in np.flatnonzero(~answer.served):
-            for other in set(range(1, len(REASONS))) - {int(answer.reason[k])}:
-                reason = answer.reason.copy()
-                reason[k] = other
-                (violation,) = verify(problem, dataclasses.replace(answer, reason=reason))
-                assert (violation.constraint, violation.limit) == ("reason", answer.reason[k])
-
-
-@pytest.mark.parametrize(
-    ("deadline_s", "reason"),
-    [
-        (3.3, "rate above what the channel can carry"),
-        (3.5, "needs more than the whole spectrum"),
-        (4.1, "served"),
-    ],
-)
-def test_a_rate_above_the_channels_is_told_from_a_narrow_spectrum(deadline_s, reason):
-    """2 Mbit in all but 1 s of the work: 1 MHz carries log2(1 + 1) Mbit/s, any spectrum below 1 / ln 2."""
-    problem = problem_of(
-        layers((2e6, 1e9)), deadline_s=[deadline_s], snr_hz=1e6, rate_model="shannon", bandwidth_hz=1e6
-    )
-    answer = best_allocation(problem)
-    assert REASONS[answer.reason[0]] == reason and verify(problem, answer) == []
-
-
-def test_without_a_signal_no_rate_is_refused():
-    problem = problem_of(TWO_LAYERS, deadline_s=[4.0], spectral_efficiency_bps_hz=0.0)
-    nobody = best_allocation(problem)
-    assert REASONS[nobody.reason[0]] == "no signal" and verify(problem, nobody) == []
-    answer = dataclasses.replace(nobody, reason=np.array([6], np.int32))
-    assert [v.constraint for v in verify(problem, answer)] == ["reason"]
 
 
 @pytest.mark.parametrize(
