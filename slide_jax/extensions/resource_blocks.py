@@ -22,6 +22,9 @@ from slide_jax.provisioning import provision
 def resource_blocks(problem: Problem, block_hz: float) -> Allocation:
     """Returns an allocation that serves the most users, each with a whole number of blocks.
 
+    To be verified against the problem whose spectrum is the whole blocks of this one: there a user who needs
+    more blocks than there are needs more than the whole spectrum.
+
     Args:
       problem: of any size.
       block_hz: of one block, e.g. 180e3 in LTE; what is left of the spectrum beside whole blocks is idle.

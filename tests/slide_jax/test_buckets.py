@@ -51,10 +51,10 @@ def test_an_octave_has_few_buckets():
 
 
 @pytest.mark.parametrize(("solver", "options"), PROGRAMS)
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(
     seed=st.integers(0, 1000),
-    count=st.sampled_from((1, 7, 33, 100, 700)),
+    count=st.sampled_from((7, 33, 700)),
     rate_model=st.sampled_from(RATE_MODELS),
     allowed=st.booleans(),
 )

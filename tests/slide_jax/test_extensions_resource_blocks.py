@@ -46,7 +46,8 @@ def test_it_is_the_best_of_all_subsets_in_whole_blocks(corner, rate_model):
     problem = drawn(corner, rate_model)
     block_hz = max(float(problem.bandwidth_hz), 1.0) / 8.5
     allocation = resource_blocks(problem, block_hz)
-    assert verify(problem, allocation) == []
+    whole = dataclasses.replace(problem, bandwidth_hz=np.float64(8 * block_hz))
+    assert verify(whole, allocation) == []
     assert allocation.throughput == allocation.upper_bound == best_throughput(problem, block_hz)
     assert allocation.throughput <= exact(problem).throughput
     blocks = allocation.bandwidth_hz / block_hz

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from slide_by_hand import TWO_LAYERS, layers, problem_of
 from slide_oracles import best_allocation
@@ -103,6 +103,7 @@ def test_the_reason_is_where_the_user_stopped(columns, reason):
         assert [v.constraint for v in verify(problem, answer)] == ["reason"] * (other != code)
 
 
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rate_model=st.sampled_from(RATE_MODELS),

@@ -1,0 +1,3 @@
+"""Scripts here need torch, which the tests do not."""
+
+collect_ignore = ["make_decoders.py"]
