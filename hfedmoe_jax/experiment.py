@@ -47,7 +47,7 @@ from hfedmoe_jax.models import ModelSizes, build_model, tree_bytes
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.quality import Quality, Splits, client_spread
-from hfedmoe_jax.ranges import check_bytes, check_memory
+from hfedmoe_jax.ranges import check_batch, check_memory
 from hfedmoe_jax.reports import NONFINITE, OK, STATUS_NAMES, failed_clients
 from hfedmoe_jax.schedule import NOBODY, Block, chunk_size, empty_places
 from hfedmoe_jax.tasks import tasks
@@ -204,15 +204,9 @@ class Experiment:
         return np.array(budgets, np.int32)
 
     def init(self) -> RunState:
-        """Returns the state before the first round.
-
-        Raises:
-          InputError: a step of one client takes more memory than this machine or a device has.
-        """
+        """Returns the state before the first round; refuses batches that no memory holds."""
         device = (self.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-        size, what = self.config.fl.batch_size, "what a client computes of such a batch is"
-        remedy = "use smaller batches, shorter texts or a smaller model"
-        check_bytes("fl.batch_size", size, what, self.cost.shared_training_bytes, remedy, device)
+        check_batch(self.config.fl.batch_size, self.cost.shared_training_bytes, device)
         server = self.algorithm.init(jax.jit(lambda key: self.model.init(key)[0])(self.init_key))
         best = jax.tree.map(jnp.copy, self.algorithm.snapshot(server))
         return RunState(np.int64(0), server, best, np.float64(-np.inf), np.int64(0), open_ledger())

@@ -117,6 +117,17 @@ def check_memory(model_bytes: int, memory_bytes: float | None = None) -> None:
     )  # fmt: skip
 
 
+def check_batch(batch_size: int, step_bytes: int, memory_bytes: float | None = None) -> None:
+    """Raises InputError for batches of which a step of one client does not fit the memory.
+
+    Args:
+      step_bytes: that it takes, without experts.
+      memory_bytes: as in `check_memory`.
+    """
+    what, remedy = "what a client computes of such a batch is", "use smaller batches or shorter texts"
+    check_bytes("fl.batch_size", batch_size, what, step_bytes, remedy, memory_bytes)
+
+
 def check_bytes(
     field: str, value: Any, what: str, num_bytes: float, remedy: str, memory_bytes: float | None = None
 ) -> None:

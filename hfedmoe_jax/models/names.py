@@ -97,8 +97,8 @@ def choose_names(names: Sequence[Name], stored: Mapping[str, Any]) -> dict[str, 
     """Returns the name of each parameter: of alternatives the first whose first tensor is there."""
     chosen: dict[str, Name] = {}
     for name in names:
-        there = name.tensor.format(layer=name.first_layer, expert=0) in stored
-        if name.path not in chosen or (there and not _is_stored(chosen[name.path], stored)):
+        known = chosen.get(name.path)
+        if known is None or (_is_stored(name, stored) and not _is_stored(known, stored)):
             chosen[name.path] = name
     return chosen
 
@@ -129,9 +129,9 @@ def tensors_of(name: Name, shape: Sequence[int]) -> dict[tuple[int, ...], str]:
 
 def _stored_shape(name: Name, shape: Sequence[int]) -> tuple[int, ...]:
     """Returns the shape of a tensor that holds a parameter [of one layer and expert] of `shape`."""
-    *outer, rows, columns = shape if len(shape) > 1 else (*shape, 1)
     if len(shape) == 1:
         return tuple(shape)
+    *outer, rows, columns = shape
     if name.transposed:
         rows, columns = columns, rows
     return (*outer, rows * name.part[1], columns)

@@ -1,6 +1,7 @@
 """Every range and name that `check_config` refuses, and that it takes what it should."""
 
 import pytest
+from test_experiment import build
 from tiny import tiny_config
 
 from configs import hfedmoe
@@ -188,3 +189,10 @@ def test_literal_gating_needs_weights_by_importance():
     config.fl.gating_rule = "mean"
     error = refusal(config)
     assert (error.field, error.value) == ("aggregation.literal_gating", True)
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_the_run(monkeypatch):
+    experiment = build(fl__batch_size=10**6)
+    monkeypatch.setattr("hfedmoe_jax.ranges.os.sysconf", lambda name: 3200)  # pages of so many bytes: 10 MB
+    with pytest.raises(InputError, match=r"fl\.batch_size=1000000: what a client computes .* is more than"):
+        experiment.init()

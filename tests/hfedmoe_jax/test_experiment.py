@@ -397,10 +397,3 @@ def test_clients_and_experts_on_several_devices_change_nothing(experiment):
         for name in row.keys() - {"wall_s", "empty_places_share"}:
             assert row[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
         np.testing.assert_allclose(usage, expected_usage, rtol=1e-5, atol=1e-5)
-
-
-def test_a_batch_that_no_memory_holds_is_refused_before_the_run(monkeypatch):
-    experiment = build(fl__batch_size=10**6)
-    monkeypatch.setattr("hfedmoe_jax.ranges.os.sysconf", lambda name: 3200)  # pages of so many bytes: 10 MB
-    with pytest.raises(InputError, match=r"fl\.batch_size=1000000: what a client computes .* is more than"):
-        experiment.init()

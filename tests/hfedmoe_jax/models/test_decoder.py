@@ -126,7 +126,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(case, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-def test_each_device_reads_its_own_experts_alone(tmp_path):
+def test_parameters_are_read_into_their_shardings(tmp_path):
     devices = jax.devices()[:1]
     mesh = jax.make_mesh((1,), ("experts",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
     by_expert = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "experts"))
