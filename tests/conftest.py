@@ -7,6 +7,7 @@ import jax
 import jaxtyping
 import pytest
 from hypothesis import settings
+from own_process import QUICK_TO_COMPILE
 
 # Before any test imports the package: shapes and types in its signatures are checked on every call.
 jaxtyping.install_import_hook(["slide_jax", "hfedmoe_jax"], "typechecker.typechecked")
@@ -14,6 +15,7 @@ jaxtyping.install_import_hook(["slide_jax", "hfedmoe_jax"], "typechecker.typeche
 # The tests spend their time compiling tiny programs; their results do not depend on it. Equal programs are
 # compiled once a session, also those of other test workers and of processes that tests start.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="compiled-")  # removed when this process ends
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name

@@ -18,6 +18,7 @@ import jax
 import matplotlib.image
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+from own_process import QUICK_TO_COMPILE, device_flags
 from tensorboardX.proto.event_pb2 import Event
 
 from launch.main import main
@@ -85,12 +86,11 @@ def run_main(command: list[str]) -> Screen:
 
 def start_process(command: list[str], devices: int | None = None) -> subprocess.Popen:
     """Starts a command line in a new process with this many devices; None: as the command chooses."""
-    # The variable shortens compilation, as tests/conftest.py does here. XLA_FLAGS belong to this process.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    # Compiles quickly, as tests/conftest.py does here; other XLA_FLAGS belong to this process.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment["XLA_FLAGS"] = QUICK_TO_COMPILE
     if devices:
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false"
-        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": device_flags(devices)}
     return subprocess.Popen(
         [sys.executable, "-m", "launch.main", *command],
         env=environment,

@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from own_process import QUICK_TO_COMPILE
 
 from hfedmoe_jax.errors import InputError
 from launch.hosts.distributed import (
@@ -109,7 +110,8 @@ class Group:
 
     def __init__(self, directory, count, restore, end):
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(4 // count)}
-        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+        environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        environment["XLA_FLAGS"] = QUICK_TO_COMPILE
         port = free_port()
         self.processes = [
             subprocess.Popen(
@@ -291,7 +293,7 @@ end_process(0)
 def test_tasks_of_slurm_meet_by_their_environment(tmp_path):
     """Two processes with what `srun` sets for the tasks of a step on one host; SLURM itself is not here."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    environment = os.environ | job | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | job | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_TO_COMPILE}
     tasks = [
         subprocess.Popen(
             [sys.executable, "-c", SLURM_TASK, str(tmp_path)],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from own_process import device_flags
 
 from launch.run.checkpoints import Checkpoints, fingerprint
 
@@ -290,7 +291,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_killed_while_saving_continues_from_the_last_whole_checkpoint(tmp_path, capfd):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": device_flags(2)}
     at_least = 0
     for moment in ("writing", "at once", "writing"):
         command = [sys.executable, "-c", KILLED, str(tmp_path / "c"), moment]
