@@ -23,6 +23,8 @@ class Compiled(NamedTuple):
 
     Attributes:
       arguments, temporaries, outputs: bytes on a chip; outputs without those that reuse arguments.
+      flop, moved: FLOP, and bytes between chip and memory, of one execution as XLA counts them: the body of a
+        loop once.
       collectives: how many of each kind its text has.
       seconds: that lowering and compiling took.
     """
@@ -30,6 +32,8 @@ class Compiled(NamedTuple):
     arguments: int
     temporaries: int
     outputs: int
+    flop: float
+    moved: float
     collectives: Counter[str]
     seconds: float
 
@@ -53,31 +57,49 @@ def compile_program(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
     seconds = time.perf_counter() - begun
     memory = compiled.memory_analysis()
     assert memory is not None  # every backend of JAX's own tells
+    cost = compiled.cost_analysis() or {}
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        cost.get("flops", 0.0),
+        cost.get("bytes accessed", 0.0),
         Counter(COLLECTIVE.findall(compiled.as_text() or "")),
         seconds,
     )
 
 
-def program_table(programs: Iterable[tuple[str, Callable[[], jax.stages.Lowered]]], chip: Chip) -> Table:
-    """Returns each program's memory on a chip, its collectives, and the time to compile it.
+def compile_programs(
+    programs: Iterable[tuple[str, Callable[[], jax.stages.Lowered]]],
+) -> dict[str, Compiled | str]:
+    """Returns by name what compiling a program showed, or XLA's message if its memory is refused.
 
     Args:
       programs: by name, functions that lower them.
-      chip: that they are for.
     """
-    rows = []
+    found: dict[str, Compiled | str] = {}
     for name, lower in programs:
         try:
             with no_compilation_cache():
-                rows.append([name, *compiled_cells(compile_program(lower), chip)])
+                found[name] = compile_program(lower)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            rows.append([name, *too_large_cells(str(error))])
+            found[name] = str(error)
+    return found
+
+
+def program_table(programs: dict[str, Compiled | str], chip: Chip) -> Table:
+    """Returns each program's memory on a chip, its collectives, and the time to compile it.
+
+    Args:
+      programs: see `compile_programs`.
+      chip: that they were compiled for.
+    """
+    rows = [
+        [name, *(too_large_cells(found) if isinstance(found, str) else compiled_cells(found, chip))]
+        for name, found in programs.items()
+    ]
     header = [
         "program", "arguments", "temporaries", "outputs", "in all", "of the chip",
         "collectives", "compiled in",

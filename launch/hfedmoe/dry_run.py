@@ -10,7 +10,7 @@ from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.devices import memory_needed, round_cost
 from hfedmoe_jax.models import tree_bytes
-from launch.compiling import Table, megabytes, program_table
+from launch.compiling import Table, compile_programs, megabytes, program_table
 from launch.hosts.devices import configure_devices
 from launch.run.progress import format_seconds, print_table
 from launch.targets import Chip, read_target, target_devices
@@ -36,7 +36,7 @@ def dry_run(config: ConfigDict, target: str | None) -> None:
     print_table(*classes(experiment))
     if chip is not None:
         print(f"\ncompiling for {target}, chunk {experiment.chunk} ...", flush=True)
-        print_table(*program_table(experiment.lower(), chip))
+        print_table(*program_table(compile_programs(experiment.lower()), chip))
         print_table(*roofline(experiment, chip))
 
 

@@ -4,7 +4,6 @@
 """
 
 import difflib
-import hashlib
 import importlib.util
 import itertools
 import os
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from hfedmoe_jax.errors import InputError
 from launch.hosts.distributed import Host
 from launch.run.program import is_input_error
+from launch.run.source import source_digest
 from launch.run.workdir import Fingerprint, default_workdir
 
 PROGRAM = "launch.main"
@@ -34,7 +34,7 @@ class Command(NamedTuple):
       config: locked, with its overrides applied.
       workdir: the work directory.
       host: this process among those of the run.
-      source: the text of the config file.
+      source: the text of the config file and of its own modules.
       dry_run: say what the run would cost, and run nothing.
       target: compile for it, see `launch.targets.read_target`; with `dry_run` only.
     """
@@ -77,8 +77,8 @@ def read_command(arguments: list[str]) -> Command:
     if given.target and not given.dry_run:
         raise InputError("--target", given.target, "is only compiled for", "add --dry_run")
     host = Host(compiled, given.coordinator, given.processes, given.process)
-    text = hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest()
-    source = Fingerprint("config", given.config, "the text of the config file", text)
+    what = "the config file or a module that it imports"
+    source = Fingerprint("config", given.config, what, source_digest(file))
     return Command(config, workdir, host, source, given.dry_run, given.target)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from launch.compiling import Table, megabytes, program_table
+from launch.compiling import Compiled, Table, compile_programs, megabytes, program_table
 from launch.run.progress import print_table
-from launch.targets import read_target, target_devices
+from launch.targets import Chip, read_target, target_devices
 from slide_jax.float64 import to_float64
 from slide_jax.hull import convex_hull
 from slide_jax.problem import Problem
@@ -36,20 +36,49 @@ def dry_run(config: ConfigDict, target: str | None) -> None:
     if target is not None and chip is not None:
         device = target_devices(target)[0]
         print(f"\ncompiling for one chip of {target} ...", flush=True)
-        print_table(*program_table(lowered_solvers(problem, device), chip))
+        programs = compile_programs(lowered_solvers(problem, device))
+        print_table(*program_table(programs, chip))
+        print_table(*roofline(programs, chip))
 
 
 def cell(problem: Problem) -> Table:
     """Returns the sizes of a cell."""
     bytes_held = sum(np.asarray(array).nbytes for array in jax.tree.leaves(to_float64(problem)))
+    models, layers = problem.catalogue.layer_bits.shape
+    vertices = convex_hull(problem.catalogue.layer_bits, problem.catalogue.layer_flop).bits.shape[1]
     rows = [
         ["users", f"{problem.num_users:,}"],
-        ["models", f"{problem.catalogue.layer_bits.shape[0]:,}"],
-        ["layers", f"{problem.catalogue.layer_bits.shape[1]:,}"],
+        ["models", f"{models:,}"],
+        ["layers", f"{layers:,}"],
+        ["vertices of a model's hull, padded", f"{vertices:,}"],
+        ["pairs of a user and a model", f"{problem.num_users * models:,}"],
         ["spectrum", f"{float(problem.bandwidth_hz) / 1e6:,.4g} MHz"],
         ["arrays, float64", f"{megabytes(bytes_held)} MB"],
     ]
     return "Cell", ["part", "size"], rows
+
+
+def roofline(programs: dict[str, Compiled | str], chip: Chip) -> Table:
+    """Returns each solver's least time by FLOP and by bytes of memory.
+
+    XLA counts the body of a loop once, and how often a solver's loops turn depends on the cell; solvers have
+    few matrix products, which alone reach the peak of a chip. So the times are lower bounds, not forecasts.
+    """
+    peak = max(chip.flop_per_s.values())
+    rows = [
+        [
+            name,
+            f"{found.flop / 1e6:,.4g}",
+            f"{found.flop / peak * 1e6:,.3g} us",
+            megabytes(found.moved),
+            f"{found.moved / chip.bytes_per_s * 1e6:,.3g} us",
+        ]
+        for name, found in programs.items()
+        if not isinstance(found, str)
+    ]
+    peaks = f"at {peak / 1e12:,.4g} TFLOP/s", f"at {chip.bytes_per_s / 1e9:,.4g} GB/s"
+    header = ["solver", "MFLOP", peaks[0], "MB moved", peaks[1]]
+    return "Roofline of a solver, each loop counted once: a lower bound", header, rows
 
 
 def lowered_solvers(problem: Problem, device: Any) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:

@@ -9,7 +9,7 @@ import tiny_run
 
 from hfedmoe_jax import Experiment, make_mesh
 from launch import targets
-from launch.compiling import program_table
+from launch.compiling import compile_programs, program_table
 from launch.hfedmoe import dry_run
 from launch.run.command import read_command
 
@@ -69,7 +69,7 @@ def test_programs_and_their_roofline_on_a_chip(tmp_path, train_path, algorithm):
     command = tiny_run.arguments(tmp_path, train_path, fl__algorithm=algorithm)
     experiment = Experiment(read_command(command).config, make_mesh(jax.devices()[:1]))
     chip = targets.CHIPS["v5e"]._replace(memory_bytes=1e5)
-    _, header, rows = program_table(experiment.lower(), chip)
+    _, header, rows = program_table(compile_programs(experiment.lower()), chip)
     for cells in rows:
         arguments, temporaries, outputs, everything = (float(cell.replace(",", "")) for cell in cells[1:5])
         assert everything == pytest.approx(arguments + temporaries + outputs, rel=2e-3)

@@ -1,10 +1,11 @@
 """--dry_run of SLIDE: the cell, and what the solvers take of a device."""
 
 import jax
+import pytest
 import slide_run
 import tiny_run
 
-from launch.compiling import program_table
+from launch.compiling import compile_programs, program_table
 from launch.run.command import read_command
 from launch.slide import dry_run
 from launch.targets import CHIPS
@@ -27,6 +28,15 @@ def test_the_cell_is_told_and_nothing_is_written(tmp_path):
 def test_every_solver_that_is_a_program_is_compiled(tmp_path):
     """For the device that is here, with another one's figures."""
     problem = sample_drop(read_command(slide_run.arguments(tmp_path)).config)
-    _, _, rows = program_table(dry_run.lowered_solvers(problem, jax.devices()[0]), CHIPS["v5e"])
+    programs = compile_programs(dry_run.lowered_solvers(problem, jax.devices()[0]))
+    _, _, rows = program_table(programs, CHIPS["v5e"])
     assert [row[0] for row in rows] == list(sweep_solvers())
     assert all(row[5].endswith("free") and float(row[1]) > 0 for row in rows)
+    _, header, bounds = dry_run.roofline(programs, CHIPS["v5e"])
+    assert header[2:] == ["at 197 TFLOP/s", "MB moved", "at 819 GB/s"]
+    assert [row[0] for row in bounds] == list(sweep_solvers())
+    for (_, flop, by_flop, moved, by_bytes), found in zip(bounds, programs.values(), strict=True):
+        held = found.arguments + found.outputs
+        assert float(moved) * 1e6 > 0.5 * held  # what is read and written, at least about once
+        assert float(by_flop.split()[0]) == pytest.approx(float(flop) * 1e6 / 197e12 * 1e6, rel=1e-2)
+        assert float(by_bytes.split()[0]) == pytest.approx(float(moved) * 1e6 / 819e9 * 1e6, rel=1e-2)
