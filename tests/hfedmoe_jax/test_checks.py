@@ -1,5 +1,6 @@
 """Every range and name that `check_config` refuses, and that it takes what it should."""
 
+import jax
 import pytest
 from test_experiment import build
 from tiny import tiny_config
@@ -191,6 +192,7 @@ def test_literal_gating_needs_weights_by_importance():
     assert (error.field, error.value) == ("aggregation.literal_gating", True)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator's own memory counts")
 def test_a_batch_that_no_memory_holds_is_refused_before_the_run(monkeypatch):
     experiment = build(fl__batch_size=10**6)
     monkeypatch.setattr("hfedmoe_jax.ranges.os.sysconf", lambda name: 3200)  # pages of so many bytes: 10 MB

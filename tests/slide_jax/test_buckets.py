@@ -8,6 +8,7 @@ import pytest
 from compilations import compilations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_process import QUICK_TO_COMPILE
 from slide_strategies import RATE_MODELS, random_problem, with_layers
 
 from slide_jax import SOLVERS, solve, solve_batch, verify
@@ -67,12 +68,11 @@ def test_added_users_change_no_bit(solver, options, seed, count, rate_model, all
     assert bucket_of(count) > count
     padded = compute_in_bucket(decide, posed, *arrays, **options)
     plain = compute_in_float64(decide, posed, *arrays, **options)
-    if solver == "relaxed":  # its relaxation may end on another bit: XLA vectorises other numbers otherwise
-        (padded, ours), (plain, theirs) = padded, plain
-        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-14)
     for ours, theirs in zip(jax.tree.leaves(padded), jax.tree.leaves(plain), strict=True):
-        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+        if QUICK_TO_COMPILE:  # the flag lets XLA round sums of other lengths otherwise
+            np.testing.assert_allclose(ours, theirs, rtol=1e-10)
+        else:
+            assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
 def test_nobody_is_added_who_could_be_served():
