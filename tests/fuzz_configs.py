@@ -27,7 +27,7 @@ from launch.run.command import field_values, load_config  # noqa: E402
 
 SECONDS = 60  # a case that takes longer hangs
 BYTES = 12 * 2**30  # a case that asks for more fails
-INTEGERS = (-(2**63), -1, 0, 1, 2, 3, 17, 1000, 2**31, 2**63, 10**20)
+INTEGERS = (-(2**63), -1, 0, 1, 2, 3, 17, 1000, 10**6, 2**20, 2**31, 2**63, 10**20)
 FLOATS = ("nan", "inf", "-inf", "-1", "0", "1e-320", "1e-9", "0.5", "1", "2", "1e9", "1e308")
 TEXTS = (
     "",

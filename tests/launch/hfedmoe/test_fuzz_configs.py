@@ -3,11 +3,9 @@
 import subprocess
 import sys
 
-import pytest
 import tiny_run
 
 
-@pytest.mark.slow
 def test_bad_values_end_in_one_line_or_in_a_dry_run():
     """In a process of its own, whose memory is limited."""
     script = tiny_run.ROOT / "tests" / "fuzz_configs.py"
