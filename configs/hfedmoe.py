@@ -139,11 +139,28 @@ def frozen(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def agnews_minilm(config: ConfigDict) -> ConfigDict:
+    """AG News from MiniLM with mixtures in its last two layers; embeddings and attention are frozen.
+
+    A quarter of the experts for everyone, Dirichlet 0.5. After `make pretrained`; add
+    --config.data.train_path=... and --config.data.test_path=...
+    """
+    config.data.update(source="file", text_column="title,description", long_text="truncate")
+    config.data.tokenizer = "checkpoint"
+    config.model.update(family="bert", source="minilm", upcycling="split", num_experts=16, top_k=2)
+    config.model.frozen = "trunk|attend|norm_network|network_bias"
+    config.partition.alpha = 0.5
+    config.budget.fraction = 0.25
+    config.fl.rounds = 60
+    config.eval.update(every=5, max_examples=2000)
+    return config
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
         default, smoke, gradient, active, literal, unreliable, agnews, pod,
-        scaffold, private, compressed, fedmoe, frozen,
+        scaffold, private, compressed, fedmoe, frozen, agnews_minilm,
     )
 }  # fmt: skip
 
@@ -172,7 +189,9 @@ def get_config(preset: str = "default") -> ConfigDict:
     data.validation_fraction = 0.15
     data.test_fraction = 0.15
     data.holdout_fraction = 0.1  # of each client's own documents, for its own accuracy
-    data.tokenizer = "wordpiece"  # wordpiece | bpe
+    data.tokenizer = (
+        "wordpiece"  # wordpiece | bpe, trained on the training texts | checkpoint (of model.source)
+    )
     data.vocab_size = 8192
     data.seq_len = 64  # tokens
     data.long_text = "split"  # split (into passages) | truncate
@@ -186,7 +205,9 @@ def get_config(preset: str = "default") -> ConfigDict:
     task.name = "classification"
 
     model = config.model = ConfigDict()
-    model.family = "switch"
+    model.family = "switch"  # switch (trained from scratch) | bert (starts from model.source)
+    model.source = ""  # bert: minilm (after `make pretrained`), or the directory of a checkpoint
+    model.upcycling = "split"  # how experts are made of the source's networks: copy | split | cluster
     model.frozen = ""  # regular expression of parameters that nobody trains, e.g. "embed|attend"; "": none
     model.num_layers = 2
     model.width = 128

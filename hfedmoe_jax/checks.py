@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.aggregation.sums import MOST_MEMBERS
 from hfedmoe_jax.algorithms import Method, algorithms
 from hfedmoe_jax.algorithms.method import refuse_spread_experts
+from hfedmoe_jax.data.tokenizers import CHECKPOINT
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import ModelSizes, check_sizes, families
 from hfedmoe_jax.optimizers import optimizers
@@ -82,6 +83,7 @@ def check_config(config: ConfigDict) -> None:
             "use e.g. 0.1",
         )
     check_sizes(config.model)
+    check_source(config)
     check_task(config)
     build = algorithms[config.fl.algorithm](config)
     if isinstance(build, Method):
@@ -89,6 +91,20 @@ def check_config(config: ConfigDict) -> None:
     estimates[config.importance.estimate]
     if config.client.optimizer not in optimizers:
         raise unknown_name("client.optimizer", config.client.optimizer, list(optimizers))
+
+
+def check_source(config: ConfigDict) -> None:
+    """Raises InputError unless model, checkpoint and tokenizer go together."""
+    module = families[config.model.family](config.model, ModelSizes(1, 1, 1))
+    pretrained, tokenizer = hasattr(module, "read"), config.data.tokenizer
+    if config.model.source and not pretrained:
+        problem = f"model.family={config.model.family} is trained from scratch"
+        raise InputError(
+            "model.source", config.model.source, problem, "use model.family=bert, or leave it empty"
+        )
+    if pretrained and tokenizer != CHECKPOINT:
+        problem = "is not the one that the checkpoint learned with"
+        raise InputError("data.tokenizer", tokenizer, problem, f"use data.tokenizer={CHECKPOINT}")
 
 
 def check_task(config: ConfigDict) -> None:

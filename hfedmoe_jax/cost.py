@@ -53,7 +53,7 @@ def model_cost(
     products.
 
     Args:
-      config: the section `model`; `remat` and `width` are read.
+      config: the section `model`; `remat` is read.
       optimizer: of each expert, and of the rest together.
       batch: shapes.
     """
@@ -83,7 +83,7 @@ def model_cost(
     kept = 0
     if not config.remat:
         kept = residual_bytes(functools.partial(pullback, keep=True), *arguments) - without
-    tokens = jax.ShapeDtypeStruct((1, config.width), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, model.module.width), jnp.float32)
     return ModelCost(
         all_experts=model.all_experts,
         shared_parameter_bytes=shared,

@@ -43,7 +43,8 @@ from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Evaluator, Snapshot
 from hfedmoe_jax.mesh import EXPERTS, REPLICATED, is_described
 from hfedmoe_jax.metrics import metric_columns, round_row
-from hfedmoe_jax.models import ModelSizes, build_model, tree_bytes
+from hfedmoe_jax.mixtures import load_start, replace_leaves
+from hfedmoe_jax.models import ModelSizes, Params, build_model, tree_bytes
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.quality import Quality, Splits, client_spread
@@ -110,6 +111,7 @@ class Experiment:
 
     Attributes:
       model, task, algorithm, cost: see their modules.
+      start: what it starts from, see `hfedmoe_jax.mixtures`; None: from parameters drawn at random.
       frozen: parameters that nobody trains, on the mesh.
       profiles: each client's device.
       budgets: int [C], experts that each client can train, over all layers.
@@ -170,6 +172,9 @@ class Experiment:
         self.fingerprint = fingerprint(data)
         table_rows = most_tokens(data, config.fl)
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
+        self.start = None
+        if config.model.source and not is_described(mesh):
+            self.start = load_start(config.model, self.model.module)
         self.frozen = self._frozen()
         setting = Setting(
             config, self.model, self.task, self.frozen, self.budgets, table_rows, mesh, self.chunk
@@ -191,7 +196,17 @@ class Experiment:
 
         if is_described(self.mesh):
             return jax.eval_shape(frozen, self.init_key)
-        return jax.jit(frozen, out_shardings=NamedSharding(self.mesh, REPLICATED))(self.init_key)
+        params = jax.jit(frozen, out_shardings=NamedSharding(self.mesh, REPLICATED))(self.init_key)
+        return replace_leaves(params, self.start.params) if self.start else params
+
+    def _first_params(self) -> Params:
+        """Returns the parameters before the first round."""
+        params = jax.jit(lambda key: self.model.init(key)[0])(self.init_key)
+        if not self.start:
+            return params
+        found = self.start.params
+        experts = replace_leaves(params.experts, found, "experts/")
+        return Params(experts, *(replace_leaves(tree, found) for tree in (params.router, params.shared)))
 
     def _budgets(self, used: bool) -> np.ndarray:
         """Returns each client's budget; all experts where budgets are not used."""
@@ -207,7 +222,7 @@ class Experiment:
         """Returns the state before the first round; refuses batches that no memory holds."""
         device = (self.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         check_batch(self.config.fl.batch_size, self.cost.shared_training_bytes, device)
-        server = self.algorithm.init(jax.jit(lambda key: self.model.init(key)[0])(self.init_key))
+        server = self.algorithm.init(self._first_params())
         best = jax.tree.map(jnp.copy, self.algorithm.snapshot(server))
         return RunState(np.int64(0), server, best, np.float64(-np.inf), np.int64(0), open_ledger())
 

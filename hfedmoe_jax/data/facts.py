@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.data.columns import Corpus, ordered_names
 from hfedmoe_jax.data.splits import Splits
-from hfedmoe_jax.data.tokenizers import CLS_ID, PAD_ID, UNK_ID
+from hfedmoe_jax.data.tokenizers import PAD_ID, Specials
 from hfedmoe_jax.errors import InputError
 
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.05, 0.5
@@ -79,10 +79,15 @@ def alike(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
-def unknown_share(tokens: Int32[np.ndarray, "N T"]) -> float:
-    """Returns the share of [UNK] among tokens; [PAD] and [CLS] do not count. Without any token it is 0."""
-    count = int(((tokens != PAD_ID) & (tokens != CLS_ID)).sum())
-    return int((tokens == UNK_ID).sum()) / max(count, 1)
+def unknown_share(tokens: Int32[np.ndarray, "N T"], specials: Specials) -> float:
+    """Returns the share of [UNK] among tokens; padding and the tokens around a text do not count.
+
+    Without any token it is 0.
+    """
+    if specials.unknown is None:
+        return 0.0
+    count = int((~np.isin(tokens, (PAD_ID, *specials.opening, *specials.closing))).sum())
+    return int((tokens == specials.unknown).sum()) / max(count, 1)
 
 
 def check_unknown(share: float, data_config: ConfigDict) -> None:

@@ -17,12 +17,16 @@ from hfedmoe_jax.data.partition import partition_documents
 from hfedmoe_jax.data.sources import load_source
 from hfedmoe_jax.data.splits import bad_fraction, cut_own_texts, first_copies, split_corpus
 from hfedmoe_jax.data.tokenizers import (
+    CHECKPOINT,
     check_passages,
     check_tokenizer,
+    load_tokenizer,
+    specials_of,
     to_json,
     train_tokenizer,
 )
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.pretrained import find_source
 
 # Each use of chance has a stream of its own, so that changing one leaves the others as they were.
 SPLIT_STREAM, PARTITION_STREAM, HOLDOUT_STREAM, BATCH_STREAM = range(4)
@@ -47,7 +51,7 @@ class FederatedData:
         trains on. A client with a single text has the same rows in both.
       label_names: by label index.
       client_names: by client index; the owners' names in a natural partition.
-      vocab_size: the tokenizer's actual size, at most `data.vocab_size`.
+      vocab_size: the tokenizer's actual size, at most `data.vocab_size` if it was trained.
       tokenizer_json: for `from_json`.
       facts: what is worth telling about the data.
     """
@@ -110,7 +114,7 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
     training documents only.
 
     Args:
-      config: `data`, `partition`, `fl.clients` and `seed` are read.
+      config: `data`, `partition`, `fl.clients` and `seed` are read, `model.source` for its tokenizer.
       prepare: of the `Task`.
 
     Raises:
@@ -131,7 +135,10 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
     cuts = (cut_own_texts(part, first, data_config.holdout_fraction, holdout_rng) for part in parts)
     kept, held = zip(*cuts, strict=True)
 
-    tokenizer = train_tokenizer(splits.train.texts, data_config.tokenizer, data_config.vocab_size)
+    if data_config.tokenizer == CHECKPOINT:
+        tokenizer = load_tokenizer(find_source(config.model.source))
+    else:
+        tokenizer = train_tokenizer(splits.train.texts, data_config.tokenizer, data_config.vocab_size)
 
     def encode(part: Documents) -> tuple[Rows, np.ndarray]:
         return prepare(tokenizer, part.texts, _label_indices(part.labels, label_names), data_config)
@@ -139,7 +146,7 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
     train_rows, train_document = encode(splits.train)
     validation_rows, validation_document = encode(splits.validation)
     test_rows, test_document = encode(splits.test)
-    unknown = unknown_share(train_rows["tokens"])
+    unknown = unknown_share(train_rows["tokens"], specials_of(tokenizer))
     check_unknown(unknown, data_config)
     return FederatedData(
         train=train_rows,

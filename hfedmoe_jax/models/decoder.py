@@ -171,6 +171,10 @@ class Decoder(nn.Module):
     def top_k(self) -> int:
         return self.shape.router.top_k
 
+    @property
+    def width(self) -> int:
+        return self.shape.width
+
     def mask(self, batch: dict[str, Array]) -> Bool[Array, "batch tokens"]:
         """Says which tokens of a batch are real; those of a text come first."""
         return batch["tokens"] != PAD_ID

@@ -4,12 +4,13 @@ A family is a function of the config's section `model` and the task's sizes that
 
     module(batch, budget=None, training=True) -> ModelOutput
 
-with the attributes `sizes`, `num_layers` (of mixtures of experts), `num_experts`, `top_k`, `expert`,
-`table` and `output`, and a method `mask(batch)`. `table` names an embedding table [sizes.vocab_size, ...]
-that nothing but a look-up of batch["tokens"] reads, or is None: clients then hold the rows of their own
-tokens alone. `output` is "text" or "token", as in `tasks.Task`. The module's parameters hold `experts`, a
-tree of [L, E, ...], at the top, and routers in modules named `router`. Without a budget it runs its own
-experts; with one, those of the budget.
+with the attributes `sizes`, `num_layers` (of mixtures of experts), `num_experts`, `top_k`, `width` (of what
+enters an expert), `expert`, `table` and `output`, and a method `mask(batch)`. `table` names an embedding
+table [sizes.vocab_size, ...] that nothing but a look-up of batch["tokens"] reads, or is None: clients then
+hold the rows of their own tokens alone. `output` is "text" or "token", as in `tasks.Task`. The module's
+parameters hold `experts`, a tree of [L, E, ...], at the top, and routers in modules named `router`. Without
+a budget it runs its own experts; with one, those of the budget. A module that starts from a checkpoint has
+the methods that `hfedmoe_jax.mixtures.load_start` asks for.
 """
 
 from collections.abc import Callable
@@ -73,6 +74,7 @@ class MoeModel(NamedTuple):
       num_layers: L, mixtures of experts.
       num_experts: E, experts of each.
       top_k: experts of a token.
+      module: what its family returned.
       table: the name in `Params.shared` of an array [vocabulary, D] of which a batch reads the rows of
         batch["tokens"] alone, or None: the table is frozen, or there is none.
     """
@@ -84,6 +86,7 @@ class MoeModel(NamedTuple):
     num_layers: int
     num_experts: int
     top_k: int
+    module: Any
     table: str | None
 
     @property
@@ -120,8 +123,9 @@ def build_model(config: ConfigDict, sizes: ModelSizes, example: Any) -> MoeModel
     shapes, _ = jax.eval_shape(init, jax.random.key(0))
     table = module.table if module.table in shapes.shared else None
     return MoeModel(
-        init, apply, module.expert, module.mask, module.num_layers, module.num_experts, module.top_k, table
-    )
+        init, apply, module.expert, module.mask, module.num_layers, module.num_experts, module.top_k, module,
+        table,
+    )  # fmt: skip
 
 
 def check_sizes(config: ConfigDict) -> None:

@@ -146,9 +146,14 @@ def _check(
     needed.update(tensors.values())
     missing = [tensor for tensor in tensors.values() if tensor not in stored]
     wrong = [tensor for tensor in tensors.values() if tensor in stored and stored[tensor].shape != expected]
-    return [f"{tensor} is missing" for tensor in missing] + [
-        f"{tensor} is {list(stored[tensor].shape)}, not {list(expected)}" for tensor in wrong
+    integers = [
+        tensor for tensor in tensors.values() if tensor in stored and stored[tensor].dtype == np.int64
     ]
+    return (
+        [f"{tensor} is missing" for tensor in missing]
+        + [f"{tensor} holds integers" for tensor in integers]
+        + [f"{tensor} is {list(stored[tensor].shape)}, not {list(expected)}" for tensor in wrong]
+    )
 
 
 def _reader(

@@ -17,8 +17,9 @@ import numpy as np
 
 from hfedmoe_jax.errors import InputError
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-"""By the name in a header; other types hold no weights that a model here reads."""
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {**FLOATS, "I64": np.dtype(np.int64)}
+"""By the name in a header; older BERTs hold their positions as integers, which no parameter is read from."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,7 +53,7 @@ def find_tensors(directory: str | os.PathLike) -> dict[str, StoredTensor]:
 
     Raises:
       InputError: no safetensors, a shard that is missing or cut off, a header that is none, or a type that
-        is no float of 16 or 32 bits.
+        is not among `DTYPES`.
     """
     directory = pathlib.Path(directory)
     index = directory / INDEX

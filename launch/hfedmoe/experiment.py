@@ -115,6 +115,12 @@ def fingerprints(experiment: Experiment, source: Fingerprint | None) -> list[Fin
     field = "train_path" if data.train_path else "source"
     found = experiment.fingerprint.items()
     of_data = [Fingerprint(f"data.{field}", data[field], what, digest) for what, digest in found]
+    if experiment.start:
+        what = "the checkpoint, or how experts are made of it,"
+        checkpoint = Fingerprint(
+            "model.source", experiment.config.model.source, what, experiment.start.digest
+        )
+        of_data.append(checkpoint)
     return [*([source] if source else []), *of_data]
 
 
@@ -202,6 +208,18 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> Saved:
     return Saved(state, writer.text if is_first_process() else "")
 
 
+def mixture_line(experiment: Experiment) -> str:
+    """Returns what distinguishes the mixtures that a run starts from, on held-out public text."""
+    assert experiment.start is not None
+    model, report = experiment.config.model, experiment.start.report
+    return (
+        f"experts made of {model.source} by {model.upcycling}: squared error {report['relative_error']:.1%} "
+        f"of the dense output; the best quarter by topic has {report['best_quarter']:.0%} of the gate mass "
+        f"(overlap of topics {report['overlap']:.2f}, usage entropy {report['usage_entropy']:.2f}, "
+        f"Gini {report['usage_gini']:.2f})"
+    )
+
+
 def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Prints the data and the expert budgets before the first round."""
     data, config = experiment.data, experiment.config
@@ -214,6 +232,8 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     print(f"{config.fl.algorithm} on {config.data.source}, in {workdir}")
     print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test passages; "
           f"{len(data.label_names)} labels, vocabulary {data.vocab_size:,}")  # fmt: skip
+    if experiment.start:
+        print(mixture_line(experiment))
     budgets = budget_by_class(experiment)
     print(f"experts that a client can train, of {experiment.cost.all_experts}: "
           + ", ".join(f"{name} {budget}" for name, budget in budgets.items()))  # fmt: skip

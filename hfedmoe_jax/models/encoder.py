@@ -1,0 +1,387 @@
+"""BERT-like encoders (arXiv 1810.04805) that classify texts, with mixtures of experts in their last layers.
+
+Post-norm blocks: attention, then a network with a GELU between its matrices. A checkpoint's layers are
+dense; `hfedmoe_jax.upcycling` makes experts of the networks of the last ones. Mean pooling over real tokens
+and a linear head follow.
+
+Axes: B batch, T tokens, N = B * T, L layers with experts, E experts, D model, F hidden, S slots of an expert.
+"""
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_budget
+from hfedmoe_jax.models.attention import masked_attention
+from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
+from hfedmoe_jax.models.names import Name, import_params, read_config
+from hfedmoe_jax.models.precision import PRECISIONS, matmul
+from hfedmoe_jax.models.routing import RouterRule, Routing, assign, load_balancing_loss, own_choice
+from hfedmoe_jax.models.switch import Head
+from hfedmoe_jax.models.tensor_files import find_tensors
+from hfedmoe_jax.pretrained import find_source
+from hfedmoe_jax.slots import expert_capacity
+from hfedmoe_jax.upcycling import Mixture, Network, upcyclings
+
+PAD_ID = 0
+INIT = nn.initializers.normal(0.02)
+UNUSED = r"position_ids$|^(bert\.)?pooler\.|^cls\."
+"""Tensors of a checkpoint that the classifier has no use for."""
+
+
+class EncoderSizes(NamedTuple):
+    """Sizes of a checkpoint, as its config.json has them.
+
+    Attributes:
+      layers, width, heads, hidden: of the dense encoder.
+      vocab_size, positions, kinds: rows of its embedding tables.
+      epsilon: of its norms.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    vocab_size: int
+    positions: int
+    kinds: int
+    epsilon: float
+
+
+def read_encoder_sizes(directory: str) -> EncoderSizes:
+    """Reads config.json of a directory.
+
+    Raises:
+      InputError: it is no BERT, or of a variant that is not supported.
+    """
+    content = read_config(directory)
+    kind, act = content.get("model_type"), content.get("hidden_act", "gelu")
+    if kind != "bert":
+        raise InputError(
+            "model.source", directory, f"is of type {kind!r}", "model.family=bert reads type 'bert'"
+        )
+    position = content.get("position_embedding_type", "absolute")
+    if (act, position) != ("gelu", "absolute"):
+        problem = f"has hidden_act={act!r} and position_embedding_type={position!r}"
+        raise InputError("model.source", directory, problem, "only gelu and absolute are supported")
+    fields = (
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
+        "max_position_embeddings", "type_vocab_size",
+    )  # fmt: skip
+    missing = [name for name in fields if not isinstance(content.get(name), int)]
+    if missing:
+        raise InputError("model.source", directory, f"config.json has no {', '.join(missing)}", "complete it")
+    sizes = [content[name] for name in fields]
+    return EncoderSizes(*sizes, epsilon=float(content.get("layer_norm_eps", 1e-12)))
+
+
+@functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("hidden"), prevent_cse=False
+)
+def gelu_expert(weights: dict[str, Array], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
+    """Two matrices with a GELU between them; of the forward pass the hidden units are kept."""
+    hidden = checkpoint_name(matmul(x_sd, weights["in_df"]) + weights["bias_f"].astype(x_sd.dtype), "hidden")
+    return matmul(jax.nn.gelu(hidden, approximate=False), weights["out_fd"])
+
+
+def init_experts(key: Array, num_layers: int, num_experts: int, width: int, hidden: int) -> dict[str, Array]:
+    """Returns the experts of all layers."""
+    first, second = jax.random.split(key)
+    lead = (num_layers, num_experts)
+    return dict(
+        in_df=INIT(first, (*lead, width, hidden)), bias_f=jnp.zeros((*lead, hidden)),
+        out_fd=INIT(second, (*lead, hidden, width)),
+    )  # fmt: skip
+
+
+class Attend(nn.Module):
+    """Self-attention with a residual connection, then a norm."""
+
+    sizes: EncoderSizes
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_btd: Float[Array, "batch tokens model"], mask_bt: Bool[Array, "batch tokens"]):
+        """Returns [B, T, D], which the network reads and which is added to its output."""
+        s = self.sizes
+
+        def dense(name):
+            return nn.Dense(s.width, dtype=self.dtype, name=name)
+
+        heads = (*x_btd.shape[:2], s.heads, s.width // s.heads)
+        q, k, v = (dense(name)(x_btd).reshape(heads) for name in ("query", "key", "value"))
+        y_btd = masked_attention(q, k, v, mask_bt).reshape(x_btd.shape)
+        return norm(self, "norm_attention")(x_btd + dense("out")(y_btd))
+
+
+def norm(block: Any, name: str) -> nn.LayerNorm:
+    """Returns a norm of a block."""
+    return nn.LayerNorm(block.sizes.epsilon, dtype=block.dtype, use_fast_variance=False, name=name)
+
+
+class DenseBlock(nn.Module):
+    """A layer as the checkpoint has it."""
+
+    sizes: EncoderSizes
+    remat: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_btd: Float[Array, "batch tokens model"], mask_bt: Bool[Array, "batch tokens"]):
+        """Returns (x, what the network reads), the carry and the result of `nn.scan`."""
+        attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
+        h_btd = attend(self.sizes, self.dtype, name="attend")(x_btd, mask_bt)
+        hidden = nn.Dense(self.sizes.hidden, dtype=self.dtype, name="network_in")(h_btd)
+        y_btd = nn.Dense(self.sizes.width, dtype=self.dtype, name="network_out")(
+            jax.nn.gelu(hidden, approximate=False)
+        )
+        return norm(self, "norm_network")(h_btd + y_btd), h_btd
+
+
+class MixtureBlock(nn.Module):
+    """A layer with experts."""
+
+    sizes: EncoderSizes
+    num_experts: int
+    rule: RouterRule
+    capacity_factor: float
+    remat: bool
+    dtype: Any
+    expert: Expert
+
+    @nn.compact
+    def __call__(self, carry, mask_bt, experts, layer: LayerBudget):
+        """Returns ((x, tape), (permit, routing)), the carry and the result of `nn.scan`."""
+        x_btd, tape = carry
+        attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
+        h_btd = attend(self.sizes, self.dtype, name="attend")(x_btd, mask_bt)
+        h_nd, mask = h_btd.reshape(-1, self.sizes.width), mask_bt.reshape(-1)
+        router = nn.Dense(self.num_experts, name="router", dtype=jnp.float32)
+        gates, (expert, weight) = assign(router(h_nd), layer, mask, self.rule)
+        capacity = expert_capacity(h_nd.shape[0], self.num_experts, self.rule.top_k, self.capacity_factor)
+        y_nd, tape, served = mix_experts(self.expert, capacity, experts, layer, tape, h_nd, expert, weight)
+        bias = self.param("network_bias", nn.initializers.zeros, (self.sizes.width,))
+        own = own_choice(gates, mask, self.rule)
+        balance = load_balancing_loss(gates, own, mask)
+        routing = Routing(gates, own, served.sent, served.kept, served.slots, balance)
+        x_btd = norm(self, "norm_network")(h_btd + (y_nd + bias.astype(y_nd.dtype)).reshape(h_btd.shape))
+        return (x_btd, tape), (served.permit, routing)
+
+
+class Trunk(nn.Module):
+    """Embeddings and the layers without experts: of a checkpoint as it is, all of them."""
+
+    shape: EncoderSizes
+    layers: int
+    rows: int
+    remat: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens_bt, mask_bt):
+        """Returns the output [B, T, D], and what each layer's network reads [layers, B, T, D]."""
+        s = self.shape
+        table = self.param("embed", INIT, (self.rows, s.width))
+        position = self.param("position", INIT, (s.positions, s.width))
+        kind = self.param("kind", INIT, (s.kinds, s.width))
+        x_btd = table[tokens_bt] + position[: tokens_bt.shape[1]] + kind[0]
+        x_btd = nn.LayerNorm(s.epsilon, use_fast_variance=False, name="norm_embed")(x_btd).astype(self.dtype)
+        if not self.layers:
+            return x_btd, None
+        stack = nn.scan(
+            DenseBlock, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=nn.broadcast, length=self.layers,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+        return stack(s, self.remat, self.dtype, name="dense")(x_btd, mask_bt)
+
+
+NO_TEXT = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_trunk(trunk: Trunk, params: dict, tokens_bt: Array) -> Array:
+    """Returns what enters the network of each layer [layers, B, T, D]."""
+    return trunk.apply({"params": params}, tokens_bt, tokens_bt != PAD_ID)[1]  # pyright: ignore[reportIndexIssue]
+
+
+class Encoder(nn.Module):
+    """Text to class logits.
+
+    Attributes:
+      sizes: of the task.
+      shape: of the checkpoint.
+      num_layers: L, the last ones, whose networks are mixtures.
+      num_experts, hidden, rule: of each mixture; `hidden` units an expert.
+      capacity_factor, eval_capacity_factor: slots of an expert over an even share of the tokens.
+      dtype: that products are computed in.
+      remat: compute attention again in the backward pass.
+      expert: of all layers.
+    """
+
+    sizes: ModelSizes
+    shape: EncoderSizes
+    num_layers: int
+    num_experts: int
+    hidden: int
+    rule: RouterRule
+    capacity_factor: float
+    eval_capacity_factor: float
+    dtype: Any = jnp.float32
+    remat: bool = False
+    expert: Expert = gelu_expert
+
+    table, output = None, "text"
+
+    @nn.nowrap
+    def read(self, directory: pathlib.Path) -> dict:
+        """Returns the parameters of a dense checkpoint, those of a whole `Trunk`."""
+        if self.sizes.vocab_size != self.shape.vocab_size:
+            problem = f"is of {self.shape.vocab_size:,} tokens, its tokenizer of {self.sizes.vocab_size:,}"
+            raise InputError(
+                "model.source", str(directory), problem, "use a directory with both of one model"
+            )
+        trunk = self.whole
+        shapes = jax.eval_shape(lambda key: trunk.init(key, *NO_TEXT)["params"], jax.random.key(0))
+        return import_params(directory, encoder_names(find_tensors(directory)), shapes, unused=UNUSED)
+
+    @property
+    def whole(self) -> Trunk:
+        """The checkpoint's encoder, without experts."""
+        return Trunk(self.shape, self.shape.layers, self.shape.vocab_size, False, jnp.float32)
+
+    @nn.nowrap
+    def inputs(self, params: dict, tokens_bt: np.ndarray) -> Array:
+        """Returns what enters the networks of the layers with experts [L, B, T, D], of the dense model."""
+        return run_trunk(self.whole, params, tokens_bt)[-self.num_layers :]
+
+    @nn.nowrap
+    def networks(self, params: dict) -> list[Network]:
+        """Returns the dense networks of the layers with experts."""
+        stack = params["dense"]
+        return [
+            Network(
+                stack["network_in"]["kernel"][i],
+                stack["network_in"]["bias"][i],
+                stack["network_out"]["kernel"][i],
+            )
+            for i in range(self.shape.layers - self.num_layers, self.shape.layers)
+        ]
+
+    @nn.nowrap
+    def assemble(self, params: dict, mixtures: Mixture) -> dict:
+        """Returns this module's parameters, without the head: a dense model's, with mixtures [L, ...]."""
+        first = self.shape.layers - self.num_layers
+        below, above = (
+            jax.tree.map(part, params["dense"]) for part in (lambda x: x[:first], lambda x: x[first:])
+        )
+        trunk = {name: value for name, value in params.items() if name != "dense"}
+        blocks = {name: above[name] for name in ("attend", "norm_network")}
+        blocks |= {"network_bias": above["network_out"]["bias"]}
+        blocks |= {"router": {"kernel": mixtures.router_de, "bias": mixtures.router_e}}
+        return {
+            "trunk": trunk | ({"dense": below} if first else {}), "blocks": blocks,
+            "experts": mixtures.experts._asdict(),
+        }  # fmt: skip
+
+    @property
+    def top_k(self) -> int:
+        return self.rule.top_k
+
+    @property
+    def width(self) -> int:
+        return self.shape.width
+
+    def mask(self, batch: dict[str, Array]) -> Bool[Array, "batch tokens"]:
+        """Says which tokens of a batch are real."""
+        return batch["tokens"] != PAD_ID
+
+    @nn.compact
+    def __call__(
+        self, batch: dict[str, Array], budget: Budget | None = None, training: bool = True
+    ) -> ModelOutput:
+        """Returns logits [B, classes], the tape, the permits and the routing."""
+        s, mask_bt = self.shape, self.mask(batch)
+        dense = s.layers - self.num_layers
+        trunk = Trunk(s, dense, self.sizes.vocab_size, self.remat, self.dtype, name="trunk")
+        x_btd, _ = trunk(batch["tokens"], mask_bt)
+        if budget is None:
+            sizes = (self.num_layers, self.num_experts, s.width, self.hidden)
+            budget = open_budget(self.param("experts", init_experts, *sizes), self.num_experts)
+        blocks = nn.scan(
+            MixtureBlock, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+            length=self.num_layers,
+        )(
+            s, self.num_experts, self.rule,
+            self.capacity_factor if training else self.eval_capacity_factor,
+            self.remat, self.dtype, self.expert, name="blocks",
+        )  # fmt: skip
+        carry, (permit, routing) = blocks((x_btd, budget.tape), mask_bt, budget.experts, budget.layers)
+        logits = Head(self.sizes.num_outputs, name="head")(carry[0], mask_bt)
+        return ModelOutput(logits, carry[1], permit, routing)
+
+
+def encoder_names(stored: Any) -> list[Name]:
+    """Returns the names of a whole dense `Trunk`.
+
+    Args:
+      stored: the checkpoint's tensors; those of a BertForSomething begin with "bert.".
+    """
+    root = "bert." if any(name.startswith("bert.") for name in stored) else ""
+    names = [
+        Name("embed", f"{root}embeddings.word_embeddings.weight"),
+        Name("position", f"{root}embeddings.position_embeddings.weight"),
+        Name("kind", f"{root}embeddings.token_type_embeddings.weight"),
+        Name("norm_embed/scale", f"{root}embeddings.LayerNorm.weight"),
+        Name("norm_embed/bias", f"{root}embeddings.LayerNorm.bias"),
+    ]
+    layer = f"{root}encoder.layer.{{layer}}."
+    for path, tensor in {
+        "attend/query": "attention.self.query", "attend/key": "attention.self.key",
+        "attend/value": "attention.self.value", "attend/out": "attention.output.dense",
+        "network_in": "intermediate.dense", "network_out": "output.dense",
+    }.items():  # fmt: skip
+        names.append(Name(f"dense/{path}/kernel", f"{layer}{tensor}.weight", transposed=True))
+        names.append(Name(f"dense/{path}/bias", f"{layer}{tensor}.bias"))
+    for path, tensor in {"attend/norm_attention": "attention.output", "norm_network": "output"}.items():
+        names.append(Name(f"dense/{path}/scale", f"{layer}{tensor}.LayerNorm.weight"))
+        names.append(Name(f"dense/{path}/bias", f"{layer}{tensor}.LayerNorm.bias"))
+    return names
+
+
+@families.register("bert")
+def bert(config: ConfigDict, sizes: ModelSizes) -> Encoder:
+    """Returns the encoder of a config's section `model`; width, heads and hidden units are the checkpoint's.
+
+    Raises:
+      InputError: no checkpoint, more mixtures than it has layers, experts that its hidden units cannot be
+        cut into, or texts longer than its positions.
+    """
+    shape = read_encoder_sizes(str(find_source(config.source)))
+    if config.num_layers > shape.layers:
+        problem = f"above the checkpoint's {shape.layers} layers"
+        raise InputError("model.num_layers", config.num_layers, problem, "make mixtures of the last few")
+    if sizes.seq_len > shape.positions:
+        raise InputError("data.seq_len", sizes.seq_len, f"above the checkpoint's {shape.positions} positions",
+                         "use shorter passages")  # fmt: skip
+    upcyclings[config.upcycling]  # refuses an unknown name
+    hidden, scale = shape.hidden, 1.0
+    if config.upcycling == "split":
+        if shape.hidden % config.num_experts:
+            problem = f"does not divide the checkpoint's {shape.hidden} hidden units"
+            raise InputError("model.num_experts", config.num_experts, problem, "use a divisor")
+        hidden, scale = shape.hidden // config.num_experts, float(config.top_k)
+    return Encoder(
+        sizes, shape, config.num_layers, config.num_experts, hidden,
+        RouterRule(config.top_k, renormalise=True, scale=scale),
+        config.capacity_factor, config.eval_capacity_factor, PRECISIONS[config.precision], config.remat,
+    )  # fmt: skip

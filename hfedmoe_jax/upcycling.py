@@ -1,0 +1,213 @@
+"""Mixtures of experts from the dense networks of a pretrained model, by name.
+
+A method sees one layer: its network, and vectors that enter it on public text. It returns experts, a router,
+and nothing else; what several methods share is here.
+
+    copy      every expert is the network (sparse upcycling, arXiv 2212.05055): identical experts, the control
+    split     hidden units that are active together become an expert (MoEfication, arXiv 2110.01786), then
+              router and experts learn for some seconds to give what the whole network gives
+    cluster   an expert a cluster of inputs: the network, reduced to what that cluster uses (cluster-aware
+              upcycling, arXiv 2604.13508); the centroids are the router's rows
+
+Axes: N tokens, E experts, D model, F hidden, U units of an expert.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from hfedmoe_jax.registry import Registry
+
+CLUSTER_TURNS = 20
+DISTILL_STEPS, DISTILL_BATCH = 250, 1024
+ROUTER_RATE, EXPERT_RATE = 3e-3, 5e-4
+BALANCE = 0.01  # weight of the load-balancing loss while a mixture learns from its network
+KEPT_ENERGY = 0.99  # of a cluster's products with a matrix, which its reduced matrix keeps
+SHARPNESS = 10.0  # of a router whose rows are centroids on the unit sphere
+
+
+class Network(NamedTuple):
+    """A dense network of one layer, without the bias of its output.
+
+    Attributes:
+      in_df, bias_f, out_fd: float32 [D, F], [F], [F, D].
+    """
+
+    in_df: np.ndarray
+    bias_f: np.ndarray
+    out_fd: np.ndarray
+
+
+class Mixture(NamedTuple):
+    """The mixture that a network became.
+
+    Attributes:
+      experts: the same arrays with a leading axis E; [E, D, U], [E, U], [E, U, D].
+      router_de, router_e: kernel and bias of the router.
+    """
+
+    experts: Network
+    router_de: np.ndarray
+    router_e: np.ndarray
+
+
+class Shape(NamedTuple):
+    """What a mixture is to be: E experts, of which a token takes `top_k`."""
+
+    num_experts: int
+    top_k: int
+
+
+upcyclings = Registry("model.upcycling")
+"""Methods `(network, inputs [N, D], shape, rng) -> Mixture` by name."""
+
+
+def output(network: Network, x_nd: Array) -> Array:
+    """Returns [N, D], without the bias."""
+    return jax.nn.gelu(x_nd @ network.in_df + network.bias_f, approximate=False) @ network.out_fd
+
+
+@upcyclings.register("copy")
+def copy(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Generator) -> Mixture:
+    """Returns identical experts and a random router: the function stays, whoever is chosen."""
+    experts = Network(*(np.repeat(part[None], shape.num_experts, 0) for part in network))
+    router = rng.normal(0, 0.02, (inputs.shape[1], shape.num_experts)).astype(np.float32)
+    return Mixture(experts, router, np.zeros(shape.num_experts, np.float32))
+
+
+@upcyclings.register("split")
+def split(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Generator) -> Mixture:
+    """Returns experts of F / E units each, which learned with their router to stand in for the network."""
+    sample = inputs[rng.permutation(len(inputs))[:4096]]
+    hidden = jax.nn.gelu(sample @ network.in_df + network.bias_f, approximate=False)
+    strength = np.asarray(hidden) * np.linalg.norm(network.out_fd, axis=1)
+    group = balanced_clusters(unit_rows(strength.T), shape.num_experts, rng)
+    order = np.argsort(group, kind="stable").reshape(shape.num_experts, -1)
+    experts = Network(network.in_df.T[order].swapaxes(1, 2), network.bias_f[order], network.out_fd[order])
+    # The router begins as the linear fit of how much each expert's units do.
+    done = np.sqrt(np.stack([np.sum(strength[:, units] ** 2, 1) for units in order], 1))
+    done = (done - done.mean()) / done.std()
+    with_one = np.concatenate([sample, np.ones((len(sample), 1), np.float32)], 1)
+    ridge = with_one.T @ with_one + len(sample) * 1e-3 * np.eye(with_one.shape[1], dtype=np.float32)
+    fit = np.linalg.solve(ridge, with_one.T @ done).astype(np.float32)
+    return distill(network, Mixture(experts, fit[:-1], fit[-1]), inputs, shape, rng)
+
+
+def distill(
+    network: Network, mixture: Mixture, inputs: np.ndarray, shape: Shape, rng: np.random.Generator
+) -> Mixture:
+    """Returns a mixture trained for `DISTILL_STEPS` of Adam to give the network's output."""
+    rates = {"router": ROUTER_RATE, "experts": EXPERT_RATE}
+    labels = Mixture(Network(*(["experts"] * 3)), "router", "router")  # pyright: ignore[reportArgumentType]
+    optimizer = optax.multi_transform(
+        {name: optax.adam(optax.cosine_decay_schedule(rate, DISTILL_STEPS)) for name, rate in rates.items()},
+        labels,
+    )
+    loss = functools.partial(distill_loss, network=network, top_k=shape.top_k)
+
+    @jax.jit
+    def learn(carry, x_nd):
+        mixture, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(mixture, x_nd), state)
+        return optax.apply_updates(mixture, updates), state
+
+    mixture = jax.tree.map(jnp.asarray, mixture)
+    carry = (mixture, optimizer.init(mixture))
+    for _ in range(DISTILL_STEPS):
+        carry = learn(carry, inputs[rng.integers(0, len(inputs), DISTILL_BATCH)])
+    return jax.tree.map(np.asarray, carry[0])
+
+
+def distill_loss(mixture: Mixture, x_nd: Array, network: Network, top_k: int) -> Array:
+    """Returns the squared error over the squared output, and the load-balancing loss by `BALANCE`."""
+    wanted = output(network, x_nd)
+    found, gates, weight = mix(mixture, x_nd, top_k, float(top_k))
+    error = jnp.sum((found - wanted) ** 2) / jnp.sum(wanted**2)
+    used = jnp.mean(weight > 0, axis=0) / top_k
+    return error + BALANCE * len(used) * jnp.sum(used * jnp.mean(gates, axis=0))
+
+
+def mix(
+    mixture: Mixture, x_nd: Array, top_k: int, scale: float
+) -> tuple[Float[Array, "N D"], Float[Array, "N E"], Float[Array, "N E"]]:
+    """Returns the output, the gates over all experts, and the weights of those that a token takes."""
+    gates = jax.nn.softmax(x_nd @ mixture.router_de + mixture.router_e)
+    best, index = jax.lax.top_k(gates, top_k)
+    best = scale * best / jnp.sum(best, axis=-1, keepdims=True)
+    weight = jnp.sum(jax.nn.one_hot(index, gates.shape[-1]) * best[..., None], axis=-2)
+    hidden = jnp.einsum("nd,edu->neu", x_nd, mixture.experts.in_df) + mixture.experts.bias_f
+    hidden = jax.nn.gelu(hidden, approximate=False) * weight[..., None]
+    return jnp.einsum("neu,eud->nd", hidden, mixture.experts.out_fd), gates, weight
+
+
+@upcyclings.register("cluster")
+def cluster(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Generator) -> Mixture:
+    """Returns experts of F units, each the network as far as the inputs of its cluster use it."""
+    rows = unit_rows(inputs)
+    centre = rows[rng.choice(len(rows), shape.num_experts, replace=False)]
+    for _ in range(CLUSTER_TURNS):
+        nearest = np.argmax(rows @ centre.T, 1)
+        mean = np.stack([rows[nearest == e].sum(0) if (nearest == e).any() else centre[e]
+                         for e in range(shape.num_experts)])  # fmt: skip
+        centre = unit_rows(mean)
+    nearest = np.argmax(rows @ centre.T, 1)
+    parts = [reduced(network, inputs[nearest == e]) for e in range(shape.num_experts)]
+    experts = Network(*(np.stack(each) for each in zip(*parts, strict=True)))
+    length = np.linalg.norm(inputs, axis=1).mean()  # a router reads inputs as they are
+    return Mixture(experts, (SHARPNESS / length * centre.T).astype(np.float32),
+                   np.zeros(shape.num_experts, np.float32))  # fmt: skip
+
+
+def reduced(network: Network, inputs: np.ndarray) -> Network:
+    """Returns the network with matrices of the least rank that keep `KEPT_ENERGY` of their products."""
+    if not len(inputs):
+        return network
+    hidden = np.asarray(jax.nn.gelu(inputs @ network.in_df + network.bias_f, approximate=False))
+    return Network(low_rank(network.in_df, inputs), network.bias_f, low_rank(network.out_fd, hidden))
+
+
+def low_rank(matrix: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Returns the matrix W' of least rank with |X (W - W')|^2 <= (1 - KEPT_ENERGY) |X W|^2.
+
+    The best one of each rank follows from the singular values of the products' covariance: W' = W V V' with V
+    the leading eigenvectors of (X W)' (X W).
+    """
+    products = inputs.astype(np.float64) @ matrix
+    values, vectors = np.linalg.eigh(products.T @ products)
+    kept = np.cumsum(values[::-1]) / values.sum()
+    rank = int(np.searchsorted(kept, KEPT_ENERGY) + 1)
+    leading = vectors[:, ::-1][:, :rank]
+    return (matrix @ leading @ leading.T).astype(np.float32)
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Returns rows of length 1; a row of zeros stays one."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.maximum(length, 1e-12)
+
+
+def balanced_clusters(
+    rows: Float[np.ndarray, "items features"], count: int, rng: np.random.Generator
+) -> Int[np.ndarray, " items"]:
+    """Returns each item's cluster by k-means with clusters of equal size, on unit rows.
+
+    An item goes to the best cluster with room; those that would lose most by another one choose first.
+    """
+    size = len(rows) // count
+    centre = rows[rng.choice(len(rows), count, replace=False)]
+    group = np.zeros(len(rows), int)
+    for _ in range(CLUSTER_TURNS):
+        likeness = rows @ centre.T
+        preferred = np.argsort(-likeness, axis=1)
+        best_two = -np.partition(-likeness, 1, axis=1)[:, :2]
+        room = np.full(count, size)
+        for item in np.argsort(best_two[:, 1] - best_two[:, 0]):
+            group[item] = next(choice for choice in preferred[item] if room[choice])
+            room[group[item]] -= 1
+        centre = unit_rows(np.stack([rows[group == each].sum(0) for each in range(count)]))
+    return group
