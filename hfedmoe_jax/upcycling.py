@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.registry import Registry
 
 CLUSTER_TURNS = 20
@@ -67,7 +68,7 @@ upcyclings = Registry("model.upcycling")
 """Methods `(network, inputs [N, D], shape, rng) -> Mixture` by name."""
 
 
-def output(network: Network, x_nd: Array) -> Array:
+def output(network: Network, x_nd: Float[AnyArray, "N D"]) -> Float[Array, "N D"]:
     """Returns [N, D], without the bias."""
     return jax.nn.gelu(x_nd @ network.in_df + network.bias_f, approximate=False) @ network.out_fd
 
@@ -105,7 +106,10 @@ def distill(
     rates = {"router": ROUTER_RATE, "experts": EXPERT_RATE}
     labels = Mixture(Network(*(["experts"] * 3)), "router", "router")  # pyright: ignore[reportArgumentType]
     optimizer = optax.multi_transform(
-        {name: optax.adam(optax.cosine_decay_schedule(rate, DISTILL_STEPS)) for name, rate in rates.items()},
+        {
+            name: optax.adam(optax.cosine_decay_schedule(rate, max(DISTILL_STEPS, 1)))
+            for name, rate in rates.items()
+        },
         labels,
     )
     loss = functools.partial(distill_loss, network=network, top_k=shape.top_k)
@@ -123,7 +127,7 @@ def distill(
     return jax.tree.map(np.asarray, carry[0])
 
 
-def distill_loss(mixture: Mixture, x_nd: Array, network: Network, top_k: int) -> Array:
+def distill_loss(mixture: Mixture, x_nd: AnyArray, network: Network, top_k: int) -> Array:
     """Returns the squared error over the squared output, and the load-balancing loss by `BALANCE`."""
     wanted = output(network, x_nd)
     found, gates, weight = mix(mixture, x_nd, top_k, float(top_k))
@@ -133,7 +137,7 @@ def distill_loss(mixture: Mixture, x_nd: Array, network: Network, top_k: int) ->
 
 
 def mix(
-    mixture: Mixture, x_nd: Array, top_k: int, scale: float
+    mixture: Mixture, x_nd: Float[AnyArray, "N D"], top_k: int, scale: float
 ) -> tuple[Float[Array, "N D"], Float[Array, "N E"], Float[Array, "N E"]]:
     """Returns the output, the gates over all experts, and the weights of those that a token takes."""
     gates = jax.nn.softmax(x_nd @ mixture.router_de + mixture.router_e)

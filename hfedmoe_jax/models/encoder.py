@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_budget
 from hfedmoe_jax.models.attention import masked_attention
@@ -208,7 +208,7 @@ NO_TEXT = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_trunk(trunk: Trunk, params: dict, tokens_bt: Array) -> Array:
+def run_trunk(trunk: Trunk, params: dict, tokens_bt: AnyArray) -> Array:
     """Returns what enters the network of each layer [layers, B, T, D]."""
     return trunk.apply({"params": params}, tokens_bt, tokens_bt != PAD_ID)[1]  # pyright: ignore[reportIndexIssue]
 
@@ -259,7 +259,7 @@ class Encoder(nn.Module):
         return Trunk(self.shape, self.shape.layers, self.shape.vocab_size, False, jnp.float32)
 
     @nn.nowrap
-    def inputs(self, params: dict, tokens_bt: np.ndarray) -> Array:
+    def inputs(self, params: dict, tokens_bt: AnyArray) -> Array:
         """Returns what enters the networks of the layers with experts [L, B, T, D], of the dense model."""
         return run_trunk(self.whole, params, tokens_bt)[-self.num_layers :]
 
