@@ -1,6 +1,7 @@
 """Every preset is a config that its package accepts."""
 
 import pytest
+import tiny_bert
 
 import hfedmoe_jax.checks
 import slide_jax.settings
@@ -19,7 +20,8 @@ def fields(config) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "preset"), [(module, preset) for module in CONFIGS for preset in module.PRESETS]
 )
-def test_presets_are_valid_and_share_their_fields(module, preset):
+def test_presets_are_valid_and_share_their_fields(module, preset, monkeypatch, tmp_path):
+    tiny_bert.install_as_minilm(monkeypatch, tmp_path)
     config = module.get_config(preset)
     CONFIGS[module](config)
     assert fields(config) == fields(module.get_config())

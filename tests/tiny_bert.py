@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from hfedmoe_jax.models.tensor_files import NewTensor, write_tensors
+from hfedmoe_jax.pretrained import PACKAGED
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 sys.path.append(str(PARITY))
@@ -48,3 +49,11 @@ def write_tokenizer(directory: pathlib.Path, words: list[str] = WORDS) -> None:
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=6)
     tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def install_as_minilm(monkeypatch, directory: pathlib.Path) -> None:
+    """Puts a package with a tiny BERT where `model.source=minilm` finds it, before an installed one."""
+    package = directory / PACKAGED["minilm"].module
+    write_bert(package / PACKAGED["minilm"].folder)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(directory)

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+import tiny_bert
 from test_experiment import build
 from tiny import tiny_config
 
@@ -113,7 +114,8 @@ def refusal(config):
 
 
 @pytest.mark.parametrize("preset", list(hfedmoe.PRESETS))
-def test_every_preset_is_accepted(preset):
+def test_every_preset_is_accepted(preset, monkeypatch, tmp_path):
+    tiny_bert.install_as_minilm(monkeypatch, tmp_path)
     check_config(hfedmoe.get_config(preset))
 
 
