@@ -257,6 +257,8 @@ def make_client(
         params = carry.params._replace(experts=carry.bank.rows.weights)
         finite = jnp.isfinite(jnp.sum(reports.loss.total)) & all_finite(carry.params)
         finite &= rows_finite(params.experts, rows, place)
+        if score is not None:  # a selection by NaN would be by the experts' numbers
+            finite &= ~jnp.any(jnp.isnan(carry.importance.score) & carry.importance.eligible)
         # On every device that holds some of the experts.
         finite = psum_experts((~finite).astype(jnp.int32), place) == 0
         over_budget = rule.fail_over_budget & (jnp.max(reports.routing["union_size"]) > client.budget)

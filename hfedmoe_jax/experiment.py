@@ -363,7 +363,7 @@ class Experiment:
         ledger = ledger._replace(wall_s=ledger.wall_s + (time.perf_counter() - began))
         row |= dict(simulated_time_s=float(ledger.simulated_time_s), wall_s=float(ledger.wall_s))
         failures = [
-            f"client {members[index]}, round {number}: the loss is not finite; its update is dropped"
+            f"client {members[index]}, round {number}: the loss or a score is not finite; its update is dropped"
             for index in np.flatnonzero(metrics.report.status == NONFINITE)
         ]
         counts = np.bincount(metrics.report.status, minlength=len(STATUS_NAMES))

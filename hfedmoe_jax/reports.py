@@ -19,7 +19,7 @@ STATUS_NAMES = ("ok", "dropped_out", "over_budget", "nonfinite")
 FAILURES = {
     DROPPED_OUT: "dropped out (fl.dropout_probability)",
     OVER_BUDGET: "needed more experts than they can train (budget.fraction, devices, fl.algorithm)",
-    NONFINITE: "had a loss that is not finite (client.learning_rate)",
+    NONFINITE: "had a loss or a score that is not finite (client.learning_rate, fl.score)",
 }
 """What happened to clients whose update does not count, with the fields that decide it."""
 
@@ -137,7 +137,7 @@ def failed_clients(counts: np.ndarray) -> str:
       counts: int [4], clients by status.
 
     >>> failed_clients(np.array([0, 0, 0, 3]))
-    '3 clients had a loss that is not finite (client.learning_rate)'
+    '3 clients had a loss or a score that is not finite (client.learning_rate, fl.score)'
     """
     parts = [f"{counts[status]} {text}" for status, text in FAILURES.items() if counts[status]]
     first, *others = parts

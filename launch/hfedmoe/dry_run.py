@@ -11,6 +11,7 @@ from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.devices import memory_needed, round_cost
 from hfedmoe_jax.models import tree_bytes
 from launch.compiling import Table, compile_programs, megabytes, program_table
+from launch.hfedmoe.run_notes import print_hints
 from launch.hosts.devices import configure_devices
 from launch.run.progress import format_seconds, print_table
 from launch.targets import Chip, read_target, target_devices
@@ -34,6 +35,7 @@ def dry_run(config: ConfigDict, target: str | None) -> None:
     experiment = Experiment(config, mesh, memory_bytes=chip and chip.memory_bytes)
     print_table(*parameters(experiment))
     print_table(*classes(experiment))
+    print_hints(experiment)
     if chip is not None:
         print(f"\ncompiling for {target}, chunk {experiment.chunk} ...", flush=True)
         print_table(*program_table(compile_programs(experiment.lower()), chip))

@@ -20,6 +20,7 @@ from hfedmoe_jax.quality import Quality
 from hfedmoe_jax.reports import OK, STATUS_NAMES, failed_clients
 from launch.hfedmoe.data_notes import print_data_notes
 from launch.hfedmoe.figures import write_figures
+from launch.hfedmoe.run_notes import mixture_line, print_hints
 from launch.hosts.devices import configure_devices, use_compilation_cache
 from launch.hosts.distributed import (
     SINGLE_PROCESS,
@@ -208,18 +209,6 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> Saved:
     return Saved(state, writer.text if is_first_process() else "")
 
 
-def mixture_line(experiment: Experiment) -> str:
-    """Returns what distinguishes the mixtures that a run starts from, on held-out public text."""
-    assert experiment.start is not None
-    model, report = experiment.config.model, experiment.start.report
-    return (
-        f"experts made of {model.source} by {model.upcycling}: squared error {report['relative_error']:.1%} "
-        f"of the dense output; the best quarter by topic has {report['best_quarter']:.0%} of the gate mass "
-        f"(overlap of topics {report['overlap']:.2f}, usage entropy {report['usage_entropy']:.2f}, "
-        f"Gini {report['usage_gini']:.2f})"
-    )
-
-
 def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Prints the data and the expert budgets before the first round."""
     data, config = experiment.data, experiment.config
@@ -241,17 +230,6 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
         print_data_notes(data.facts, len(data.client_train), config)
     print_hints(experiment)
     print("compiling the first round ...", flush=True)
-
-
-def print_hints(experiment: Experiment) -> None:
-    """Prints where the config asks for something that has no effect here."""
-    if experiment.algorithm.selects and min(experiment.budgets) == experiment.cost.all_experts:
-        print("note: every client can train all experts, so nothing is selected: give the devices less "
-              "memory, or set budget.fraction, e.g. 0.25")  # fmt: skip
-    chunk = experiment.config.fl.chunk
-    if chunk > experiment.chunk:
-        print(f"note: fl.chunk={chunk} is for accelerators: a CPU computes clients one at a time, "
-              "which is faster there")  # fmt: skip
 
 
 def budget_by_class(experiment: Experiment) -> dict[str, int]:

@@ -12,7 +12,7 @@ from masked_oracle import bits
 from own_process import run_python
 from tiny import CLASSES, TOKENS, VOCABULARY, tiny_batches, tiny_config
 
-from hfedmoe_jax import Experiment, FederatedData, InputError, make_mesh
+from hfedmoe_jax import Experiment, FederatedData, InputError, make_mesh, score_rules
 from hfedmoe_jax.algorithms import algorithms, compose
 from hfedmoe_jax.client import LocalRule
 from hfedmoe_jax.data import Facts, take
@@ -330,12 +330,25 @@ def test_a_loss_that_is_not_finite_is_named_and_its_update_dropped(experiment):
         assert row["clients_nonfinite"] == fails == len(failures)
         total += fails
         if fails:
-            assert failures[0].startswith(f"client {LONER}, round {number}: the loss is not finite")
+            assert failures[0].startswith(
+                f"client {LONER}, round {number}: the loss or a score is not finite"
+            )
         assert row["clients_ok"] > 0 and np.isfinite(row["train_loss"])
     assert total > 0
     assert state.ledger.status_counts[STATUS_NAMES.index("nonfinite")] == total
     assert state.server.records.rounds_measured[LONER] == 0
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.server.params))
+
+
+def test_a_score_that_is_nan_is_told_and_trains_nobody(monkeypatch):
+    nan = lambda evidence, importance: jnp.nan * evidence.gates.mean(1)  # noqa: E731
+    monkeypatch.setitem(score_rules._parts, "nan", nan)
+    experiment = build(fl__score="nan", budget__fraction=0.5)
+    _, row, failures = experiment.step(experiment.init())
+    experiment.close()
+    assert row["clients_nonfinite"] == COHORT and len(failures) == COHORT + 1
+    assert "the loss or a score is not finite" in failures[0]
+    assert failures[-1].startswith("round 1 trained nothing")
 
 
 def test_budgets_follow_devices_or_the_fraction_or_nothing():

@@ -98,7 +98,7 @@ def test_a_diverging_run_over_csv_goes_on_drops_the_updates_and_says_so(tmp_path
     screen = tiny_run.run_main(tiny_run.arguments(tmp_path / "run", train, **fields))
     assert screen.code == 4
     *warnings, error = screen.err.splitlines()
-    cause = "clients had a loss that is not finite (client.learning_rate)"
+    cause = "clients had a loss or a score that is not finite (client.learning_rate, fl.score)"
     assert error == f"error: 3 rounds trained nothing: 9 {cause}"
     rounds = [line for line in warnings if "trained nothing" in line]
     assert rounds == [f"warning: round {number} trained nothing: 3 {cause}" for number in (1, 2, 3)]

@@ -1,0 +1,29 @@
+"""Lines about a run before its first round: what it starts from, and what of its config has no effect."""
+
+from hfedmoe_jax import Experiment
+
+
+def mixture_line(experiment: Experiment) -> str:
+    """Returns what distinguishes the mixtures that a run starts from, on held-out public text."""
+    assert experiment.start is not None
+    model, report = experiment.config.model, experiment.start.report
+    return (
+        f"experts made of {model.source} by {model.upcycling}: squared error {report['relative_error']:.1%} "
+        f"of the dense output; the best quarter by topic has {report['best_quarter']:.0%} of the gate mass "
+        f"(overlap of topics {report['overlap']:.2f}, usage entropy {report['usage_entropy']:.2f}, "
+        f"Gini {report['usage_gini']:.2f})"
+    )
+
+
+def print_hints(experiment: Experiment) -> None:
+    """Prints where the config asks for something that has no effect here."""
+    fraction = experiment.config.budget.fraction
+    if fraction and experiment.algorithm.selects:
+        print(f"note: budget.fraction={fraction:g} sets every budget; the devices' memory is not asked")
+    if experiment.algorithm.selects and min(experiment.budgets) == experiment.cost.all_experts:
+        print("note: every client can train all experts, so nothing is selected: give the devices less "
+              "memory, or set budget.fraction, e.g. 0.25")  # fmt: skip
+    chunk = experiment.config.fl.chunk
+    if chunk > experiment.chunk:
+        print(f"note: fl.chunk={chunk} is for accelerators: a CPU computes clients one at a time, "
+              "which is faster there")  # fmt: skip
