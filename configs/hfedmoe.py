@@ -156,11 +156,25 @@ def agnews_minilm(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def decoder(config: ConfigDict) -> ConfigDict:
+    """A Hugging Face mixture of experts: add --config.model.source=DIRECTORY. Next tokens of BBC News.
+
+    Experts and routers learn, a quarter of the experts for everyone; the fine-tuned model is written as a
+    directory that `transformers` loads. Parameters are float32, and trained experts have two moments of Adam.
+    """
+    config.model.update(family="decoder", frozen="embed|dense|attend|norm|head|shared")
+    config.data.tokenizer = "checkpoint"
+    config.task.name = "language_modeling"
+    config.budget.fraction = 0.25
+    config.client.learning_rate = 1e-4
+    return config
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
         default, smoke, gradient, active, literal, unreliable, agnews, pod,
-        scaffold, private, compressed, fedmoe, frozen, agnews_minilm,
+        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, decoder,
     )
 }  # fmt: skip
 
@@ -202,12 +216,12 @@ def get_config(preset: str = "default") -> ConfigDict:
     partition.shards_per_client = 2  # shards
 
     task = config.task = ConfigDict()
-    task.name = "classification"
+    task.name = "classification"  # classification | language_modeling (of family decoder)
 
     model = config.model = ConfigDict()
-    model.family = "switch"  # switch (trained from scratch) | bert (starts from model.source)
-    model.source = ""  # bert: minilm (after `make pretrained`), or the directory of a checkpoint
-    model.upcycling = "split"  # how experts are made of the source's networks: copy | split | cluster
+    model.family = "switch"  # switch (trained from scratch) | bert, decoder (start from model.source)
+    model.source = ""  # the directory of a checkpoint; of bert also minilm, after `make pretrained`
+    model.upcycling = "split"  # bert: how experts are made of the source's networks: copy | split | cluster
     model.frozen = ""  # regular expression of parameters that nobody trains, e.g. "embed|attend"; "": none
     model.num_layers = 2
     model.width = 128

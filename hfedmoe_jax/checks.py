@@ -60,13 +60,6 @@ def check_config(config: ConfigDict) -> None:
             f"above {MOST_MEMBERS:,}, the most that exact sums have room for",
             "sample fewer clients a round",
         )
-    if config.model.num_experts % config.mesh.experts:
-        raise InputError(
-            "mesh.experts",
-            config.mesh.experts,
-            f"does not divide model.num_experts={config.model.num_experts}",
-            f"use one of {divisors(config.model.num_experts)}",
-        )
     if config.fl.clients_per_round > config.fl.clients:
         raise InputError(
             "fl.clients_per_round",
@@ -84,6 +77,10 @@ def check_config(config: ConfigDict) -> None:
         )
     check_sizes(config.model)
     check_source(config)
+    experts = families[config.model.family](config.model, ModelSizes(1, 1, 1)).num_experts
+    if experts % config.mesh.experts:
+        problem = f"does not divide the {experts} experts of a layer"
+        raise InputError("mesh.experts", config.mesh.experts, problem, f"use one of {divisors(experts)}")
     check_task(config)
     build = algorithms[config.fl.algorithm](config)
     if isinstance(build, Method):

@@ -142,8 +142,9 @@ class Experiment:
             for name, values in data.train.items()
         }
         sizes = ModelSizes(
-            self.task.num_outputs(data.label_names, data.vocab_size), data.vocab_size, config.data.seq_len
-        )
+            self.task.num_outputs(data.label_names, data.vocab_size), data.vocab_size, config.data.seq_len,
+            data.token_offset,
+        )  # fmt: skip
         self.model = build_model(config.model, sizes, batch)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
         check_memory(tree_bytes(shapes), memory_bytes and memory_bytes * mesh.shape[EXPERTS])
@@ -363,7 +364,7 @@ class Experiment:
         ledger = ledger._replace(wall_s=ledger.wall_s + (time.perf_counter() - began))
         row |= dict(simulated_time_s=float(ledger.simulated_time_s), wall_s=float(ledger.wall_s))
         failures = [
-            f"client {members[index]}, round {number}: the loss or a score is not finite; its update is dropped"
+            f"client {members[index]}, round {number}: the loss or a score is not finite; update dropped"
             for index in np.flatnonzero(metrics.report.status == NONFINITE)
         ]
         counts = np.bincount(metrics.report.status, minlength=len(STATUS_NAMES))

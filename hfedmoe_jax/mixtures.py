@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.data.sources import bbc_news
 from hfedmoe_jax.data.tokenizers import encode_passages, load_tokenizer
+from hfedmoe_jax.models.names import StoredParam
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
 from hfedmoe_jax.pretrained import find_source
 from hfedmoe_jax.upcycling import Mixture, Network, Shape, mix, output, upcyclings
@@ -39,7 +40,7 @@ class Start(NamedTuple):
     Attributes:
       params: nested dict; what is missing in it is drawn at random.
       digest: of the checkpoint and the settings.
-      report: of the mixtures on held-out text, see `judge`.
+      report: of the mixtures on held-out text, see `judge`; empty if the checkpoint has its own.
     """
 
     params: dict
@@ -58,17 +59,18 @@ def load_start(config: ConfigDict, module: Any) -> Start:
 
     Args:
       config: the section `model`.
-      module: with `read(directory)`, which returns the checkpoint's dense parameters; `networks(params)`, a
-        `Network` a layer with experts; `inputs(params, tokens)`, what enters them; and
-        `assemble(params, mixtures)`, its own parameters.
+      module: with `read(directory)`, which returns the checkpoint's parameters. If it is dense also
+        with `networks(params)`, a `Network` a layer with experts; `inputs(params, tokens)`, what enters
+        them; and `assemble(params, mixtures)`, its own parameters.
 
     Raises:
       InputError: the checkpoint cannot be used, or `model.upcycling` is unknown.
     """
     directory = find_source(config.source)
+    dense, digest = module.read(directory), digest_of(directory, config, module)
+    if not hasattr(module, "networks"):
+        return Start(dense, digest, {})
     make = upcyclings[config.upcycling]
-    dense = module.read(directory)
-    digest = digest_of(directory, config, module)
     kept = cache_dir() / digest
     found = read_kept(kept)
     if found is None:
@@ -184,5 +186,6 @@ def replace_leaves(tree: Any, start: dict, prefix: str = "") -> Any:
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
     for path, leaf in leaves.items():
         if (value := wanted.get(prefix + path)) is not None:
-            leaves[path] = jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+            stored = isinstance(value, StoredParam)
+            leaves[path] = value.place(leaf.sharding) if stored else jax.device_put(value, leaf.sharding)
     return traverse_util.unflatten_dict(leaves, sep="/")

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny_bert
+import tiny_decoder
 
 import hfedmoe_jax.checks
 import slide_jax.settings
@@ -23,6 +24,8 @@ def fields(config) -> set[str]:
 def test_presets_are_valid_and_share_their_fields(module, preset, monkeypatch, tmp_path):
     tiny_bert.install_as_minilm(monkeypatch, tmp_path)
     config = module.get_config(preset)
+    if preset == "decoder":
+        config.model.source = str(tiny_decoder.write_decoder(tmp_path / "decoder"))
     CONFIGS[module](config)
     assert fields(config) == fields(module.get_config())
     assert f"configs/{config.experiment}.py" in module.__doc__

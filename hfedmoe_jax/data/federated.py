@@ -23,6 +23,7 @@ from hfedmoe_jax.data.tokenizers import (
     load_tokenizer,
     specials_of,
     to_json,
+    token_offset,
     train_tokenizer,
 )
 from hfedmoe_jax.errors import InputError
@@ -51,7 +52,8 @@ class FederatedData:
         trains on. A client with a single text has the same rows in both.
       label_names: by label index.
       client_names: by client index; the owners' names in a natural partition.
-      vocab_size: the tokenizer's actual size, at most `data.vocab_size` if it was trained.
+      vocab_size: token numbers are below it; at most `data.vocab_size` if the tokenizer was trained.
+      token_offset: a token's number in the passages over its number in the tokenizer.
       tokenizer_json: for `from_json`.
       facts: what is worth telling about the data.
     """
@@ -68,6 +70,7 @@ class FederatedData:
     vocab_size: int
     tokenizer_json: str
     facts: Facts
+    token_offset: int = 0
 
     def of_host(self, host: int, hosts: int) -> "FederatedData":
         """Returns the same with the training passages of this host's clients only (see `host_of`).
@@ -158,7 +161,8 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
         client_holdout=_rows_of(held, train_document),
         label_names=label_names,
         client_names=_client_names(parts, owners if config.partition.name == "column" else None),
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=tokenizer.get_vocab_size() + token_offset(tokenizer),
+        token_offset=token_offset(tokenizer),
         tokenizer_json=to_json(tokenizer),
         facts=facts_of(corpus, splits, unknown),
     )

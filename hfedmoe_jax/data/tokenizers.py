@@ -61,7 +61,7 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     """Returns the tokenizer of a checkpoint; a text that spells a special token out does not become one.
 
     Args:
-      directory: with the file tokenizer.json, whose token 0 is padding.
+      directory: with the file tokenizer.json.
 
     Raises:
       InputError: there is none, or it cannot be read.
@@ -77,15 +77,16 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
-    first = tokenizer.id_to_token(PAD_ID)
-    if first is None or "pad" not in first.lower():
-        problem = f"has {first!r} as token 0, which is padding here"
-        raise InputError("model.source", str(path), problem, "use a checkpoint whose token 0 is [PAD]")
     return tokenizer
 
 
+def token_offset(tokenizer: Tokenizer) -> int:
+    """Returns what is added to token numbers, so that 0 is padding: nothing if it is the tokenizer's own."""
+    return 0 if "pad" in (tokenizer.id_to_token(PAD_ID) or "").lower() else 1
+
+
 class Specials(NamedTuple):
-    """Token numbers that a tokenizer puts around a text, and the one for what it does not know."""
+    """Token numbers in batches: those put around a text, and the one for what the tokenizer does not know."""
 
     opening: tuple[int, ...]
     closing: tuple[int, ...]
@@ -94,14 +95,16 @@ class Specials(NamedTuple):
 
 def specials_of(tokenizer: Tokenizer) -> Specials:
     """Returns the special tokens; those of this module open a text with [CLS]."""
-    encoding = tokenizer.encode("a", add_special_tokens=True)
-    mask = encoding.special_tokens_mask
-    unknown = tokenizer.token_to_id("[UNK]")
+    encoding, offset = tokenizer.encode("a", add_special_tokens=True), token_offset(tokenizer)
+    mask, ids = encoding.special_tokens_mask, [number + offset for number in encoding.ids]
+    unknown = next(filter(None, map(tokenizer.token_to_id, ("[UNK]", "<unk>"))), None)
+    unknown = None if unknown is None else unknown + offset
     if not any(mask):
-        return Specials((CLS_ID,), (), unknown)
+        opening = tokenizer.token_to_id(SPECIAL_TOKENS[CLS_ID])
+        return Specials(() if opening is None else (opening + offset,), (), unknown)
     text = mask.index(0)
     after = len(mask) - mask[::-1].index(0)
-    return Specials(tuple(encoding.ids[:text]), tuple(encoding.ids[after:]), unknown)
+    return Specials(tuple(ids[:text]), tuple(ids[after:]), unknown)
 
 
 def check_tokenizer(kind: str, vocab_size: int) -> None:
@@ -142,7 +145,7 @@ def encode_passages(
       InputError: `seq_len` below 2 or an unknown `long_text`.
     """
     check_passages(seq_len, long_text)
-    opening, closing, _ = specials_of(tokenizer)
+    (opening, closing, _), offset = specials_of(tokenizer), token_offset(tokenizer)
     window = seq_len - len(opening) - len(closing)
     if window < 1:
         least = seq_len - window + 1
@@ -163,6 +166,7 @@ def encode_passages(
     is_filled = np.arange(window) < lengths[:, None]
     inside = tokens[:, len(opening) : len(opening) + window]
     inside[is_filled] = np.fromiter(chain.from_iterable(passages), np.int32, lengths.sum())
+    inside[is_filled] += offset
     for place, token in enumerate(closing):
         tokens[np.arange(len(tokens)), len(opening) + lengths + place] = token
     return tokens, np.array(document, np.int32)

@@ -1,6 +1,6 @@
 """Mixture-of-experts models: Flax modules by family, and what the rest of the package sees of them."""
 
-from hfedmoe_jax.models import encoder, switch
+from hfedmoe_jax.models import decoder, encoder, switch
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, check_sizes, families
 from hfedmoe_jax.models.params import NO_PARAMS, Params, merge_params, params_specs, split_params, tree_bytes
 from hfedmoe_jax.models.routing import RouterRule, Routing, load_balancing_loss, own_choice
@@ -15,6 +15,7 @@ __all__ = [
     "Routing",
     "build_model",
     "check_sizes",
+    "decoder",
     "encoder",
     "families",
     "load_balancing_loss",

@@ -8,6 +8,7 @@ Axes: B batch, T tokens, N = B * T, L layers with experts, E experts, D model, F
 """
 
 import functools
+import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -15,16 +16,22 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
 
+from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_budget
 from hfedmoe_jax.models.decoder_attention import GroupedAttention, LatentAttention
-from hfedmoe_jax.models.decoder_sizes import DecoderSizes
-from hfedmoe_jax.models.family import ModelOutput
-from hfedmoe_jax.models.precision import matmul
+from hfedmoe_jax.models.decoder_names import UNUSED, decoder_names
+from hfedmoe_jax.models.decoder_sizes import DecoderSizes, read_sizes
+from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
+from hfedmoe_jax.models.names import Name, open_params, read_config
+from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import Routing, assign, load_balancing_loss, own_choice
+from hfedmoe_jax.pretrained import find_source
 from hfedmoe_jax.slots import expert_capacity
 
 PAD_ID = 0
+NEVER = -1e9  # logit of what is no token
 INIT = nn.initializers.normal(0.02)
 
 
@@ -141,6 +148,7 @@ class Decoder(nn.Module):
     """Tokens to logits over the vocabulary, each from those up to it.
 
     Attributes:
+      sizes: of the task. With an offset of 1, token t of batches and outputs is the checkpoint's t - 1.
       shape: sizes and variants.
       capacity_factor, eval_capacity_factor: slots of an expert over an even share of the tokens; the number
         of experts over top_k drops no token.
@@ -149,6 +157,7 @@ class Decoder(nn.Module):
       expert: of all layers.
     """
 
+    sizes: ModelSizes
     shape: DecoderSizes
     capacity_factor: float
     eval_capacity_factor: float
@@ -156,7 +165,7 @@ class Decoder(nn.Module):
     remat: bool = False
     expert: Expert = gated_expert
 
-    output = "token"
+    table, output = None, "token"  # a tied head reads the table too
 
     @property
     def num_layers(self) -> int:
@@ -186,7 +195,7 @@ class Decoder(nn.Module):
         """Returns logits [B, T, vocabulary] in float32, the tape, the permits and the routing."""
         s, mask_bt = self.shape, self.mask(batch)
         table = self.param("embed", INIT, (s.vocab_size, s.width))
-        x_btd = table[batch["tokens"]].astype(self.dtype)
+        x_btd = table[jnp.maximum(batch["tokens"] - self.sizes.offset, 0)].astype(self.dtype)
         if s.dense_layers:
             x_btd, _ = self.stack(DenseBlock, s.dense_layers, nn.broadcast)(
                 s, self.remat, self.dtype, name="dense"
@@ -207,7 +216,28 @@ class Decoder(nn.Module):
             logits = x_btd @ table.T.astype(self.dtype)
         else:
             logits = nn.Dense(s.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x_btd)
-        return ModelOutput(logits.astype(jnp.float32), tape, permit, routing)
+        logits = logits.astype(jnp.float32)
+        if self.sizes.offset:
+            logits = jnp.pad(logits, [(0, 0), (0, 0), (self.sizes.offset, 0)], constant_values=NEVER)
+        return ModelOutput(logits, tape, permit, routing)
+
+    @nn.nowrap
+    def names(self) -> list[Name]:
+        """Returns how a checkpoint stores the parameters."""
+        return decoder_names(self.shape)
+
+    @nn.nowrap
+    def read(self, directory: pathlib.Path) -> dict:
+        """Returns the parameters of a checkpoint, read when they are placed."""
+        known = self.sizes.vocab_size - self.sizes.offset
+        if known > self.shape.vocab_size:  # many checkpoints have rows that no token uses
+            problem = f"is of {self.shape.vocab_size:,} tokens, its tokenizer of {known:,}"
+            raise InputError(
+                "model.source", str(directory), problem, "use a directory with both of one model"
+            )
+        text = {"tokens": jnp.zeros((1, 2), jnp.int32)}
+        shapes = jax.eval_shape(lambda key: self.init(key, text)["params"], jax.random.key(0))
+        return open_params(directory, self.names(), shapes, unused=UNUSED)
 
     @nn.nowrap
     def stack(self, block: Any, length: int, *in_axes: Any) -> Any:
@@ -219,3 +249,25 @@ class Decoder(nn.Module):
             in_axes=in_axes,  # pyright: ignore[reportArgumentType]
             length=length,
         )
+
+
+@families.register("decoder")
+def decoder(config: ConfigDict, sizes: ModelSizes) -> Decoder:
+    """Returns the decoder of `model.source`; all sizes are the checkpoint's, capacities the config's.
+
+    Raises:
+      InputError: no checkpoint, one without experts, or of a family or variant that is not supported.
+    """
+    directory = find_source(config.source)
+    shape = read_sizes(read_config(directory))
+    if shape.dense_layers == shape.num_layers:
+        problem = f"is of type {shape.family!r}, which has no experts"
+        raise InputError("model.source", str(directory), problem, "use a mixture of experts")
+    return Decoder(
+        sizes,
+        shape,
+        config.capacity_factor,
+        config.eval_capacity_factor,
+        PRECISIONS[config.precision],
+        config.remat,
+    )

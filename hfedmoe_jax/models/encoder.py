@@ -244,6 +244,9 @@ class Encoder(nn.Module):
     @nn.nowrap
     def read(self, directory: pathlib.Path) -> dict:
         """Returns the parameters of a dense checkpoint, those of a whole `Trunk`."""
+        if self.sizes.offset:
+            problem = "has another token 0 than [PAD]"
+            raise InputError("model.source", str(directory), problem, "use a BERT whose token 0 is [PAD]")
         if self.sizes.vocab_size != self.shape.vocab_size:
             problem = f"is of {self.shape.vocab_size:,} tokens, its tokenizer of {self.sizes.vocab_size:,}"
             raise InputError(

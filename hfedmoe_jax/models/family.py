@@ -36,11 +36,13 @@ class ModelSizes(NamedTuple):
       num_outputs: of its head.
       vocab_size: of the tokenizer.
       seq_len: tokens of a text.
+      offset: what is added to a checkpoint's token numbers where its token 0 is not padding.
     """
 
     num_outputs: int
     vocab_size: int
     seq_len: int
+    offset: int = 0
 
 
 class ModelOutput(NamedTuple):

@@ -39,6 +39,26 @@ class Name(NamedTuple):
     part: tuple[int, int] = (0, 1)
 
 
+class StoredParam(NamedTuple):
+    """A parameter that lies in the files of a checkpoint.
+
+    Attributes:
+      shape: of the parameter.
+      read: a slice for each axis -> that part of it, a NumPy array.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[Any], np.ndarray]
+
+    def place(self, sharding: Sharding) -> jax.Array:
+        """Returns it on devices; each reads its part and no more."""
+        return jax.make_array_from_callback(self.shape, sharding, self.read)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Returns all of it."""
+        return np.asarray(self.read((slice(None),) * len(self.shape)), dtype)
+
+
 def import_params(
     directory: str | os.PathLike,
     names: Sequence[Name],
@@ -47,13 +67,35 @@ def import_params(
     unused: str = "",
     dtype: Any = np.float32,
 ) -> dict[str, Any]:
-    """Returns the parameters of a directory; each device reads its part of each tensor and no more.
+    """Returns the parameters of a directory, see `open_params`, read.
+
+    Args:
+      shardings: of each, the same tree as `shapes`; None: NumPy arrays on the host.
+    """
+    opened: dict[Any, Any] = dict(
+        traverse_util.flatten_dict(open_params(directory, names, shapes, unused, dtype))
+    )
+    wanted = traverse_util.flatten_dict(dict(shardings or {}))
+    read = {
+        path: np.asarray(param) if (sharding := wanted.get(path)) is None else param.place(sharding)
+        for path, param in opened.items()
+    }
+    return traverse_util.unflatten_dict(read)
+
+
+def open_params(
+    directory: str | os.PathLike,
+    names: Sequence[Name],
+    shapes: Mapping[str, Any],
+    unused: str = "",
+    dtype: Any = np.float32,
+) -> dict[str, Any]:
+    """Returns the parameters of a directory, nested dicts of `StoredParam`.
 
     Args:
       directory: with safetensors files.
       names: of every parameter; several that share a path are alternatives (see `choose_names`).
       shapes: of the module's parameters, nested dicts of `jax.ShapeDtypeStruct`.
-      shardings: of each, the same tree; None: NumPy arrays on the host.
       unused: regular expression of tensors that need no parameter.
       dtype: of the parameters.
 
@@ -75,17 +117,11 @@ def import_params(
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise InputError("model.source", str(directory), shown, "use the family that the checkpoint is of")
-    flat_shardings = _flat(shardings or {})
-    leaves = {}
-    for path, shape in wanted.items():
-        reader = _reader(chosen[path], shape.shape, stored, dtype)
-        key = tuple(path.split("/"))
-        sharding: Sharding | None = flat_shardings.get(path)
-        if sharding is None:
-            leaves[key] = reader((slice(None),) * len(shape.shape))
-        else:
-            leaves[key] = jax.make_array_from_callback(shape.shape, sharding, reader)
-    return traverse_util.unflatten_dict(leaves)
+    leaves = {
+        path: StoredParam(shape.shape, _reader(chosen[path], shape.shape, stored, dtype))
+        for path, shape in wanted.items()
+    }
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

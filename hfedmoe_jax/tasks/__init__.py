@@ -1,6 +1,16 @@
 """What clients learn: tasks by name."""
 
 from hfedmoe_jax.tasks.classification import classification
+from hfedmoe_jax.tasks.language_modeling import language_modeling
 from hfedmoe_jax.tasks.task import NO_DOCUMENTS, Batch, DocumentScores, Ratio, Task, tasks
 
-__all__ = ["NO_DOCUMENTS", "Batch", "DocumentScores", "Ratio", "Task", "classification", "tasks"]
+__all__ = [
+    "NO_DOCUMENTS",
+    "Batch",
+    "DocumentScores",
+    "Ratio",
+    "Task",
+    "classification",
+    "language_modeling",
+    "tasks",
+]

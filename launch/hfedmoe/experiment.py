@@ -19,6 +19,7 @@ from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.quality import Quality
 from hfedmoe_jax.reports import OK, STATUS_NAMES, failed_clients
 from launch.hfedmoe.data_notes import print_data_notes
+from launch.hfedmoe.export import can_export, export_model
 from launch.hfedmoe.figures import write_figures
 from launch.hfedmoe.run_notes import mixture_line, print_hints
 from launch.hosts.devices import configure_devices, use_compilation_cache
@@ -142,6 +143,8 @@ def write_results(experiment: Experiment, saved: "Saved", outcome: Outcome, work
         tables=class_tables(summary),
         command=f"python -m launch.main {shlex.join(sys.argv[1:])}",
     )
+    if can_export(experiment):
+        export_model(experiment, state.best.params, workdir / "model")
     write_json(workdir / "summary.json", summary)
     print_summary("Summary", summary_rows(summary, workdir))
 
@@ -221,7 +224,7 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     print(f"{config.fl.algorithm} on {config.data.source}, in {workdir}")
     print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test passages; "
           f"{len(data.label_names)} labels, vocabulary {data.vocab_size:,}")  # fmt: skip
-    if experiment.start:
+    if experiment.start and experiment.start.report:
         print(mixture_line(experiment))
     budgets = budget_by_class(experiment)
     print(f"experts that a client can train, of {experiment.cost.all_experts}: "

@@ -3,6 +3,7 @@
 import jax
 import pytest
 import tiny_bert
+import tiny_decoder
 from test_experiment import build
 from tiny import tiny_config
 
@@ -116,7 +117,10 @@ def refusal(config):
 @pytest.mark.parametrize("preset", list(hfedmoe.PRESETS))
 def test_every_preset_is_accepted(preset, monkeypatch, tmp_path):
     tiny_bert.install_as_minilm(monkeypatch, tmp_path)
-    check_config(hfedmoe.get_config(preset))
+    config = hfedmoe.get_config(preset)
+    if config.model.family == "decoder":
+        config.model.source = str(tiny_decoder.write_decoder(tmp_path / "decoder"))
+    check_config(config)
 
 
 @pytest.mark.parametrize("name", list(algorithms))
@@ -167,7 +171,7 @@ def test_values_at_the_edge_of_their_range_are_accepted(field, value):
         ("fl.clients_per_round", 5, "above fl.clients=4"),
         ("fl.clients_per_round", 2**15, "the most that exact sums have room for"),
         ("fl.chunk", 65, "above 64"),
-        *(("mesh.experts", value, "does not divide model.num_experts=3") for value in (2, 6)),
+        *(("mesh.experts", value, "does not divide the 3 experts of a layer") for value in (2, 6)),
         ("data.validation_fraction", 0.0, "no validation split"),
         ("fl.algorithm", "fedavgg", "did you mean 'fedavg'?"),
         ("task.name", "classify", "did you mean 'classification'?"),

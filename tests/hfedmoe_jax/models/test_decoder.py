@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Experts, flat, gradient_rules, open_layers
+from hfedmoe_jax.models import ModelSizes
 from hfedmoe_jax.models.decoder import Decoder
 from hfedmoe_jax.models.decoder_names import UNUSED, decoder_names
 from hfedmoe_jax.models.decoder_sizes import read_sizes
@@ -55,7 +56,7 @@ def load(directory, **options):
     """Returns sizes, module and parameters of a checkpoint; no token is dropped."""
     sizes = read_sizes(read_config(directory))
     every = sizes.num_experts / sizes.router.top_k if sizes.num_experts else 1.0
-    module = Decoder(sizes, every, every)
+    module = Decoder(ModelSizes(sizes.vocab_size, sizes.vocab_size, 9), sizes, every, every)
     shapes = jax.eval_shape(module.init, jax.random.key(0), {"tokens": jnp.zeros((1, 2), jnp.int32)})
     params = import_params(directory, decoder_names(sizes), shapes["params"], unused=UNUSED, **options)
     return sizes, module, params
