@@ -43,8 +43,8 @@ from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Evaluator, Snapshot
 from hfedmoe_jax.mesh import EXPERTS, REPLICATED, is_described
 from hfedmoe_jax.metrics import metric_columns, round_row
-from hfedmoe_jax.mixtures import load_start, replace_leaves
-from hfedmoe_jax.models import ModelSizes, Params, build_model, tree_bytes
+from hfedmoe_jax.mixtures import load_start, replace_leaves, replace_params
+from hfedmoe_jax.models import ModelSizes, build_model, tree_bytes
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.quality import Quality, Splits, client_spread
@@ -200,15 +200,6 @@ class Experiment:
         params = jax.jit(frozen, out_shardings=NamedSharding(self.mesh, REPLICATED))(self.init_key)
         return replace_leaves(params, self.start.params) if self.start else params
 
-    def _first_params(self) -> Params:
-        """Returns the parameters before the first round."""
-        params = jax.jit(lambda key: self.model.init(key)[0])(self.init_key)
-        if not self.start:
-            return params
-        found = self.start.params
-        experts = replace_leaves(params.experts, found, "experts/")
-        return Params(experts, *(replace_leaves(tree, found) for tree in (params.router, params.shared)))
-
     def _budgets(self, used: bool) -> np.ndarray:
         """Returns each client's budget; all experts where budgets are not used."""
         if not used:
@@ -223,7 +214,8 @@ class Experiment:
         """Returns the state before the first round; refuses batches that no memory holds."""
         device = (self.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         check_batch(self.config.fl.batch_size, self.cost.shared_training_bytes, device)
-        server = self.algorithm.init(self._first_params())
+        params = jax.jit(lambda key: self.model.init(key)[0])(self.init_key)
+        server = self.algorithm.init(replace_params(params, self.start.params) if self.start else params)
         best = jax.tree.map(jnp.copy, self.algorithm.snapshot(server))
         return RunState(np.int64(0), server, best, np.float64(-np.inf), np.int64(0), open_ledger())
 

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.data.sources import bbc_news
 from hfedmoe_jax.data.tokenizers import encode_passages, load_tokenizer
 from hfedmoe_jax.models.names import StoredParam
+from hfedmoe_jax.models.params import Params
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
 from hfedmoe_jax.pretrained import find_source
 from hfedmoe_jax.upcycling import Mixture, Network, Shape, mix, output, upcyclings
@@ -189,3 +190,9 @@ def replace_leaves(tree: Any, start: dict, prefix: str = "") -> Any:
             stored = isinstance(value, StoredParam)
             leaves[path] = value.place(leaf.sharding) if stored else jax.device_put(value, leaf.sharding)
     return traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def replace_params(params: Params, start: dict) -> Params:
+    """Returns parameters with those leaves that a start has, see `replace_leaves`."""
+    experts = replace_leaves(params.experts, start, "experts/")
+    return Params(experts, *(replace_leaves(tree, start) for tree in (params.router, params.shared)))

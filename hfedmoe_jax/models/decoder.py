@@ -19,16 +19,15 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_budget
+from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.decoder_attention import GroupedAttention, LatentAttention
 from hfedmoe_jax.models.decoder_names import UNUSED, decoder_names
 from hfedmoe_jax.models.decoder_sizes import DecoderSizes, read_sizes
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.names import Name, open_params, read_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
-from hfedmoe_jax.models.routing import Routing, assign, load_balancing_loss, own_choice
+from hfedmoe_jax.models.routing import Routing, route
 from hfedmoe_jax.pretrained import find_source
-from hfedmoe_jax.slots import expert_capacity
 
 PAD_ID = 0
 NEVER = -1e9  # logit of what is no token
@@ -123,19 +122,16 @@ class MixtureBlock(nn.Module):
         x_btd, h_btd = attend(s, self.dtype, name="attend")(x_btd, mask_bt)
         h_nd, mask = h_btd.reshape(-1, s.width), mask_bt.reshape(-1)
         router = nn.Dense(s.num_experts, use_bias=False, name="router", dtype=jnp.float32)
-        gates, (expert, weight) = assign(router(h_nd), layer, mask, s.router)
-        capacity = expert_capacity(h_nd.shape[0], s.num_experts, s.router.top_k, self.capacity_factor)
-        y_nd, tape, served = mix_experts(self.expert, capacity, experts, layer, tape, h_nd, expert, weight)
+        y_nd, tape, permit, routing = route(
+            router(h_nd), h_nd, mask, s.router, self.capacity_factor, self.expert, experts, layer, tape
+        )
         if s.shared_hidden:
             common = GatedNetwork(s.shared_hidden, s.width, self.dtype, name="shared")(h_nd)
             if s.shared_gate:
                 scale = nn.Dense(1, use_bias=False, dtype=self.dtype, name="shared_gate")(h_nd)
                 common = jax.nn.sigmoid(scale) * common
             y_nd = y_nd + common
-        own = own_choice(gates, mask, s.router)
-        balance = load_balancing_loss(gates, own, mask)
-        routing = Routing(gates, own, served.sent, served.kept, served.slots, balance)
-        return (x_btd + y_nd.reshape(x_btd.shape), tape), (served.permit, routing)
+        return (x_btd + y_nd.reshape(x_btd.shape), tape), (permit, routing)
 
 
 def no_routing(num_tokens: int) -> Routing:

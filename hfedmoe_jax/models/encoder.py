@@ -20,16 +20,15 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_budget
+from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.attention import masked_attention
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.names import Name, import_params, read_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
-from hfedmoe_jax.models.routing import RouterRule, Routing, assign, load_balancing_loss, own_choice
+from hfedmoe_jax.models.routing import RouterRule, route
 from hfedmoe_jax.models.switch import Head
 from hfedmoe_jax.models.tensor_files import find_tensors
 from hfedmoe_jax.pretrained import find_source
-from hfedmoe_jax.slots import expert_capacity
 from hfedmoe_jax.upcycling import Mixture, Network, upcyclings
 
 PAD_ID = 0
@@ -166,15 +165,12 @@ class MixtureBlock(nn.Module):
         h_btd = attend(self.sizes, self.dtype, name="attend")(x_btd, mask_bt)
         h_nd, mask = h_btd.reshape(-1, self.sizes.width), mask_bt.reshape(-1)
         router = nn.Dense(self.num_experts, name="router", dtype=jnp.float32)
-        gates, (expert, weight) = assign(router(h_nd), layer, mask, self.rule)
-        capacity = expert_capacity(h_nd.shape[0], self.num_experts, self.rule.top_k, self.capacity_factor)
-        y_nd, tape, served = mix_experts(self.expert, capacity, experts, layer, tape, h_nd, expert, weight)
+        y_nd, tape, permit, routing = route(
+            router(h_nd), h_nd, mask, self.rule, self.capacity_factor, self.expert, experts, layer, tape
+        )
         bias = self.param("network_bias", nn.initializers.zeros, (self.sizes.width,))
-        own = own_choice(gates, mask, self.rule)
-        balance = load_balancing_loss(gates, own, mask)
-        routing = Routing(gates, own, served.sent, served.kept, served.slots, balance)
         x_btd = norm(self, "norm_network")(h_btd + (y_nd + bias.astype(y_nd.dtype)).reshape(h_btd.shape))
-        return (x_btd, tape), (served.permit, routing)
+        return (x_btd, tape), (permit, routing)
 
 
 class Trunk(nn.Module):

@@ -193,7 +193,7 @@ def _check(
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Returns an array that begins at a multiple of 64 bytes, which JAX takes over on a CPU without a copy."""
+    """Returns an array at a multiple of 64 bytes, which JAX takes over on a CPU without a copy."""
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.empty(count + 64, np.uint8)
     first = -raw.ctypes.data % 64

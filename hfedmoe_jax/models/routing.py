@@ -3,14 +3,15 @@
 Axes: N tokens of a batch, L MoE layers, E experts, K chosen experts of a token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hfedmoe_jax.arrays import AnyArray
-from hfedmoe_jax.experts import LayerBudget
+from hfedmoe_jax.experts import Expert, Experts, LayerBudget, mix_experts
+from hfedmoe_jax.slots import expert_capacity
 
 
 class Routing(NamedTuple):
@@ -110,6 +111,33 @@ def own_choice(
     _, expert = jax.lax.top_k(limit_groups(gates, rule), rule.top_k)
     chosen = jnp.any(jax.nn.one_hot(expert, gates.shape[-1], dtype=bool), axis=-2)
     return chosen & token_mask[:, None]
+
+
+def route(
+    logits: Float[Array, "tokens experts"],
+    h_nd: Float[Array, "tokens model"],
+    token_mask: Bool[Array, " tokens"],
+    rule: RouterRule,
+    capacity_factor: float,
+    expert: Expert,
+    experts: Experts,
+    layer: LayerBudget,
+    tape: Any,
+) -> tuple[Float[Array, "tokens model"], Any, Float[Array, " local_experts"], Routing]:
+    """Returns a layer's mixture of experts, the tape, the permit, and what its router did.
+
+    Args:
+      logits: of the router.
+      h_nd: what the experts read.
+      capacity_factor: slots of an expert over an even share of the tokens.
+      expert, experts, layer, tape: see `hfedmoe_jax.experts`.
+    """
+    gates, (index, weight) = assign(logits, layer, token_mask, rule)
+    capacity = expert_capacity(h_nd.shape[0], logits.shape[-1], rule.top_k, capacity_factor)
+    y_nd, tape, served = mix_experts(expert, capacity, experts, layer, tape, h_nd, index, weight)
+    own = own_choice(gates, token_mask, rule)
+    balance = load_balancing_loss(gates, own, token_mask)
+    return y_nd, tape, served.permit, Routing(gates, own, served.sent, served.kept, served.slots, balance)
 
 
 def load_balancing_loss(

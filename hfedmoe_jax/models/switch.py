@@ -18,12 +18,11 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.experts import Budget, Expert, LayerBudget, mix_experts, open_budget
+from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.attention import masked_attention
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
-from hfedmoe_jax.models.routing import RouterRule, Routing, assign, load_balancing_loss, own_choice
-from hfedmoe_jax.slots import expert_capacity
+from hfedmoe_jax.models.routing import RouterRule, route
 
 PAD_ID = 0
 EMBED_INIT = nn.initializers.normal(0.02)
@@ -86,13 +85,10 @@ class Block(nn.Module):
         h_nd, token_mask = h_btd.reshape(-1, h_btd.shape[-1]), token_mask_bt.reshape(-1)
         router = nn.Dense(self.num_experts, use_bias=False, name="router", dtype=jnp.float32)
         rule = RouterRule(self.top_k)
-        gates, (expert, weight) = assign(router(h_nd), layer, token_mask, rule)
-        capacity = expert_capacity(h_nd.shape[0], self.num_experts, self.top_k, self.capacity_factor)
-        y_nd, tape, served = mix_experts(self.expert, capacity, experts, layer, tape, h_nd, expert, weight)
-        own = own_choice(gates, token_mask, rule)
-        balance = load_balancing_loss(gates, own, token_mask)
-        routing = Routing(gates, own, served.sent, served.kept, served.slots, balance)
-        return (x_btd + y_nd.reshape(x_btd.shape), tape), (served.permit, routing)
+        y_nd, tape, permit, routing = route(
+            router(h_nd), h_nd, token_mask, rule, self.capacity_factor, self.expert, experts, layer, tape
+        )
+        return (x_btd + y_nd.reshape(x_btd.shape), tape), (permit, routing)
 
 
 class Head(nn.Module):
