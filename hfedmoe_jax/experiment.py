@@ -151,6 +151,9 @@ class Experiment:
         self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
         optimizer = build_optimizer(config.client, config.client.optimizer, "client")
         self.cost = model_cost(self.model, self.task, config.model, optimizer, batch)
+        if memory_bytes is None and not is_described(mesh):
+            memory_bytes = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+        check_batch(config.fl.batch_size, self.cost.shared_training_bytes, memory_bytes)
         classes, shares = read_profiles(config.devices)
         rng = np.random.default_rng([config.seed, DEVICE_STREAM])
         self.profiles = [classes[index] for index in assign_devices(self.num_clients, shares, rng)]
@@ -211,9 +214,7 @@ class Experiment:
         return np.array(budgets, np.int32)
 
     def init(self) -> RunState:
-        """Returns the state before the first round; refuses batches that no memory holds."""
-        device = (self.mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
-        check_batch(self.config.fl.batch_size, self.cost.shared_training_bytes, device)
+        """Returns the state before the first round."""
         params = jax.jit(lambda key: self.model.init(key)[0])(self.init_key)
         server = self.algorithm.init(replace_params(params, self.start.params) if self.start else params)
         best = jax.tree.map(jnp.copy, self.algorithm.snapshot(server))

@@ -37,10 +37,11 @@ def size(high: float, example: float, low: float = 1) -> Range:
 
 POSITIVE = Range(0, 1e9, 1.0, above_low=True)
 NOT_NEGATIVE = Range(0, 1e9, 0.1)
-RATE = Range(0, 1e38, 1e-3, above_low=True)  # what float32 holds
-MOMENTUM = Range(0, 1, 0.9, below_high=True)
+# What float32 holds apart from zero, and from one.
+RATE = Range(1e-37, 1e38, 1e-3)
+MOMENTUM = Range(0, 1 - 1e-7, 0.9)
 SHARE = Range(0, 1, 0.5)
-EPSILON = Range(0, 1, 1e-8, above_low=True)
+EPSILON = Range(1e-37, 1, 1e-8)
 MILLION, BILLION = 1e6, 1e9
 
 RANGES = {

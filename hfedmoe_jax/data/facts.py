@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.data.columns import Corpus, ordered_names
 from hfedmoe_jax.data.splits import Splits
-from hfedmoe_jax.data.tokenizers import PAD_ID, Specials
+from hfedmoe_jax.data.tokenizers import CHECKPOINT, PAD_ID, Specials
 from hfedmoe_jax.errors import InputError
 
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.05, 0.5
@@ -97,5 +97,7 @@ def check_unknown(share: float, data_config: ConfigDict) -> None:
             "data.tokenizer",
             data_config.tokenizer,
             f"cannot read {share:.0%} of the training texts: so many of their tokens are [UNK]",
-            "use data.tokenizer=bpe, which reads every script",
+            "use a checkpoint that reads this script"
+            if data_config.tokenizer == CHECKPOINT
+            else "use data.tokenizer=bpe, which reads every script",
         )

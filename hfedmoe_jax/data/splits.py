@@ -48,9 +48,11 @@ def split_corpus(corpus: Corpus, config: ConfigDict, rng: np.random.Generator) -
       rng: the source of all chance.
 
     Raises:
-      InputError: a fraction is out of range, too few documents, or a label that training does not have.
+      InputError: a fraction is out of range, too few documents, a label that training does not have, or a set
+        whose every text is in another one too.
     """
     corpus, left_out = without_leaks(corpus)
+    check_left(corpus, config.data)
     check_labels(corpus, config.data)
     documents = corpus.train
     first = first_copies(documents.texts)
@@ -107,6 +109,15 @@ def without_leaks(corpus: Corpus) -> tuple[Corpus, dict[str, int]]:
     where = " or ".join(texts_of)
     train = without(corpus.train, reserved - spared, f"training: in the {where} set too")
     return corpus._replace(train=train, **given), left_out
+
+
+def check_left(corpus: Corpus, data: ConfigDict) -> None:
+    """Raises InputError for a set of which `without_leaks` left nothing."""
+    for name, part in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test)):
+        if part is not None and not part.texts:
+            field = f"{name}_path" if data.source == "file" else f"{name}_split"
+            problem = "every text of it is in another of the given sets too"
+            raise InputError(f"data.{field}", data[field], problem, "give sets without common texts")
 
 
 def _only_texts(train: Documents, reserved: set[str]) -> set[str]:

@@ -41,7 +41,7 @@ def own_sources(file: pathlib.Path) -> list[pathlib.Path]:
             found[path] = None
             for name in imported_names(path.read_text(encoding="utf-8"), package):
                 module = sys.modules.get(name)
-                source = module and module.__file__
+                source = getattr(module, "__file__", None)  # built-in modules have none
                 if module and source and is_own(pathlib.Path(source).resolve()):
                     waiting.append((pathlib.Path(source).resolve(), module.__package__ or ""))
     return list(found)

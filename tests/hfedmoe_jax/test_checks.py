@@ -163,8 +163,8 @@ def test_values_at_the_edge_of_their_range_are_accepted(field, value):
     [
         *((field, value, "must be") for field, allowed in RANGES.items() for value in outside(allowed)),
         ("seed", 2**64, "must be at least 0 and at most 4,294,967,295; use e.g. 0"),
-        ("client.momentum", 1.0, "must be at least 0 and below 1; use e.g. 0.9"),
-        ("client.epsilon", 0.0, "must be above 0 and at most 1; use e.g. 1e-08"),
+        ("client.momentum", 1.0, "must be at least 0 and at most 0.9999999; use e.g. 0.9"),
+        ("client.epsilon", 0.0, "must be at least 1e-37 and at most 1; use e.g. 1e-08"),
         ("aggregation.tau", 1.5, "must be at least 0 and at most 1"),
         ("model.num_experts", 2**31, "must be at least 2 and at most 16,384"),
         *((field, "stepp", "unknown name") for field in CHOICES),
@@ -200,7 +200,6 @@ def test_literal_gating_needs_weights_by_importance():
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator's own memory counts")
 def test_a_batch_that_no_memory_holds_is_refused_before_the_run(monkeypatch):
-    experiment = build(fl__batch_size=10**6)
     monkeypatch.setattr("hfedmoe_jax.ranges.os.sysconf", lambda name: 3200)  # pages of so many bytes: 10 MB
     with pytest.raises(InputError, match=r"fl\.batch_size=1000000: what a client computes .* is more than"):
-        experiment.init()
+        build(fl__batch_size=10**6)

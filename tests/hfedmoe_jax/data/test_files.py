@@ -7,9 +7,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hfedmoe_jax.data import Documents, load_source
+from hfedmoe_jax.data import Documents, load_federated, load_source
 from hfedmoe_jax.data.facts import alike
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.tasks import classification
 
 ROWS = [("Zürich, snow", "b"), ("plain; text", "a"), ("", "b")]
 EXPECTED = Documents([text for text, _ in ROWS], [label for _, label in ROWS], None)
@@ -187,3 +188,16 @@ def test_labels_that_differ_in_case_or_spaces_are_alike():
         frozenset({"neg", "Neg", " neg"}),
         frozenset({"ﬁne", "fine"}),
     }
+
+
+@pytest.mark.parametrize("given", ["test_path", "validation_path"])
+def test_a_set_of_which_nothing_is_left_is_refused(make_config, write_rows, given):
+    """The training file as a test or validation set; then one file as both of them."""
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
+    train = write_rows(rows)
+    with pytest.raises(InputError, match=r"data\.train_path=.*: every text of it is in another of the given"):
+        load_federated(make_config(train_path=train, **{given: train}), classification.prepare)
+    both = write_rows([{"text": f"other {i}", "label": "ab"[i % 2]} for i in range(9)], "both.jsonl")
+    with pytest.raises(InputError, match=r"data\.validation_path=.*: every text of it is in another"):
+        config = make_config(train_path=train, validation_path=both, test_path=both)
+        load_federated(config, classification.prepare)

@@ -6,7 +6,7 @@ from launch.run.command import load_config
 from launch.run.source import own_sources, source_digest
 
 CONFIG = """
-import json
+import itertools, json, sys, time
 import numpy as np
 from my_rules.score import rule
 from ml_collections import ConfigDict
