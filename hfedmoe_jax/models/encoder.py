@@ -200,9 +200,6 @@ class Trunk(nn.Module):
         return stack(s, self.remat, self.dtype, name="dense")(x_btd, mask_bt)
 
 
-NO_TEXT = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def run_trunk(trunk: Trunk, params: dict, tokens_bt: AnyArray) -> Array:
     """Returns what enters the network of each layer [layers, B, T, D]."""
@@ -249,7 +246,8 @@ class Encoder(nn.Module):
                 "model.source", str(directory), problem, "use a directory with both of one model"
             )
         trunk = self.whole
-        shapes = jax.eval_shape(lambda key: trunk.init(key, *NO_TEXT)["params"], jax.random.key(0))
+        no_text = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+        shapes = jax.eval_shape(lambda key: trunk.init(key, *no_text)["params"], jax.random.key(0))
         return import_params(directory, encoder_names(find_tensors(directory)), shapes, unused=UNUSED)
 
     @property

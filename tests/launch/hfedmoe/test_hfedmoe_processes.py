@@ -111,7 +111,7 @@ def test_processes_that_read_other_data_are_refused(monkeypatch):
         assert experiment.process_unlike(texts) is None
     assert experiment.process_unlike("another") == 0
     digests.clear()
-    smoke = SimpleNamespace(config=get_config("smoke"), fingerprint={"the texts or labels": "1"})
+    smoke = SimpleNamespace(config=get_config("smoke"), fingerprint={"the texts or labels": "1"}, start=None)
     experiment.check_same_data(smoke)
     smoke.fingerprint = {"the texts or labels": "2"}
     with pytest.raises(InputError, match="the texts or labels of process 0 differ") as caught:
