@@ -53,7 +53,7 @@ def refusal(folder, tmp_path, extra=(), **fields) -> str:
         ("partition.name", "dirichlett", "='dirichlett': unknown name; did you mean 'dirichlet'?"),
         ("budget.fraction", 0.1, "=0.1: is 0.6 of one expert; use at least 0.1667, one of 6 experts"),
         ("budget.fraction", -1.0, "=-1.0: must be at least 0 and at most 1; "),
-        ("client.learning_rate", 0.0, "=0.0: must be above 0 and at most "),
+        ("client.learning_rate", 0.0, "=0.0: must be at least 1e-37 and at most "),
         ("server.learning_rate", -1.0, "=-1.0: must be at least 0 and at most "),
         ("client.optimizer", "adm", "='adm': unknown name; did you mean 'adam'?"),
         ("model.num_heads", 3, "=3: does not divide model.width=8; "),
