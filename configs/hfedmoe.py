@@ -134,8 +134,8 @@ def fedmoe(config: ConfigDict) -> ConfigDict:
 
 
 def frozen(config: ConfigDict) -> ConfigDict:
-    """Nobody trains or sends embeddings and attention: experts, routers and head learn alone."""
-    config.model.frozen = "embed|position|attend"
+    """Experts, routers and head learn alone; nobody trains or sends embeddings, attention and norms."""
+    config.model.train = "experts_router_head"
     return config
 
 
@@ -148,7 +148,7 @@ def agnews_minilm(config: ConfigDict) -> ConfigDict:
     config.data.update(source="file", text_column="title,description", long_text="truncate")
     config.data.tokenizer = "checkpoint"
     config.model.update(family="bert", source="minilm", upcycling="split", num_experts=16, top_k=2)
-    config.model.frozen = "trunk|attend|norm_network|network_bias"
+    config.model.update(train="experts_router_head", cache_trunk=True)
     config.partition.alpha = 0.5
     config.budget.fraction = 0.25
     config.fl.rounds = 60
@@ -162,7 +162,7 @@ def decoder(config: ConfigDict) -> ConfigDict:
     Experts and routers learn, a quarter of the experts for everyone; the fine-tuned model is written as a
     directory that `transformers` loads. Parameters are float32, and trained experts have two moments of Adam.
     """
-    config.model.update(family="decoder", frozen="embed|dense|attend|norm|head|shared")
+    config.model.update(family="decoder", train="router")
     config.data.tokenizer = "checkpoint"
     config.task.name = "language_modeling"
     config.budget.fraction = 0.25
@@ -222,7 +222,8 @@ def get_config(preset: str = "default") -> ConfigDict:
     model.family = "switch"  # switch (trained from scratch) | bert, decoder (start from model.source)
     model.source = ""  # the directory of a checkpoint; of bert also minilm, after `make pretrained`
     model.upcycling = "split"  # bert: how experts are made of the source's networks: copy | split | cluster
-    model.frozen = ""  # regular expression of parameters that nobody trains, e.g. "embed|attend"; "": none
+    model.train = "all"  # all | experts | experts_router_head, or an expression, e.g. "router|norm"
+    model.cache_trunk = False  # compute the frozen layers below the experts once a passage, kept on disk
     model.num_layers = 2
     model.width = 128
     model.num_heads = 4

@@ -45,6 +45,7 @@ from hfedmoe_jax.mesh import EXPERTS, REPLICATED, is_described
 from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.mixtures import load_start, replace_leaves, replace_params
 from hfedmoe_jax.models import ModelSizes, build_model, tree_bytes
+from hfedmoe_jax.models.family import FEATURES
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.quality import Quality, Splits, client_spread
@@ -52,6 +53,7 @@ from hfedmoe_jax.ranges import check_batch, check_memory
 from hfedmoe_jax.reports import NONFINITE, OK, STATUS_NAMES, failed_clients
 from hfedmoe_jax.schedule import NOBODY, Block, chunk_size, empty_places
 from hfedmoe_jax.tasks import tasks
+from hfedmoe_jax.trunk import cache_features, check_trunk, feature_shape, no_features
 
 COHORT_STREAM, DEVICE_STREAM = 101, 102  # the host's random streams, apart from those of the data
 
@@ -147,6 +149,9 @@ class Experiment:
         )  # fmt: skip
         self.model = build_model(config.model, sizes, batch)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+        if config.model.cache_trunk:
+            check_trunk(self.model, shapes[1])
+            batch[FEATURES] = feature_shape(self.model, batch["tokens"])
         check_memory(tree_bytes(shapes), memory_bytes and memory_bytes * mesh.shape[EXPERTS])
         self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
         optimizer = build_optimizer(config.client, config.client.optimizer, "client")
@@ -180,6 +185,10 @@ class Experiment:
         if config.model.source and not is_described(mesh):
             self.start = load_start(config.model, self.model.module)
         self.frozen = self._frozen()
+        if config.model.cache_trunk and is_described(mesh):
+            self.data = no_features(self.data, self.model)
+        elif config.model.cache_trunk:
+            self.data = cache_features(self.data, self.model, self.frozen, config)
         setting = Setting(
             config, self.model, self.task, self.frozen, self.budgets, table_rows, mesh, self.chunk
         )

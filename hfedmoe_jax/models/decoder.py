@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         if s.tied:
             logits = x_btd @ table.T.astype(self.dtype)
         else:
-            logits = nn.Dense(s.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x_btd)
+            logits = nn.Dense(s.vocab_size, use_bias=False, dtype=self.dtype, name="lm_head")(x_btd)
         logits = logits.astype(jnp.float32)
         if self.sizes.offset:
             logits = jnp.pad(logits, [(0, 0), (0, 0), (self.sizes.offset, 0)], constant_values=NEVER)

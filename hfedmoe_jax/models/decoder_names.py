@@ -13,7 +13,7 @@ def decoder_names(sizes: DecoderSizes) -> list[Name]:
     """Returns the names of a decoder's parameters: as published, then with experts fused (transformers 5)."""
     names = [Name("embed", "model.embed_tokens.weight"), Name("norm/scale", "model.norm.weight")]
     if not sizes.tied:
-        names.append(Name("head/kernel", "lm_head.weight", transposed=True))
+        names.append(Name("lm_head/kernel", "lm_head.weight", transposed=True))
     if sizes.dense_layers:
         names += _block("dense", sizes, 0)
         names += [

@@ -22,7 +22,7 @@ from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.attention import masked_attention
-from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
+from hfedmoe_jax.models.family import FEATURES, ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.names import Name, import_params, read_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import RouterRule, route
@@ -233,6 +233,7 @@ class Encoder(nn.Module):
     expert: Expert = gelu_expert
 
     table, output = None, "text"
+    trunk_params = ("trunk",)
 
     @nn.nowrap
     def read(self, directory: pathlib.Path) -> dict:
@@ -249,6 +250,13 @@ class Encoder(nn.Module):
         no_text = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
         shapes = jax.eval_shape(lambda key: trunk.init(key, *no_text)["params"], jax.random.key(0))
         return import_params(directory, encoder_names(find_tensors(directory)), shapes, unused=UNUSED)
+
+    @nn.nowrap
+    def features(self, frozen: dict, tokens_bt: AnyArray) -> Array:
+        """Returns what enters the first layer with experts [B, T, D]."""
+        layers = self.shape.layers - self.num_layers
+        trunk = Trunk(self.shape, layers, self.sizes.vocab_size, self.remat, self.dtype)
+        return trunk.apply({"params": frozen["trunk"]}, tokens_bt, tokens_bt != PAD_ID)[0]  # pyright: ignore
 
     @property
     def whole(self) -> Trunk:
@@ -308,8 +316,12 @@ class Encoder(nn.Module):
         """Returns logits [B, classes], the tape, the permits and the routing."""
         s, mask_bt = self.shape, self.mask(batch)
         dense = s.layers - self.num_layers
-        trunk = Trunk(s, dense, self.sizes.vocab_size, self.remat, self.dtype, name="trunk")
-        x_btd, _ = trunk(batch["tokens"], mask_bt)
+        if FEATURES in batch:
+            x_btd = batch[FEATURES]
+        else:
+            trunk = Trunk(s, dense, self.sizes.vocab_size, self.remat, self.dtype, name="trunk")
+            x_btd, _ = trunk(batch["tokens"], mask_bt)
+        x_btd = jax.lax.optimization_barrier(x_btd)  # cached or not, what follows is compiled alike
         if budget is None:
             sizes = (self.num_layers, self.num_experts, s.width, self.hidden)
             budget = open_budget(self.param("experts", init_experts, *sizes), self.num_experts)

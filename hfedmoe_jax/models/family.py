@@ -60,6 +60,9 @@ class ModelOutput(NamedTuple):
     routing: Routing
 
 
+FEATURES = "features"
+"""What a batch may have beside its tokens: [B, T, D], see `hfedmoe_jax.trunk`."""
+
 families = Registry("model.family")
 """Functions `(config: ConfigDict, sizes: ModelSizes) -> nn.Module` by name."""
 
@@ -110,10 +113,10 @@ def build_model(config: ConfigDict, sizes: ModelSizes, example: Any) -> MoeModel
     check_sizes(config)
     module = families[config.family](config, sizes)
     # One text initialises as well as many.
-    one = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), example)
+    one = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in example.items() if name != FEATURES}
 
     def init(key: jax.Array) -> tuple[Params, dict]:
-        return split_params(module.init(key, one)["params"], config.frozen)
+        return split_params(module.init(key, one)["params"], config.train)
 
     def apply(params: Params, frozen: dict, batch: Any, budget: Budget, training: bool) -> ModelOutput:
         variables = merge_params(params.router, params.shared, frozen)

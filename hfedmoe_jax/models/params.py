@@ -33,42 +33,51 @@ NO_PARAMS = Params((), (), ())
 """What is sent to clients that keep models of their own."""
 
 
-def split_params(variables: dict, frozen: str = "") -> tuple[Params, dict]:
+TRAINED = {
+    "all": "",
+    "experts": r"(?!)",
+    "experts_router_head": r"(^|/)(router|head)/",
+    "lora": r"(^|/)(router|head)/|/lora_[ab]$",
+}
+"""Regular expressions by the names that `model.train` may have; `head` is a classifier's, drawn at random."""
+
+
+def split_params(variables: dict, train: str = "all") -> tuple[Params, dict]:
     """Groups the parameters of a Flax module: `experts` of its own, modules `router`, and the rest.
 
     Args:
       variables: nested dict; `experts` at its top, a tree of [L, E, ...].
-      frozen: a regular expression; parameters whose path ("blocks/attention/query/kernel") it is found in
-        are frozen: nobody trains, sends or aggregates them. Empty: none.
+      train: a name of `TRAINED`, or a regular expression. Besides the experts, parameters whose path
+        ("blocks/attention/query/kernel") it is found in are trained; nobody trains, sends or aggregates
+        the others.
 
     Returns:
       The trainable parameters, and the frozen ones as a nested dict.
 
     Raises:
-      InputError: an expression that is none, or that names experts, or nothing.
+      InputError: an expression that is none, or that is found nowhere.
     """
     leaves = traverse_util.flatten_dict({name: tree for name, tree in variables.items() if name != "experts"})
-    fixed = frozen_paths(list(leaves), frozen)
+    trained = trained_paths(list(leaves), train)
     groups: dict[str, dict] = {"router": {}, "shared": {}, "frozen": {}}
     for path, leaf in leaves.items():
-        group = "frozen" if path in fixed else "router" if "router" in path else "shared"
+        group = "frozen" if path not in trained else "router" if "router" in path else "shared"
         groups[group][path] = leaf
     router, shared, kept = (traverse_util.unflatten_dict(group) for group in groups.values())
     return Params(variables["experts"], router, shared), kept
 
 
-def frozen_paths(paths: list[tuple[str, ...]], frozen: str) -> set[tuple[str, ...]]:
-    """Returns the paths that the expression is found in (see `split_params`)."""
-    if not frozen:
-        return set()
+def trained_paths(paths: list[tuple[str, ...]], train: str) -> set[tuple[str, ...]]:
+    """Returns the paths that are trained (see `split_params`)."""
     try:
-        found = {path for path in paths if re.search(frozen, "/".join(path))}
+        pattern = re.compile(TRAINED.get(train, train))
     except re.error as error:
-        raise InputError("model.frozen", frozen, f"is no regular expression: {error}", "mend it") from None
-    if not found:
+        raise InputError("model.train", train, f"is no regular expression: {error}", "mend it") from None
+    found = {path for path in paths if pattern.search("/".join(path))}
+    if not found and train not in TRAINED:
         known = ", ".join("/".join(path) for path in paths[:3])
-        remedy = f"paths are such as {known}; experts are always trained"
-        raise InputError("model.frozen", frozen, "is found in no parameter's path", remedy)
+        remedy = f"use one of {', '.join(TRAINED)}, or an expression of paths such as {known}"
+        raise InputError("model.train", train, "is found in no parameter's path", remedy)
     return found
 
 

@@ -297,7 +297,7 @@ def test_algorithms_learn(name):
 
 def test_frozen_parameters_are_nobodys():
     """The trunk of the encoder: it computes, and is neither in the state nor in what clients send."""
-    fields = {"model__frozen": "embed|position|attend"} | MODEL
+    fields = {"model__train": "experts_router_head"} | MODEL
     config, model, algorithm = build(**fields)
     frozen, everything = tiny_frozen(**fields), tiny_params(**MODEL)
     before, start = bits(frozen), tiny_params(**fields)

@@ -18,7 +18,7 @@ CASES = {
     "hfedmoe": dict(budget__fraction=0.5),
     "scaffold": dict(fl__algorithm="scaffold"),  # with states of the clients, and arrays of its own
     "local": dict(fl__algorithm="local"),
-    "frozen": dict(model__frozen="attend"),
+    "frozen": dict(model__train="^(?!.*attend)"),
 }
 
 

@@ -30,7 +30,7 @@ def own_cache(monkeypatch, tmp_path):
 
 def section(directory, **fields):
     model = get_config("agnews_minilm").model
-    model.update(source=str(directory), num_layers=2, num_experts=4, top_k=2, frozen="")
+    model.update(source=str(directory), num_layers=2, num_experts=4, top_k=2, train="all")
     return model.update(fields) or model
 
 
@@ -90,7 +90,7 @@ def test_runs_share_mixtures_and_make_damaged_ones_again(tmp_path, monkeypatch):
 
 
 def test_a_run_starts_from_the_checkpoint_and_leaves_its_trunk_alone(tmp_path):
-    config = run_config(write_bert(tmp_path), frozen="trunk|attend|norm_network|network_bias")
+    config = run_config(write_bert(tmp_path), train="experts_router_head")
     experiment = Experiment(config, make_mesh(jax.devices()[:1]))
     tokens = experiment.data.train["tokens"]
     assert np.all(tokens[:, 0] == 2) and np.all(np.sum(tokens == 3, axis=1) == 1)  # [CLS] text [SEP]

@@ -1,6 +1,7 @@
 """The Switch encoder as a `MoeModel`: against the dense oracle, under budgets, with parameters frozen."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -121,20 +122,25 @@ def test_groups_have_the_promised_axes_and_merge_back():
     assert tree_bytes(merged) == sum(tree_bytes(group) for group in params)
 
 
-FROZEN = [
+HEAD = {("head", *path) for path in itertools.product(("norm",), ("scale", "bias"))}
+HEAD |= {("head", *path) for path in itertools.product(("classes",), ("kernel", "bias"))}
+ROUTER = {("blocks", "router", "kernel")}
+TRAINED = [
     ("embed", {("embed",)}),
     ("head/norm/scale$", {("head", "norm", "scale")}),
-    ("^(position|blocks/router)", {("position",), ("blocks", "router", "kernel")}),
+    ("^(position|blocks/router)", {("position",), *ROUTER}),
+    ("experts", set()),
+    ("experts_router_head", HEAD | ROUTER),
 ]
 
 
-@pytest.mark.parametrize(("pattern", "paths"), FROZEN)
-def test_parameters_are_frozen_by_their_paths(pattern, paths):
+@pytest.mark.parametrize(("train", "paths"), TRAINED)
+def test_parameters_are_trained_by_their_paths(train, paths):
     params, everything = tiny_params(), tiny_params()
     merged = merge_params({"experts": params.experts}, params.router, params.shared)
-    params, frozen = split_params(merged, pattern)
-    names = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(frozen)}
-    assert names == paths
+    params, frozen = split_params(merged, train)
+    leaves = jax.tree_util.tree_leaves_with_path(merge_params(params.router, params.shared))
+    assert {tuple(key.key for key in path) for path, _ in leaves} == paths
     again = Params(params.experts, *merge_both(params, frozen))
     chex.assert_trees_all_equal(again, everything)
 
@@ -148,18 +154,18 @@ def merge_both(params, frozen):
 
 @pytest.mark.parametrize(
     ("pattern", "problem"),
-    [("(", "regular expression"), ("experts", "no parameter's path"), ("Embed", "such as")],
+    [("(", "regular expression"), ("expert$", "no parameter's path"), ("Embed", "such as")],
 )
-def test_patterns_that_freeze_nothing_are_refused(pattern, problem):
-    with pytest.raises(InputError, match=rf"model\.frozen=.*{problem}"):
-        tiny_model(tiny_config(model__frozen=pattern))
+def test_patterns_that_are_found_nowhere_are_refused(pattern, problem):
+    with pytest.raises(InputError, match=rf"model\.train=.*{problem}"):
+        tiny_model(tiny_config(model__train=pattern))
 
 
 def test_clients_may_hold_rows_of_a_table_that_is_trained():
     """The same outputs with the rows of the batch's tokens alone; a frozen table is whole on the device."""
     params, tokens = tiny_params(), tiny_batches(8, 4)["tokens"]
     model = tiny_model(tiny_config())
-    assert model.table == "embed" and tiny_model(tiny_config(model__frozen="embed")).table is None
+    assert model.table == "embed" and tiny_model(tiny_config(model__train="^(?!embed)")).table is None
     used, index = np.unique(tokens, return_inverse=True)
     assert used[0] == 0  # padding stays padding
     rows = params._replace(shared=params.shared | {"embed": params.shared["embed"][used]})

@@ -96,14 +96,16 @@ def setup(**fields):
 
 
 @pytest.mark.parametrize(
-    ("active", "frozen"), [(True, ""), (False, "embed|first|layers/router")], ids=["active", "routed, frozen"]
+    ("active", "train"),
+    [(True, "all"), (False, "^(?!embed|first|layers/router)")],
+    ids=["active", "routed, frozen"],
 )
-def test_a_step_is_that_of_plain_autodiff(monkeypatch, active, frozen):
+def test_a_step_is_that_of_plain_autodiff(monkeypatch, active, train):
     """With dropped tokens; the tied table gets both of its gradients, and frozen parameters none."""
-    fields = {"model__capacity_factor": 0.5, "model__frozen": frozen}
+    fields = {"model__capacity_factor": 0.5, "model__train": train}
     config, model, params, batch = setup(**fields)
     kept = tiny_frozen(**FIELDS | fields)
-    assert bool(kept) == bool(frozen) and model.table is None
+    assert bool(kept) == (train != "all") and model.table is None
     step = make_pass(model, tasks["next_token"], config.model.load_balance, active, TIER, True)
     plain = functools.partial(oracle, model=model, balance=config.model.load_balance, active=active)
     for selected in (np.array([[1, 0, 1], [0, 1, 1]], bool), np.array([[0, 0, 0], [0, 1, 0]], bool)):
@@ -132,7 +134,7 @@ def test_it_trains_under_budgets():
 
 def test_frozen_parameters_are_neither_trained_nor_sent():
     """The whole trunk: what remains are the experts and the routers."""
-    fields = {"model__frozen": "^(?!.*router)", "budget__tiers": 1}
+    fields = {"model__train": "router", "budget__tiers": 1}
     config, model, params, _ = setup(**fields)
     frozen = tiny_frozen(**FIELDS | fields)
     assert not jax.tree.leaves(params.shared) and len(jax.tree.leaves(frozen)) > 10

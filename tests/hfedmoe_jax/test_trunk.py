@@ -1,0 +1,79 @@
+"""Features of frozen layers, computed once: the same bits, and refused where nothing is frozen."""
+
+import jax
+import numpy as np
+import pytest
+from own_process import run_python
+from tiny_bert import write_bert
+
+from configs.hfedmoe import get_config
+from hfedmoe_jax import Experiment, make_mesh, mixtures
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.family import FEATURES
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HFEDMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mixtures, "TEXTS", 80)
+    monkeypatch.setattr(mixtures, "HELD_OUT", 40)
+
+
+def build(directory, **fields):
+    config = get_config("smoke")
+    config.model.update(family="bert", source=str(directory), num_layers=1, num_experts=4, top_k=2)
+    config.model.update(train="experts_router_head", upcycling="copy", **fields)
+    config.data.update(tokenizer="checkpoint", seq_len=12)
+    config.fl.rounds = 2
+    return Experiment(config, make_mesh(jax.devices()[:1]))
+
+
+def run_both(directory):
+    """Asserts that a run with cached features has the bits of one without."""
+    ends, servers = [], []
+    for cached in (False, True):
+        experiment = build(directory, cache_trunk=cached)
+        state = experiment.init()
+        for _ in range(2):
+            state, _, failures = experiment.step(state)
+            assert failures == []
+        servers.append(state.server)
+        ends.append(experiment.finish(state))
+    jax.tree.map(np.testing.assert_array_equal, *servers)
+    for name in ("final", "best", "expert_load", "client_scores"):
+        jax.tree.map(np.testing.assert_array_equal, *(getattr(end, name) for end in ends))
+
+
+def test_cached_features_change_no_bit_of_a_run(tmp_path):
+    """Compiled as a run compiles it, not as quickly as the tests do."""
+    as_usual = "import jax; jax.config.update('jax_disable_most_optimizations', False)"
+    run_python(f"{as_usual}; import test_trunk; test_trunk.run_both({str(write_bert(tmp_path))!r})", 1)
+
+
+def test_what_is_cached_neither_counts_as_work_nor_in_the_fingerprint(tmp_path):
+    source = write_bert(tmp_path)
+    plain, cached = build(source), build(source, cache_trunk=True)
+    assert FEATURES not in plain.data.train and cached.data.train[FEATURES].shape[1:] == (12, 16)
+    assert cached.fingerprint == plain.fingerprint
+    assert cached.cost.shared_flop < plain.cost.shared_flop
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [(dict(family="bert", train="all"), "trunk is trained"), (dict(family="switch"), "no layers without")],
+)
+def test_what_is_trained_cannot_be_cached(fields, problem, tmp_path):
+    config = get_config("smoke")
+    if fields["family"] == "bert":
+        config.model.update(source=str(write_bert(tmp_path)), num_layers=1, num_experts=4, top_k=2)
+        config.data.update(tokenizer="checkpoint", seq_len=12)
+    config.model.update(cache_trunk=True, **fields)
+    with pytest.raises(InputError, match=rf"model\.cache_trunk=True.*{problem}"):
+        Experiment(config, make_mesh(jax.devices()[:1]))
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr("hfedmoe_jax.trunk.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"model\.cache_trunk=True.* GB of disk"):
+        build(write_bert(tmp_path), cache_trunk=True)
