@@ -10,6 +10,7 @@ from hfedmoe_jax.algorithms.method import refuse_spread_experts
 from hfedmoe_jax.data.tokenizers import CHECKPOINT
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import ModelSizes, check_sizes, families
+from hfedmoe_jax.models.lora import LORA
 from hfedmoe_jax.optimizers import optimizers
 from hfedmoe_jax.ranges import check_ranges
 from hfedmoe_jax.registry import unknown_name
@@ -99,6 +100,9 @@ def check_source(config: ConfigDict) -> None:
         raise InputError(
             "model.source", config.model.source, problem, "use model.family=bert, or leave it empty"
         )
+    if config.model.train == LORA and not pretrained:
+        problem = f"model.family={config.model.family} has no pretrained matrices to adapt"
+        raise InputError("model.train", LORA, problem, "use model.family=bert or decoder")
     if pretrained and tokenizer != CHECKPOINT:
         problem = "is not the one that the checkpoint learned with"
         raise InputError("data.tokenizer", tokenizer, problem, f"use data.tokenizer={CHECKPOINT}")

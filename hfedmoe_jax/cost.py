@@ -59,10 +59,13 @@ def model_cost(
     """
     params, frozen = jax.eval_shape(model.init, jax.random.key(0))
     rest = Params(None, params.router, params.shared)
-    expert = jax.eval_shape(row_of, jax.eval_shape(row_of, params.experts, 0), 0)
-    shared, one = tree_bytes(rest), tree_bytes(expert)
+    trained, expert = (
+        jax.eval_shape(lambda tree: row_of(row_of(tree, 0), 0), tree)
+        for tree in (params.experts, jax.eval_shape(model.weights, params.experts, frozen))
+    )
+    shared, one = tree_bytes(rest), tree_bytes(trained)
     state = tree_bytes(jax.eval_shape(optimizer.init, rest))
-    expert_state = tree_bytes(jax.eval_shape(optimizer.init, expert))
+    expert_state = tree_bytes(jax.eval_shape(optimizer.init, trained))
 
     def loss(rest, frozen, experts, batch, keep: bool):
         budget = open_budget(experts, model.num_experts)

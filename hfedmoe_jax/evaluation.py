@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.experts import open_budget
 from hfedmoe_jax.mesh import BY_CLIENT, CLIENTS, REPLICATED, Place, place_of, shapes_on_mesh
-from hfedmoe_jax.models import NO_PARAMS, ModelOutput, MoeModel, Params, params_specs
+from hfedmoe_jax.models import NO_PARAMS, ModelOutput, MoeModel, Params, frozen_specs, params_specs
 from hfedmoe_jax.population import StateStore, map_members, put_members, stack_members, stream
 from hfedmoe_jax.reports import gate_entropy
 from hfedmoe_jax.schedule import Block, plan_blocks
@@ -95,7 +95,7 @@ class Evaluator:
         self._place = place_of(mesh, chunk)
         self._store = StateStore(mesh, num_clients)
         specs = params_specs(jax.eval_shape(model.init, jax.random.key(0))[0])
-        shared = (Snapshot(NO_PARAMS if personal else specs, REPLICATED), REPLICATED)
+        shared = (Snapshot(NO_PARAMS if personal else specs, REPLICATED), frozen_specs(frozen))
         self._specs = (shared, BY_CLIENT, BY_CLIENT)
         self.programs = {
             "evaluate": stream(self._score_batch, None, mesh, chunk, shared),

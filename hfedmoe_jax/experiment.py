@@ -41,10 +41,10 @@ from hfedmoe_jax.data import (
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Evaluator, Snapshot
-from hfedmoe_jax.mesh import EXPERTS, REPLICATED, is_described
+from hfedmoe_jax.mesh import EXPERTS, is_described, map_specs
 from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.mixtures import load_start, replace_leaves, replace_params
-from hfedmoe_jax.models import ModelSizes, build_model, tree_bytes
+from hfedmoe_jax.models import ModelSizes, build_model, frozen_specs, tree_bytes
 from hfedmoe_jax.models.family import FEATURES
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
@@ -209,8 +209,12 @@ class Experiment:
 
         if is_described(self.mesh):
             return jax.eval_shape(frozen, self.init_key)
-        params = jax.jit(frozen, out_shardings=NamedSharding(self.mesh, REPLICATED))(self.init_key)
-        return replace_leaves(params, self.start.params) if self.start else params
+        specs = frozen_specs(jax.eval_shape(frozen, self.init_key))
+        on_mesh = map_specs(lambda spec: NamedSharding(self.mesh, spec), specs)
+        params = jax.jit(frozen, out_shardings=on_mesh)(self.init_key)
+        if self.start is None:
+            return params
+        return replace_leaves(params, self.start.params, base=self.config.model.base)
 
     def _budgets(self, used: bool) -> np.ndarray:
         """Returns each client's budget; all experts where budgets are not used."""

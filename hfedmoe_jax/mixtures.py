@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.data.sources import bbc_news
 from hfedmoe_jax.data.tokenizers import encode_passages, load_tokenizer
+from hfedmoe_jax.models.base import place_leaf
 from hfedmoe_jax.models.names import StoredParam
 from hfedmoe_jax.models.params import Params
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
@@ -181,12 +182,20 @@ def judge(
     )
 
 
-def replace_leaves(tree: Any, start: dict, prefix: str = "") -> Any:
-    """Returns nested dicts of arrays with those leaves that a start has, each where it was."""
+def replace_leaves(tree: Any, start: dict, prefix: str = "", base: str = "float32") -> Any:
+    """Returns nested dicts of arrays with those leaves that a start has, each where it was.
+
+    Args:
+      prefix: of the leaves' paths in the start.
+      base: how they are kept, see `models.base`; the tree is consumed unless this is float32.
+    """
     wanted = traverse_util.flatten_dict(start, sep="/")
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
     for path, leaf in leaves.items():
         if (value := wanted.get(prefix + path)) is not None:
+            if base != "float32":
+                leaves[path] = place_leaf(tuple(path.split("/")), leaf, value, base)
+                continue
             stored = isinstance(value, StoredParam)
             leaves[path] = value.place(leaf.sharding) if stored else jax.device_put(value, leaf.sharding)
     return traverse_util.unflatten_dict(leaves, sep="/")

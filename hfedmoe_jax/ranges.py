@@ -55,6 +55,8 @@ RANGES = {
     "model.hidden": size(2**20, 256),
     "model.num_experts": size(2**14, 8, low=2),
     "model.top_k": size(2**14, 1),
+    "model.lora_rank": size(2**12, 8),
+    "model.lora_alpha": POSITIVE._replace(example=16.0),
     "model.capacity_factor": Range(0, 1e4, 1.5, above_low=True),
     "model.eval_capacity_factor": Range(0, 1e4, 2.0, above_low=True),
     "model.load_balance": NOT_NEGATIVE,

@@ -26,7 +26,7 @@ from hfedmoe_jax.devices import NO_SCORING
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.mesh import BY_CLIENT, CLIENTS, REPLICATED, shapes_on_mesh
-from hfedmoe_jax.models import NO_PARAMS, Params
+from hfedmoe_jax.models import NO_PARAMS, Params, frozen_specs
 from hfedmoe_jax.population import StateStore, stream
 from hfedmoe_jax.reports import OK
 from hfedmoe_jax.schedule import plan_blocks
@@ -86,7 +86,8 @@ def train_alone(rule: LocalRule, score: str, setting: Setting) -> FederatedAlgor
         nothing = jnp.zeros_like(update.upload.trained)
         return (), (ClientReports(client.client, update.upload, update.report, nothing), after)
 
-    program = stream(visit, None, mesh, setting.chunk, REPLICATED)
+    specs = Broadcast(REPLICATED, frozen_specs(setting.frozen), REPLICATED, REPLICATED)  # pyright: ignore
+    program = stream(visit, None, mesh, setting.chunk, specs)
 
     def init(params: Params) -> ServerState:
         records = open_records(num_clients, model.num_layers, model.num_experts)
@@ -111,8 +112,8 @@ def train_alone(rule: LocalRule, score: str, setting: Setting) -> FederatedAlgor
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), params)
         count = jax.ShapeDtypeStruct((mesh.shape[CLIENTS],), jnp.int32)
         block = shapes_on_mesh(mesh, BY_CLIENT, (data._replace(state=state), count))
-        shared = (setting.frozen, (), jax.eval_shape(jax.random.key, 0))
-        broadcast = Broadcast(NO_PARAMS, *shapes_on_mesh(mesh, REPLICATED, shared))
+        shared = Broadcast(NO_PARAMS, setting.frozen, (), jax.eval_shape(jax.random.key, 0))
+        broadcast = shapes_on_mesh(mesh, specs, shared)
         return {f"tier {tier}": ((), broadcast, *block)} | store.arguments(params, rows)
 
     scoring = NO_SCORING if rule.score is None else rule.score.passes(setting.config.fl.local_steps)

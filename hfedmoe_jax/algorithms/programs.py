@@ -52,7 +52,7 @@ from hfedmoe_jax.mesh import (
     place_of,
     shapes_on_mesh,
 )
-from hfedmoe_jax.models import Params, params_specs
+from hfedmoe_jax.models import Params, frozen_specs, params_specs
 from hfedmoe_jax.optimizers import PerExpertState, build_optimizer, per_expert
 from hfedmoe_jax.population import stream
 from hfedmoe_jax.reports import OK
@@ -102,7 +102,7 @@ class RoundPrograms:
         self._extra = jax.eval_shape(method.extra, shapes)
         specs = params_specs(shapes)
         sums_specs = with_devices(self._sums_specs(specs))
-        broadcast = Broadcast(specs, REPLICATED, REPLICATED, REPLICATED)
+        broadcast = Broadcast(specs, frozen_specs(setting.frozen), REPLICATED, REPLICATED)
 
         def on_mesh(specs: Any) -> Any:
             return map_specs(lambda spec: NamedSharding(mesh, spec), specs)
@@ -148,7 +148,8 @@ class RoundPrograms:
         (rows,) = data.client.shape
         state = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), self._state)
         block = shapes_on_mesh(mesh, BY_CLIENT, (data._replace(state=state), count))
-        frozen = shapes_on_mesh(mesh, REPLICATED, self._setting.frozen)
+        frozen = self._setting.frozen
+        frozen = shapes_on_mesh(mesh, frozen_specs(frozen), frozen)
         train = (sums, Broadcast(params, frozen, extra, key), *block)
         return {f"tier {tier}": train for tier in self.train} | {
             "open": (),

@@ -2,7 +2,15 @@
 
 from hfedmoe_jax.models import decoder, encoder, switch
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, check_sizes, families
-from hfedmoe_jax.models.params import NO_PARAMS, Params, merge_params, params_specs, split_params, tree_bytes
+from hfedmoe_jax.models.params import (
+    NO_PARAMS,
+    Params,
+    frozen_specs,
+    merge_params,
+    params_specs,
+    split_params,
+    tree_bytes,
+)
 from hfedmoe_jax.models.routing import RouterRule, Routing, load_balancing_loss, own_choice
 
 __all__ = [
@@ -18,6 +26,7 @@ __all__ = [
     "decoder",
     "encoder",
     "families",
+    "frozen_specs",
     "load_balancing_loss",
     "merge_params",
     "own_choice",

@@ -24,6 +24,7 @@ from hfedmoe_jax.models.decoder_attention import GroupedAttention, LatentAttenti
 from hfedmoe_jax.models.decoder_names import UNUSED, decoder_names
 from hfedmoe_jax.models.decoder_sizes import DecoderSizes, read_sizes
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
+from hfedmoe_jax.models.lora import lora_rule
 from hfedmoe_jax.models.names import Name, open_params, read_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import Routing, route
@@ -37,7 +38,7 @@ INIT = nn.initializers.normal(0.02)
 @functools.partial(
     jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("gate", "up"), prevent_cse=False
 )
-def gated_expert(weights: dict[str, Array], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
+def gated_expert(weights: dict[str, Any], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
     """silu(x gate) * (x up), then down; of the forward pass the two products are kept."""
     gate = checkpoint_name(matmul(x_sd, weights["gate_df"]), "gate")
     up = checkpoint_name(matmul(x_sd, weights["up_df"]), "up")
@@ -232,7 +233,8 @@ class Decoder(nn.Module):
                 "model.source", str(directory), problem, "use a directory with both of one model"
             )
         text = {"tokens": jnp.zeros((1, 2), jnp.int32)}
-        shapes = jax.eval_shape(lambda key: self.init(key, text)["params"], jax.random.key(0))
+        plain = self.clone(shape=self.shape._replace(lora=None))
+        shapes = jax.eval_shape(lambda key: plain.init(key, text)["params"], jax.random.key(0))
         return open_params(directory, self.names(), shapes, unused=UNUSED)
 
     @nn.nowrap
@@ -255,7 +257,7 @@ def decoder(config: ConfigDict, sizes: ModelSizes) -> Decoder:
       InputError: no checkpoint, one without experts, or of a family or variant that is not supported.
     """
     directory = find_source(config.source)
-    shape = read_sizes(read_config(directory))
+    shape = read_sizes(read_config(directory))._replace(lora=lora_rule(config))
     if shape.dense_layers == shape.num_layers:
         problem = f"is of type {shape.family!r}, which has no experts"
         raise InputError("model.source", str(directory), problem, "use a mixture of experts")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hfedmoe_jax.models.decoder_sizes import DecoderSizes, Rotary, yarn_scale
+from hfedmoe_jax.models.lora import Dense
 
 
 def wavelengths(rotary: Rotary) -> Float[Array, " pairs"]:
@@ -84,14 +85,15 @@ class GroupedAttention(nn.Module):
         k = self.project(h_btd, "key", s.num_key_heads)
         v = self.project(h_btd, "value", s.num_key_heads, norm=False)
         y = causal_attention(turn(q, s.rotary), turn(k, s.rotary), v, mask_bt, s.head_size**-0.5)
-        output = nn.Dense(s.width, use_bias=s.output_bias, dtype=self.dtype, name="out")
+        output = Dense(s.width, use_bias=s.output_bias, dtype=self.dtype, lora=s.lora, name="out")
         return output(y.reshape(*y.shape[:2], -1))
 
     @nn.nowrap
     def project(self, h_btd, name: str, heads: int, norm: bool = True):
         """Returns heads [B, T, heads, K], normalised and clipped as the family has it."""
         s = self.sizes
-        x = nn.Dense(heads * s.head_size, use_bias=s.query_bias, dtype=self.dtype, name=name)(h_btd)
+        project = Dense(heads * s.head_size, use_bias=s.query_bias, dtype=self.dtype, lora=s.lora, name=name)
+        x = project(h_btd)
         if norm and s.norm_heads == "all":
             x = nn.RMSNorm(s.epsilon, dtype=self.dtype, name=f"norm_{name}")(x)
         if s.clip:
@@ -116,7 +118,7 @@ class LatentAttention(nn.Module):
         latent, heads = s.latent, s.num_heads
 
         def dense(features, name, bias=False):
-            return nn.Dense(features, use_bias=bias, dtype=self.dtype, name=name)
+            return Dense(features, use_bias=bias, dtype=self.dtype, lora=s.lora, name=name)
 
         q = h_btd
         if latent.query_rank:

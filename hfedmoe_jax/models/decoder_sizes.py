@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.lora import LoraRule
 from hfedmoe_jax.models.routing import RouterRule
 
 _UNUSED = object()
@@ -62,6 +63,7 @@ class DecoderSizes(NamedTuple):
       clip: limit of queries, keys and values; 0: none.
       epsilon: of the norms.
       tied: whether the embedding table is the head's matrix too.
+      lora: adapters of attention's projections; None: without.
     """
 
     family: str
@@ -86,6 +88,7 @@ class DecoderSizes(NamedTuple):
     clip: float
     epsilon: float
     tied: bool
+    lora: LoraRule | None = None
 
 
 MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek")

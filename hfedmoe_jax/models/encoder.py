@@ -23,6 +23,7 @@ from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.attention import masked_attention
 from hfedmoe_jax.models.family import FEATURES, ModelOutput, ModelSizes, families
+from hfedmoe_jax.models.lora import Dense, LoraRule, lora_rule
 from hfedmoe_jax.models.names import Name, import_params, read_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import RouterRule, route
@@ -44,6 +45,7 @@ class EncoderSizes(NamedTuple):
       layers, width, heads, hidden: of the dense encoder.
       vocab_size, positions, kinds: rows of its embedding tables.
       epsilon: of its norms.
+      lora: adapters of attention's projections; None: without.
     """
 
     layers: int
@@ -54,6 +56,7 @@ class EncoderSizes(NamedTuple):
     positions: int
     kinds: int
     epsilon: float
+    lora: LoraRule | None = None
 
 
 def read_encoder_sizes(directory: str) -> EncoderSizes:
@@ -86,7 +89,7 @@ def read_encoder_sizes(directory: str) -> EncoderSizes:
 @functools.partial(
     jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("hidden"), prevent_cse=False
 )
-def gelu_expert(weights: dict[str, Array], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
+def gelu_expert(weights: dict[str, Any], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
     """Two matrices with a GELU between them; of the forward pass the hidden units are kept."""
     hidden = checkpoint_name(matmul(x_sd, weights["in_df"]) + weights["bias_f"].astype(x_sd.dtype), "hidden")
     return matmul(jax.nn.gelu(hidden, approximate=False), weights["out_fd"])
@@ -114,7 +117,7 @@ class Attend(nn.Module):
         s = self.sizes
 
         def dense(name):
-            return nn.Dense(s.width, dtype=self.dtype, name=name)
+            return Dense(s.width, dtype=self.dtype, lora=s.lora, name=name)
 
         heads = (*x_btd.shape[:2], s.heads, s.width // s.heads)
         q, k, v = (dense(name)(x_btd).reshape(heads) for name in ("query", "key", "value"))
@@ -189,7 +192,8 @@ class Trunk(nn.Module):
         table = self.param("embed", INIT, (self.rows, s.width))
         position = self.param("position", INIT, (s.positions, s.width))
         kind = self.param("kind", INIT, (s.kinds, s.width))
-        x_btd = table[tokens_bt] + position[: tokens_bt.shape[1]] + kind[0]
+        parts = table[tokens_bt], position[: tokens_bt.shape[1]], kind[0]
+        x_btd = sum(part.astype(jnp.float32) for part in parts)
         x_btd = nn.LayerNorm(s.epsilon, use_fast_variance=False, name="norm_embed")(x_btd).astype(self.dtype)
         if not self.layers:
             return x_btd, None
@@ -261,7 +265,8 @@ class Encoder(nn.Module):
     @property
     def whole(self) -> Trunk:
         """The checkpoint's encoder, without experts."""
-        return Trunk(self.shape, self.shape.layers, self.shape.vocab_size, False, jnp.float32)
+        plain = self.shape._replace(lora=None)
+        return Trunk(plain, plain.layers, plain.vocab_size, False, jnp.float32)
 
     @nn.nowrap
     def inputs(self, params: dict, tokens_bt: AnyArray) -> Array:
@@ -375,7 +380,7 @@ def bert(config: ConfigDict, sizes: ModelSizes) -> Encoder:
       InputError: no checkpoint, more mixtures than it has layers, experts that its hidden units cannot be
         cut into, or texts longer than its positions.
     """
-    shape = read_encoder_sizes(str(find_source(config.source)))
+    shape = read_encoder_sizes(str(find_source(config.source)))._replace(lora=lora_rule(config))
     if config.num_layers > shape.layers:
         problem = f"above the checkpoint's {shape.layers} layers"
         raise InputError("model.num_layers", config.num_layers, problem, "make mixtures of the last few")

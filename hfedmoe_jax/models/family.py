@@ -22,7 +22,9 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.experts import Budget, Expert
+from hfedmoe_jax.experts import Budget, Expert, flat
+from hfedmoe_jax.models.base import check_base, keep_frozen
+from hfedmoe_jax.models.lora import adapt, init_factors, join, lora_rule
 from hfedmoe_jax.models.params import Params, merge_params, split_params
 from hfedmoe_jax.models.precision import PRECISIONS
 from hfedmoe_jax.models.routing import Routing
@@ -74,6 +76,7 @@ class MoeModel(NamedTuple):
       init: key -> (Params, frozen parameters).
       apply: (params, frozen, batch, budget, training) -> ModelOutput; of `params` the router and the shared
         part are read, experts are the budget's.
+      weights: (experts, frozen) -> trees [L, E, ...] of what `expert` reads.
       expert: computes one expert.
       mask: batch -> bool [B, T], the real tokens.
       num_layers: L, mixtures of experts.
@@ -86,6 +89,7 @@ class MoeModel(NamedTuple):
 
     init: Callable[[jax.Array], tuple[Params, dict]]
     apply: Callable[[Params, dict, Any, Budget, bool], ModelOutput]
+    weights: Callable[[Any, dict], Any]
     expert: Expert
     mask: Callable[[Any], Bool[Array, "batch tokens"]]
     num_layers: int
@@ -111,14 +115,27 @@ def build_model(config: ConfigDict, sizes: ModelSizes, example: Any) -> MoeModel
         family refuses.
     """
     check_sizes(config)
+    rule = lora_rule(config)
+    check_base(config.base, rule is not None)
     module = families[config.family](config, sizes)
     # One text initialises as well as many.
     one = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in example.items() if name != FEATURES}
 
     def init(key: jax.Array) -> tuple[Params, dict]:
-        return split_params(module.init(key, one)["params"], config.train)
+        params, frozen = split_params(module.init(key, one)["params"], config.train)
+        if rule is None:
+            return params, frozen
+        factors = init_factors(jax.random.fold_in(key, 1), params.experts, rule)
+        frozen = keep_frozen(frozen | {"experts": params.experts}, config.base)
+        return params._replace(experts=factors), frozen
+
+    def weights(experts: Any, frozen: dict) -> Any:
+        return experts if rule is None else join(frozen["experts"], experts, rule.scale)
 
     def apply(params: Params, frozen: dict, batch: Any, budget: Budget, training: bool) -> ModelOutput:
+        if rule is not None:
+            budget = adapt(budget, flat(frozen["experts"]), rule.scale)
+            frozen = {name: tree for name, tree in frozen.items() if name != "experts"}
         variables = merge_params(params.router, params.shared, frozen)
         held = module
         if table is not None:  # a client may hold fewer rows of it
@@ -128,8 +145,8 @@ def build_model(config: ConfigDict, sizes: ModelSizes, example: Any) -> MoeModel
     shapes, _ = jax.eval_shape(init, jax.random.key(0))
     table = module.table if module.table in shapes.shared else None
     return MoeModel(
-        init, apply, module.expert, module.mask, module.num_layers, module.num_experts, module.top_k, module,
-        table,
+        init, apply, weights, module.expert, module.mask, module.num_layers, module.num_experts,
+        module.top_k, module, table,
     )  # fmt: skip
 
 

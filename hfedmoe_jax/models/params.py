@@ -100,3 +100,8 @@ def params_specs(params: Params) -> Params:
         jax.tree.map(lambda _: BY_EXPERT, params.experts),
         *jax.tree.map(lambda _: REPLICATED, (params.router, params.shared)),
     )
+
+
+def frozen_specs(frozen: dict) -> dict:
+    """Returns how frozen parameters lie on a mesh, by their names at the top: as `params_specs` has it."""
+    return {name: BY_EXPERT if name == "experts" else REPLICATED for name in frozen}

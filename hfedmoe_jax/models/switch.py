@@ -32,7 +32,7 @@ UNROLL = 2  # layers a turn of the scan: fewer residuals to stack
 @functools.partial(
     jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("hidden"), prevent_cse=False
 )
-def relu_expert(weights: dict[str, Array], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
+def relu_expert(weights: dict[str, Any], x_sd: Float[Array, "slots model"]) -> Float[Array, "slots model"]:
     """Two matrices with a ReLU between them; of the forward pass the hidden units are kept."""
     hidden = checkpoint_name(matmul(x_sd, weights["w_in_df"]), "hidden")
     return matmul(jax.nn.relu(hidden), weights["w_out_fd"])
