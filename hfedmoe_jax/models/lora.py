@@ -138,7 +138,7 @@ def merge_experts(weights: dict) -> dict:
 
 def merge_dense(variables: dict, scale: float) -> dict:
     """Returns parameters in which every `Dense` is without an adapter, its kernel W + scale * A B."""
-    leaves = traverse_util.flatten_dict(variables)
+    leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(variables))
     merged = {path: leaf for path, leaf in leaves.items() if path[-1] not in FACTORS}
     for path, a in leaves.items():
         if path[-1] == FACTORS[0]:

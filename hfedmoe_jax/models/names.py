@@ -59,6 +59,15 @@ class StoredParam(NamedTuple):
         return np.asarray(self.read((slice(None),) * len(self.shape)), dtype)
 
 
+def part_of(param: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Returns what an array, or a parameter that lies in files, has at an index of its leading axes."""
+    if not isinstance(param, StoredParam):
+        return np.asarray(param[index])
+    whole = [slice(None)] * (len(param.shape) - len(index))
+    part = param.read((*(slice(i, i + 1) for i in index), *whole))
+    return part.reshape(param.shape[len(index) :])
+
+
 def import_params(
     directory: str | os.PathLike,
     names: Sequence[Name],
@@ -253,7 +262,7 @@ def export_params(
         for index, tensor in tensors_of(name, leaf.shape).items():
 
             def read(leaf=leaf, index=index, name=name):
-                array = np.asarray(leaf[index])
+                array = part_of(leaf, index)
                 return array.swapaxes(-1, -2) if name.transposed else array
 
             shape = _stored_shape(name._replace(part=(0, 1)), leaf.shape[lead:])

@@ -16,10 +16,11 @@ from hfedmoe_jax import Experiment, Outcome, RunState, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.data import num_rows
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.lora import LORA
 from hfedmoe_jax.quality import Quality
 from hfedmoe_jax.reports import OK, STATUS_NAMES, failed_clients
 from launch.hfedmoe.data_notes import print_data_notes
-from launch.hfedmoe.export import can_export, export_model
+from launch.hfedmoe.export import can_export, export_adapters, export_model
 from launch.hfedmoe.figures import write_figures
 from launch.hfedmoe.run_notes import mixture_line, print_hints
 from launch.hosts.devices import configure_devices, use_compilation_cache
@@ -145,6 +146,8 @@ def write_results(experiment: Experiment, saved: "Saved", outcome: Outcome, work
     )
     if can_export(experiment):
         export_model(experiment, state.best.params, workdir / "model")
+        if config.model.train == LORA:
+            export_adapters(experiment, state.best.params, workdir / "adapters")
     write_json(workdir / "summary.json", summary)
     print_summary("Summary", summary_rows(summary, workdir))
 

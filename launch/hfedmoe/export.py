@@ -1,15 +1,19 @@
-"""The fine-tuned model as a directory of the Hugging Face hub."""
+"""The fine-tuned model as directories of the Hugging Face hub: whole, and as adapters in PEFT's format."""
 
+import json
 import pathlib
 import shutil
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 from hfedmoe_jax import Experiment
-from hfedmoe_jax.models import merge_params
-from hfedmoe_jax.models.names import export_params, read_config
-from hfedmoe_jax.models.tensor_files import find_tensors
+from hfedmoe_jax.models import Params, merge_params
+from hfedmoe_jax.models.lora import FACTORS, lora_rule
+from hfedmoe_jax.models.names import Name, export_params, part_of, read_config, tensors_of
+from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
 from hfedmoe_jax.pretrained import find_source
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -22,21 +26,128 @@ def can_export(experiment: Experiment) -> bool:
     return hasattr(experiment.model.module, "names") and not experiment.algorithm.personal
 
 
-def export_model(experiment: Experiment, params: Any, directory: pathlib.Path) -> None:
+def export_model(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:
     """Writes config, weights in the source's type, and the tokenizer; `transformers` loads the directory.
 
+    Adapters are added to the checkpoint's own matrices, whatever `model.base` kept of them.
+
     Args:
-      params: `Params` of the model.
+      params: of the model.
       directory: replaced, whole or not at all.
     """
     source = find_source(experiment.config.model.source)
-    variables = merge_params(params.router, params.shared, experiment.frozen, {"experts": params.experts})
     kind = next(iter(find_tensors(source).values())).dtype
-    fresh = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    export_params(fresh, experiment.model.module.names(), variables, read_config(source), np.dtype(kind))
-    for name in COPIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, fresh / name)
-    shutil.rmtree(directory, ignore_errors=True)
-    fresh.replace(directory)
+    with Replacement(directory) as fresh:
+        names, config = experiment.model.module.names(), read_config(source)
+        export_params(fresh, names, merged(experiment, params), config, np.dtype(kind))
+        for name in COPIED:
+            if (source / name).exists():
+                shutil.copyfile(source / name, fresh / name)
+
+
+def merged(experiment: Experiment, params: Params) -> dict[str, Any]:
+    """Returns the parameters of the module, arrays or what is read as one when it is written."""
+    trained = merge_params(params.router, params.shared)
+    rule = lora_rule(experiment.config.model)
+    if rule is None:
+        return merge_params(trained, experiment.frozen, {"experts": params.experts})
+    start = experiment.start.params if experiment.start else {}
+    leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(experiment.frozen))
+    leaves |= {path: leaf for path, leaf in traverse_util.flatten_dict(start).items() if path in leaves}
+    leaves |= {path: x for path, x in traverse_util.flatten_dict(trained).items() if path[-1] not in FACTORS}
+    for path, (a, b) in adapters(params).items():
+        leaves[path] = Sum(leaves[path], np.asarray(a), np.asarray(b), rule.scale)
+    return traverse_util.unflatten_dict(leaves)
+
+
+def adapters(params: Params) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """Returns the factors A [..., D, R] and B [..., R, F] by the path of their matrix."""
+    found = {}
+    for tree, last in (({"experts": params.experts}, ()), (params.shared, ("kernel",))):
+        leaves = traverse_util.flatten_dict(tree)
+        for path, a in leaves.items():
+            if path[-1] == FACTORS[0]:
+                found[(*path[:-1], *last)] = a, leaves[(*path[:-1], FACTORS[1])]
+    return found
+
+
+@dataclass
+class Sum:
+    """A matrix [..., D, F] with its adapter, computed where it is indexed.
+
+    Attributes:
+      base: an array, or one that lies in a file.
+      a, b, scale: see `LoraRule`.
+    """
+
+    base: Any
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
+        """Returns the matrix of one layer (and expert)."""
+        return part_of(self.base, index) + np.float32(self.scale) * (self.a[index] @ self.b[index])
+
+
+def export_adapters(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:
+    """Writes the adapters, with the routers, as PEFT reads them.
+
+    Args:
+      params: of a model with adapters.
+      directory: replaced, whole or not at all.
+    """
+    model = experiment.config.model
+    source = find_source(model.source)
+    names: dict[str, Name] = {}
+    for name in experiment.model.module.names():
+        names.setdefault(name.path, name)  # of alternatives that of single experts
+    tensors: dict[str, NewTensor] = {}
+    targets, saved = set(), set()
+
+    def add(path: tuple[str, ...], array: Any, shape: tuple[int, ...], suffix: str, found: set[str]) -> None:
+        """Adds PyTorch's matrices [outputs, inputs] of a parameter of that shape."""
+        for index, tensor in tensors_of(names["/".join(path)], shape).items():
+            module = tensor.removesuffix(".weight")
+            matrix = np.ascontiguousarray(np.asarray(array[index]).T)
+            name = f"base_model.model.{module}{suffix}.weight"
+            tensors[name] = NewTensor(matrix.dtype, matrix.shape, lambda matrix=matrix: matrix)
+            found.add(module.rsplit(".", 1)[-1])
+
+    for path, (a, b) in adapters(params).items():
+        add(path, a, a.shape, ".lora_A", targets)
+        add(path, b, b.shape, ".lora_B", targets)
+    routers: dict[Any, Any] = dict(traverse_util.flatten_dict(params.router))
+    for path, leaf in routers.items():
+        if path[-1] == "kernel":
+            add(path, leaf, leaf.shape, "", saved)
+    content = dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(source), r=model.lora_rank,
+        lora_alpha=model.lora_alpha, lora_dropout=0.0, bias="none", inference_mode=True,
+        target_modules=sorted(targets), modules_to_save=sorted(saved) or None,
+    )  # fmt: skip
+    with Replacement(directory) as fresh:
+        write_tensors(fresh, tensors, shard_bytes=2**62)
+        (fresh / "model.safetensors").rename(fresh / "adapter_model.safetensors")
+        (fresh / "adapter_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+class Replacement:
+    """A directory that takes another's place when it is complete."""
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory, self._fresh = directory, directory.with_name(directory.name + ".tmp")
+
+    def __enter__(self) -> pathlib.Path:
+        shutil.rmtree(self._fresh, ignore_errors=True)
+        self._fresh.mkdir(parents=True)
+        return self._fresh
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._fresh.replace(self._directory)

@@ -1,5 +1,7 @@
 """A checkpoint of the hub in, fine-tuned by clients under budgets, and out again."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models.decoder import Decoder
 from hfedmoe_jax.models.tensor_files import find_tensors
-from launch.hfedmoe.export import can_export, export_model
+from launch.hfedmoe.export import can_export, export_adapters, export_model
 
 SEQ_LEN = 12
 
@@ -83,6 +85,40 @@ def test_experts_learn_under_budgets_and_the_model_goes_back(case, tmp_path):
         np.testing.assert_array_equal(original[name].read(), before[name].read())
     changed = {name for name in before if not np.array_equal(before[name].read(), after[name].read())}
     assert changed and all("experts." in name or "gate." in name for name in changed)
+
+
+@pytest.mark.parametrize(("case", "base"), [("mixtral", "nf4"), ("deepseek_v2_lite", "float32")])
+def test_adapters_go_back_as_such_and_merged(case, base, tmp_path):
+    """W + scale * A B of the checkpoint's own W, and A and B themselves as PEFT names and lays them."""
+    source = write_decoder(tmp_path / "source", case)
+    experiment = build(source, train="lora", lora_rank=2, lora_alpha=6.0, base=base)
+    state, _, failures = experiment.step(experiment.init())
+    experiment.close()
+    assert failures == []
+    params = experiment.algorithm.snapshot(state.server).params
+    export_model(experiment, params, tmp_path / "model")
+    export_adapters(experiment, params, tmp_path / "adapters")
+    (tmp_path / "adapters" / "adapter_model.safetensors").rename(tmp_path / "adapters" / "model.safetensors")
+    stored, after, factors = (find_tensors(tmp_path / name) for name in ("source", "model", "adapters"))
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (2, 6.0, "LORA")
+    found = set()
+    for name in after:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in factors:
+            assert name.removesuffix(".weight").rsplit(".", 1)[-1] in config["target_modules"]
+            a, b = (factors[f"{module}.lora_{x}.weight"].read() for x in "AB")
+            found |= {f"{module}.lora_{x}.weight" for x in "AB"}
+            if name in stored:  # the others are fused in the source
+                expected = stored[name].read() + 3.0 * (b @ a)
+                np.testing.assert_allclose(after[name].read(), expected, rtol=1e-5, atol=1e-6)
+        elif f"{module}.weight" in factors:
+            found.add(f"{module}.weight")
+            np.testing.assert_array_equal(factors[f"{module}.weight"].read(), after[name].read())
+        elif name in stored:
+            np.testing.assert_array_equal(stored[name].read(), after[name].read())
+    assert found == set(factors) and any(".experts.1." in name for name in found)
+    assert any("self_attn" in name and np.any(factors[name].read()) for name in found)
 
 
 def test_what_cannot_be_fine_tuned_is_refused(tmp_path):
