@@ -104,6 +104,7 @@ class LocalRule(NamedTuple):
       fail_over_budget: the client fails if a batch activates more experts than it can train.
       proximal_mu: weight of FedProx's mu / 2 |w - w_global|^2, 0 for none.
       offset: (extra, state) -> Params that are added to every gradient of the round; None for nothing.
+      start: (params, budget over all experts) -> what training starts from; None for the global model.
       router_bias: extra -> float [L, E] that is added to the routers' logits; None for nothing.
     """
 
@@ -112,6 +113,7 @@ class LocalRule(NamedTuple):
     proximal_mu: float = 0.0
     offset: Callable[[Any, Any], Params] | None = None
     router_bias: Callable[[Any], Array] | None = None
+    start: Callable[[Params, Array], Params] | None = None
 
     @property
     def uses_budgets(self) -> bool:
@@ -175,6 +177,8 @@ def make_client(
 
     def train(broadcast: Broadcast, client: ClientData) -> ClientUpdate:
         start, frozen = broadcast.params, broadcast.frozen
+        if rule.start is not None:
+            start = rule.start(start, client.budget / model.all_experts)
         first_key, *keys = jax.random.split(jax.random.fold_in(broadcast.key, client.client), steps + 1)
         token, batches = own_tokens(model.table, start, client.batch, table_rows)
 

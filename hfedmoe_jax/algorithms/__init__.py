@@ -1,6 +1,6 @@
 """Federated algorithms: pairs of pure functions, by name."""
 
-from hfedmoe_jax.algorithms import composition, compression, dp_fedavg, fedmoe, local, scaffold
+from hfedmoe_jax.algorithms import adapters, composition, compression, dp_fedavg, fedmoe, local, scaffold
 from hfedmoe_jax.algorithms.algorithm import (
     FederatedAlgorithm,
     Portion,
@@ -26,6 +26,7 @@ __all__ = [
     "Totals",
     "Transformed",
     "Weights",
+    "adapters",
     "algorithms",
     "compose",
     "composition",

@@ -68,7 +68,7 @@ class Method(NamedTuple):
     @property
     def uses_budgets(self) -> bool:
         """Says whether the clients' budgets matter."""
-        return self.rule.uses_budgets
+        return self.rule.uses_budgets or self.rule.start is not None
 
     def __call__(self, setting: Setting) -> FederatedAlgorithm:
         """Returns the algorithm for a setting."""

@@ -31,6 +31,7 @@ class Change(NamedTuple):
     """What a client changed, over all parameters, for an algorithm that transforms it.
 
     Attributes:
+      start: the model before.
       change: after less before, zero where it trained nothing.
       sent: Params of bool arrays that broadcast against `change`: what has a weight above zero.
       moved: the same of what the client could move at all: experts that it trained, rows of its own tokens.
@@ -39,6 +40,7 @@ class Change(NamedTuple):
       key: of the client and round.
     """
 
+    start: Params
     change: Params
     sent: Params
     moved: Params
@@ -67,6 +69,7 @@ class Totals(NamedTuple):
     """The sums of a round, for the server.
 
     Attributes:
+      start: the model before.
       change: the weighted mean of the clients' changes.
       count: float32 [], clients that count.
       population: C.
@@ -74,6 +77,7 @@ class Totals(NamedTuple):
       key: of the server in this round.
     """
 
+    start: Params
     change: Params
     count: Float[Array, ""]
     population: int

@@ -174,7 +174,7 @@ class RoundPrograms:
         sent = jax.eval_shape(lambda *of: what_counts(self._weights(of[0]), of[1]), upload, shapes)
         return jax.eval_shape(
             lambda *parts: transform(Change(*parts)).summed,
-            shapes, sent, sent, upload, self._extra, self._state, key,
+            shapes, shapes, sent, sent, upload, self._extra, self._state, key,
         )  # fmt: skip
 
     def _empty_sums(self) -> Sums:
@@ -229,7 +229,7 @@ class RoundPrograms:
         key = jax.random.fold_in(jax.random.fold_in(broadcast.key, client.client), 1)
         moved = what_moved(change, update, table)
         sent = what_counts(weights, change)
-        return Change(change, sent, moved, update.upload, broadcast.extra, client.state, key)
+        return Change(start, change, sent, moved, update.upload, broadcast.extra, client.state, key)
 
     def _merge(self, sums: Sums, broadcast: Broadcast, contributions) -> Sums:
         clients, ok, summed = contributions
@@ -256,7 +256,9 @@ class RoundPrograms:
             change = change._replace(router=literal_change(mean, params.router, scale))
         summed = map_totals(lambda total: from_fixed(merge_over_devices(total)), sums.summed)
         count = jnp.sum(sums.count).astype(jnp.float32)
-        totals = Totals(change, count, len(self._setting.budget), summed, jax.random.fold_in(key, SERVER))
+        totals = Totals(
+            params, change, count, len(self._setting.budget), summed, jax.random.fold_in(key, SERVER)
+        )
         change, new_extra = method.step(totals, extra)
         anyone = (from_fixed(mean.weight.shared) > 0) | method.steps_always
         trained = (from_fixed(mean.weight.experts) > 0) | method.steps_always

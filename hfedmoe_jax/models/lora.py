@@ -125,6 +125,15 @@ def adapt(budget: Budget, base: dict, scale: float) -> Budget:
     return budget._replace(experts=experts)
 
 
+def adapter_pairs(tree: dict) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """Returns the factors A, B of nested dicts by the path that they lie under."""
+    leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(tree))
+    return {
+        path[:-1]: (a, leaves[(*path[:-1], FACTORS[1])])
+        for path, a in leaves.items() if path[-1] == FACTORS[0]
+    }  # fmt: skip
+
+
 def merge_experts(weights: dict) -> dict:
     """Returns what `join` returned with plain matrices, W + scale * A B."""
 
@@ -140,10 +149,8 @@ def merge_dense(variables: dict, scale: float) -> dict:
     """Returns parameters in which every `Dense` is without an adapter, its kernel W + scale * A B."""
     leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(variables))
     merged = {path: leaf for path, leaf in leaves.items() if path[-1] not in FACTORS}
-    for path, a in leaves.items():
-        if path[-1] == FACTORS[0]:
-            module = path[:-1]
-            merged[(*module, "kernel")] += scale * (a @ leaves[(*module, FACTORS[1])])
+    for module, (a, b) in adapter_pairs(variables).items():
+        merged[(*module, "kernel")] += scale * (a @ b)
     return traverse_util.unflatten_dict(merged)
 
 

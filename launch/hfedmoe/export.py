@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from hfedmoe_jax import Experiment
 from hfedmoe_jax.models import Params, merge_params
-from hfedmoe_jax.models.lora import FACTORS, lora_rule
+from hfedmoe_jax.models.lora import FACTORS, adapter_pairs, lora_rule
 from hfedmoe_jax.models.names import Name, export_params, part_of, read_config, tensors_of
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
 from hfedmoe_jax.pretrained import find_source
@@ -62,13 +62,8 @@ def merged(experiment: Experiment, params: Params) -> dict[str, Any]:
 
 def adapters(params: Params) -> dict[tuple[str, ...], tuple[Any, Any]]:
     """Returns the factors A [..., D, R] and B [..., R, F] by the path of their matrix."""
-    found = {}
-    for tree, last in (({"experts": params.experts}, ()), (params.shared, ("kernel",))):
-        leaves = traverse_util.flatten_dict(tree)
-        for path, a in leaves.items():
-            if path[-1] == FACTORS[0]:
-                found[(*path[:-1], *last)] = a, leaves[(*path[:-1], FACTORS[1])]
-    return found
+    experts = {("experts", *path): pair for path, pair in adapter_pairs(params.experts).items()}
+    return experts | {(*path, "kernel"): pair for path, pair in adapter_pairs(params.shared).items()}
 
 
 @dataclass

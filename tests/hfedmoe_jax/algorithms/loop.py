@@ -66,11 +66,12 @@ class Member(NamedTuple):
     upload: Upload
 
 
-def trained_alone(config, rule=None):
+def trained_alone(config, rule=None, frozen_fields=MODEL):
     """Returns `members(params, data, key, extra=()) -> list[Member]`, which leaves out who dropped out.
 
     Args:
       rule: how they train; default as the compositions do.
+      frozen_fields: of the config, that its frozen parameters depend on.
     """
     model = tiny_model(config)
     optimizer = build_optimizer(config.client, config.client.optimizer, "client")
@@ -86,7 +87,7 @@ def trained_alone(config, rule=None):
         for row in range(len(data.client)):
             one = jax.tree.map(lambda x, row=row: x[row], data)
             if one.available:
-                update = train(Broadcast(params, tiny_frozen(**MODEL), extra, key), one)
+                update = train(Broadcast(params, tiny_frozen(**frozen_fields), extra, key), one)
                 upload = jax.tree.map(np.asarray, update.upload)
                 found.append(Member(int(one.client), change_of(update, params), upload))
         return found
@@ -103,9 +104,11 @@ def change_of(update, before) -> Params:
     for whole, held in zip(*map(jax.tree.leaves, (after.experts, update.params.experts)), strict=True):
         whole.reshape(-1, *whole.shape[2:])[owners] = np.asarray(held)[rows]
     shared = doubles(update.params.shared)
-    used = np.asarray(update.token) < VOCABULARY
-    after.shared["embed"][np.asarray(update.token)[used]] = shared["embed"][used]
-    after = Params(after.experts, doubles(update.params.router), shared | {"embed": after.shared["embed"]})
+    if update.token is not None:
+        used = np.asarray(update.token) < VOCABULARY
+        after.shared["embed"][np.asarray(update.token)[used]] = shared["embed"][used]
+        shared |= {"embed": after.shared["embed"]}
+    after = Params(after.experts, doubles(update.params.router), shared)
     return jax.tree.map(np.subtract, after, before)
 
 
