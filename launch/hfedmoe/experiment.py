@@ -31,7 +31,7 @@ from launch.hosts.distributed import (
     start_processes,
     wait_for_processes,
 )
-from launch.run.checkpoints import Checkpoints
+from launch.run.checkpoints import Checkpoints, saved_digests
 from launch.run.program import NothingTrainedError
 from launch.run.progress import Progress, format_seconds, format_value, print_summary
 from launch.run.report import Comparison, write_report
@@ -90,14 +90,16 @@ def run_process(
     check_same_config(config)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
     check_same_data(experiment)
+    belongs_to = fingerprints(experiment, source)
     with hold_workdir(workdir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
-            open_workdir(workdir, config.to_dict(), fingerprints(experiment, source), raisable=["fl.rounds"])
+            saved = saved_digests(workdir / "checkpoints")
+            open_workdir(workdir, config.to_dict(), belongs_to, ["fl.rounds"], saved)
             (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
             use_compilation_cache(host.compiled or workdir / "compiled")
         wait_for_processes()  # the others must not use the directory before it exists
         describe(experiment, workdir)
-        state, metrics = train(experiment, workdir)
+        state, metrics = train(experiment, workdir, {each.what: each.digest for each in belongs_to})
         outcome = experiment.finish(state)
         if is_first_process():
             write_results(experiment, Saved(state, metrics), outcome, workdir)
@@ -180,11 +182,15 @@ class Saved(NamedTuple):
     metrics: str
 
 
-def train(experiment: Experiment, workdir: pathlib.Path) -> Saved:
-    """Returns the state and rows after the last round; resumes from the newest checkpoint if there is one."""
+def train(experiment: Experiment, workdir: pathlib.Path, digests: dict[str, str]) -> Saved:
+    """Returns the state and rows after the last round; resumes from the newest checkpoint if there is one.
+
+    Args:
+      digests: of what the run belongs to, kept in its checkpoints.
+    """
     config, metric = experiment.config, experiment.task.metric
     state, kept = experiment.init(), ""
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep, digests) as checkpoints:
         restored = checkpoints.restore(Saved(state, kept))
         if restored:
             state, kept = restored[1]

@@ -38,7 +38,7 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
       arguments: the command line without the program's name; `--help` prints the usage and does no work.
       usage: the text of `--help`.
       work: what the program does.
-      when_interrupted: what the user reads after Ctrl-C or SIGTERM.
+      when_interrupted: what the user reads after Ctrl-C or SIGTERM, before the notes of the exception.
 
     Raises:
       ValueError: an error of the program and not of its input, so that its traceback is shown.
@@ -58,7 +58,10 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
         exit_at_interrupt(code)
         if code == EXIT_ERROR and not isinstance(error, OSError):
             raise
-        print(when_interrupted if code == EXIT_INTERRUPTED else f"error: {line_of(error)}", file=sys.stderr)
+        line = f"error: {line_of(error)}"
+        if code == EXIT_INTERRUPTED:
+            line = "; ".join([when_interrupted, *getattr(error, "__notes__", [])])
+        print(line, file=sys.stderr)
         if code in (EXIT_ERROR, EXIT_INTERRUPTED):
             end_at_once(code)
         return code
