@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from launch.run import figures
-from launch.run.figures import BLUE, GREY, ORANGE, PINK, SKY, finish, line, percent
+from launch.run.figures import BLUE, GREY, ORANGE, SKY, finish, line, percent
 
 Record = Mapping[str, Any]
 
@@ -101,7 +101,7 @@ def budget_union(record: Record) -> Figure:
     took_part = np.isfinite(union)
     for name, where, look in _device_classes(record, took_part):
         if took_part.sum() >= figures.MANY:
-            _boxes(axes, budget[where], union[where], look["color"], name)
+            _boxes(axes, budget[where], union[where], look, name)
         else:
             axes.scatter(budget[where], union[where], s=42, alpha=0.8, linewidths=0, label=name, **look)
     if took_part.any():
@@ -122,14 +122,17 @@ def budget_union(record: Record) -> Figure:
     return figure
 
 
-def _boxes(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
-    """Draws a box of the distribution of y at each value of x."""
+def _boxes(axes: Axes, x: np.ndarray, y: np.ndarray, look: Mapping[str, str], label: str) -> None:
+    """Draws a box of the distribution of y at each value of x, the median as a mark."""
+    color, marker = look["color"], look["marker"]
     for place in np.unique(x):
         low, first, middle, third, high = np.quantile(y[x == place], [0.05, 0.25, 0.5, 0.75, 0.95])
         axes.plot([place, place], [low, high], color=color, linewidth=1.4)
         axes.plot([place, place], [first, third], color=color, linewidth=9, solid_capstyle="butt", alpha=0.6)
-        axes.plot(place, middle, color=color, marker="_", markersize=13)
-    axes.plot([], [], color=color, linewidth=6, alpha=0.6, label=f"{label}, {len(x)} clients")
+        axes.plot(place, middle, color=color, marker=marker, markersize=8, markeredgecolor="white")
+    axes.plot(
+        [], [], color=color, linewidth=3, marker=marker, markersize=8, label=f"{label}, {len(x)} clients"
+    )
 
 
 def client_metric(record: Record) -> Figure:
@@ -144,7 +147,8 @@ def client_metric(record: Record) -> Figure:
     for name, where, look in _device_classes(record, known):
         if many:  # curves of a share of the class each, and medians over tenths of the clients by data
             share = np.linspace(0, 1, 101)
-            line(left, 100 * share, np.quantile(value[where], share), name, look["color"], marker="")
+            style = {"markevery": 20, "markersize": 7, "marker": look["marker"]}
+            line(left, 100 * share, np.quantile(value[where], share), name, look["color"], **style)
             _tenths(right, examples[where], value[where], look)
         else:
             style = {"s": 34, "alpha": 0.85, "linewidths": 0, **look}
@@ -153,9 +157,9 @@ def client_metric(record: Record) -> Figure:
     if known.any():
         mean, spread = value[known].mean(), value[known].std()
         worst = np.sort(value[known])[: int(np.ceil(0.1 * known.sum()))].mean()
-        left.axhspan(max(0, mean - spread), min(1, mean + spread), color=SKY, alpha=0.15, linewidth=0)
-        left.axhline(mean, color=BLUE, linewidth=1.5, label=f"mean {mean:.1%} ± {spread:.1%}")
-        left.axhline(worst, color=PINK, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")
+        left.axhspan(max(0, mean - spread), min(1, mean + spread), color=GREY, alpha=0.12, linewidth=0)
+        left.axhline(mean, color=GREY, linewidth=1.5, label=f"mean {mean:.1%} ± {spread:.1%}")
+        left.axhline(worst, color=GREY, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")
         if examples[known].max() > 20 * max(1, examples[known].min()):
             right.set_xscale("log")
             decades = np.log10(examples[known].max() / max(1, examples[known].min()))
