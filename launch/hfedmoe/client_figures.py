@@ -51,7 +51,7 @@ def expert_usage(record: Record) -> Figure:
         axes.set_title(title)
     every = int(np.ceil(len(clients) / 40))
     left.set_yticks(range(0, len(clients), every), clients[::every])
-    left.set_ylabel("client")
+    left.set_ylabel("client of the last round (number)")
     figure.colorbar(image, ax=[left, right], label="usage (mean gate weight)", pad=0.01)
     return figure
 
@@ -65,7 +65,7 @@ def _layer_columns(axes: Axes, num_layers: int, num_experts: int, color: str = "
     axes.set_xticks(
         (layers + 0.5) * num_experts - 0.5, [f"layer {n}" if num_layers <= 4 else str(n) for n in layers]
     )
-    axes.set_xlabel(f"{'' if num_layers <= 4 else 'layer; '}{num_experts} experts a layer, in order")
+    axes.set_xlabel(f"{'' if num_layers <= 4 else 'layer; '}experts 0 to {num_experts - 1} of each layer")
 
 
 def expert_choice(record: Record) -> Figure:
@@ -107,9 +107,23 @@ def budget_union(record: Record) -> Figure:
     if took_part.any():
         most = max(budget.max(), union[took_part].max())
         most *= 1.06
-        axes.plot([0, most], [0, most], color=GREY, linestyle="--", linewidth=1.3, label="union = budget")
+        axes.plot(
+            [0, most],
+            [0, most],
+            color=GREY,
+            linestyle="--",
+            linewidth=1.3,
+            label="needs as many as it can train",
+        )
         axes.fill_between([0, most], [0, most], most, color=ORANGE, alpha=0.07, linewidth=0)
-        axes.text(0.02, 0.96, "must select", transform=axes.transAxes, va="top", color=ORANGE)
+        axes.text(
+            0.02,
+            0.96,
+            "must select: a batch needs more experts than the device can train",
+            transform=axes.transAxes,
+            va="top",
+            color=ORANGE,
+        )
         axes.text(0.98, 0.04, "everything fits", transform=axes.transAxes, ha="right", color=GREY)
         axes.set(xlim=(0, most), ylim=(0, most))
     finish(
@@ -170,7 +184,7 @@ def client_metric(record: Record) -> Figure:
             figures.whole_numbers(left, rank[known])
     percent(left)
     xlabel = "clients of the class, from worst to best (%)" if many else "clients, from worst to best"
-    finish(left, "Sorted", xlabel, f"{record['metric']} on the client's own data")
+    finish(left, "Sorted", xlabel, f"{record['metric']} by {record['unit']} on its own data")
     finish(right, "By amount of data", "training passages of the client", "")
     return figure
 

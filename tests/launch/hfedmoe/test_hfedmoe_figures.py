@@ -56,6 +56,7 @@ def make_run(rounds=6, clients=6, cohort=3, layers=2, experts=4):
         "usage_after": random.random((cohort, layers, experts)),
         "times_chosen": random.integers(0, rounds + 1, (clients, layers, experts)),
         "metric": "accuracy",
+        "unit": "passage",
         "client_scores": random.random(clients),
         "client_num_examples": random.integers(1, 500, clients),
         "expert_load": np.full((layers, experts), 1 / experts),
@@ -190,7 +191,7 @@ def test_of_coinciding_curves_both_are_seen():
 def test_reference_lines_are_where_they_should_be():
     rows, record = make_run(experts=8)
     left, _ = hfedmoe_figures.by_round(rows, record).axes
-    (line,) = (line for line in left.lines if line.get_label() == "majority class")
+    (line,) = (line for line in left.lines if line.get_label() == "majority class, test split")
     assert set(line.get_ydata()) == {0.2}
     entropy = next(
         axes for axes in hfedmoe_figures.routing(rows, record).axes if "entropy" in axes.get_ylabel()
