@@ -51,7 +51,7 @@ def expert_usage(record: Record) -> Figure:
         axes.set_title(title)
     every = int(np.ceil(len(clients) / 40))
     left.set_yticks(range(0, len(clients), every), clients[::every])
-    left.set_ylabel("client of the last round (number)")
+    left.set_ylabel("client of the last round")
     figure.colorbar(image, ax=[left, right], label="usage (mean gate weight)", pad=0.01)
     return figure
 
@@ -119,7 +119,7 @@ def budget_union(record: Record) -> Figure:
         axes.text(
             0.02,
             0.96,
-            "must select: a batch needs more experts than the device can train",
+            "must select",
             transform=axes.transAxes,
             va="top",
             color=ORANGE,
