@@ -46,6 +46,7 @@ def warnings(facts: Facts) -> list[str]:
     if facts.disputed:
         lines.append(f"{facts.disputed:,} texts have more than one label")
     if facts.unknown_share > UNKNOWN_WARNED:
-        lines.append(f"{facts.unknown_share:.0%} of the characters of the training texts are in words that become "
-                     "[UNK]: data.tokenizer=bpe, or another checkpoint, reads more scripts")  # fmt: skip
+        share = f"{facts.unknown_share:.0%} of the characters of the training texts"
+        lines.append(f"{share} are in words that become [UNK]: data.tokenizer=bpe, or another checkpoint, "
+                     "reads more scripts")  # fmt: skip
     return lines
