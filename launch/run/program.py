@@ -41,7 +41,7 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
       when_interrupted: what the user reads after Ctrl-C or SIGTERM, before the notes of the exception.
 
     Raises:
-      ValueError: an error of the program and not of its input, so that its traceback is shown.
+      ValueError, RuntimeError: an error of the program and not of its input, so that its traceback is shown.
     """
     if {"--help", "-help", "-h"} & set(arguments):
         print(usage.strip())
@@ -53,10 +53,10 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
         raise_at_interrupt(when_interrupted)
         work()
         exit_at_interrupt(0)
-    except (KeyboardInterrupt, NothingTrainedError, OSError, ValueError) as error:
+    except (KeyboardInterrupt, MemoryError, OSError, RuntimeError, ValueError) as error:
         code = exit_code(error)
         exit_at_interrupt(code)
-        if code == EXIT_ERROR and not isinstance(error, OSError):
+        if code == EXIT_ERROR and not (isinstance(error, OSError) or is_memory_error(error)):
             raise
         line = f"error: {line_of(error)}"
         if code == EXIT_INTERRUPTED:
@@ -79,6 +79,9 @@ def line_of(error: BaseException) -> str:
         remedy = REMEDIES.get(error.errno or 0, "mend it")
         place = f"{error.filename}: " if error.filename else ""
         text = f"{place}{error.strerror or error}; {remedy} and give the same command again"
+    if is_memory_error(error):
+        reason = text.partition("\n")[0] or "out of memory"
+        text = f"the memory of this machine is not enough ({reason}); use smaller batches or a smaller model"
     return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())
 
 
@@ -93,6 +96,11 @@ def exit_code(error: BaseException | None) -> int:
     if isinstance(error, NothingTrainedError):
         return EXIT_NOTHING_TRAINED
     return EXIT_INPUT_ERROR if is_input_error(error) else EXIT_ERROR
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Says whether Python, NumPy or XLA found no memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def is_input_error(error: BaseException | None) -> bool:

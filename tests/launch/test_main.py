@@ -306,6 +306,10 @@ def test_interrupts_storage_that_fails_and_runs_that_train_nothing_have_codes_of
         (full, 1, "w/metrics.csv: No space left on device; make room on the file system and give the same "
                   "command again; it continues after round 3"),
         (NothingTrainedError("no round trained"), 4, "no round trained"),
+        (MemoryError("Unable to allocate 30 GiB"), 1, "the memory of this machine is not enough (Unable to "
+                  "allocate 30 GiB); use smaller batches or a smaller model"),
+        (RuntimeError("RESOURCE_EXHAUSTED: no memory\nof a device"), 1, "the memory of this machine is not "
+                  "enough (RESOURCE_EXHAUSTED: no memory); use smaller batches or a smaller model"),
     ):  # fmt: skip
         monkeypatch.setattr(sys.modules["launch.hfedmoe.experiment"], "run_experiment", _raises(error))
         assert front_door.main(["--config=config.py"]) == code
