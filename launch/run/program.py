@@ -56,7 +56,7 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
     except (KeyboardInterrupt, MemoryError, OSError, RuntimeError, ValueError) as error:
         code = exit_code(error)
         exit_at_interrupt(code)
-        if code == EXIT_ERROR and not (isinstance(error, OSError) or is_memory_error(error)):
+        if not is_one_line(error):
             raise
         line = f"error: {line_of(error)}"
         if code == EXIT_INTERRUPTED:
@@ -101,6 +101,12 @@ def exit_code(error: BaseException | None) -> int:
 def is_memory_error(error: BaseException) -> bool:
     """Says whether Python, NumPy or XLA found no memory."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def is_one_line(error: BaseException) -> bool:
+    """Says whether an error is told in one line; of others, faults of a program, the traceback is shown."""
+    told = isinstance(error, KeyboardInterrupt | NothingTrainedError | OSError)
+    return told or is_memory_error(error) or is_input_error(error)
 
 
 def is_input_error(error: BaseException | None) -> bool:
