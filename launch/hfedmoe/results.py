@@ -70,8 +70,8 @@ def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[s
     budgets = ", ".join(f"{name} {budget}" for name, budget in summary["expert_budget"].items())
     best = summary["best_round"]
     return [
-        (f"test {metric}", f"{test_text(summary, 'final')} after the last round"),
-        ("", f"{test_text(summary, 'best')} of round {best}, the best on validation"),
+        (f"test {metric}", f"{score_text(summary, 'final')} after the last round"),
+        ("", f"{score_text(summary, 'best')} of round {best}, the best on validation"),
         (summary["baseline"], f"{summary[f'baseline_{metric}']:.4f} by {unit}, the best constant answer"),
         (
             "clients' own data",
@@ -88,7 +88,7 @@ def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[s
     ]
 
 
-def test_text(summary: dict[str, Any], model: str) -> str:
+def score_text(summary: dict[str, Any], model: str) -> str:
     """Returns the test score of the final or the best model, by passage or token, and by document."""
     metric, unit = summary["metric"], summary["unit"]
     of_passages, of_documents = f"test_{metric}_{model}", f"test_document_{metric}_{model}"
