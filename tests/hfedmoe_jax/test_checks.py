@@ -59,19 +59,20 @@ def test_a_model_larger_than_the_memory_is_refused():
             "fl.gating_rule",
             gating_rules,
             lambda upload, _: upload.usage[0],
-            r"shape \(3,\).*an expert, \[L, E\], or one in all$",
+            r"an array of shape \(3,\).*an expert, \[L, E\], or one in all$",
         ),
         (
             "fl.expert_rule",
             expert_rules,
             lambda upload, _: upload.size,
-            r"shape \(\).*an expert, \[L, E\]$",
+            r"an array of shape \(\).*an expert, \[L, E\]$",
         ),
+        ("fl.expert_rule", expert_rules, lambda upload, _: None, "no array; return one number an expert"),
     ],
 )
 def test_a_rule_returns_as_many_weights_as_it_should(monkeypatch, field, registry, rule, message):
     monkeypatch.setitem(registry._parts, "mine", rule)
-    with pytest.raises(InputError, match=rf"^{field}='mine': returns an array of {message}"):
+    with pytest.raises(InputError, match=rf"^{field}='mine': returns {message}"):
         check_config(config_with(field, "mine"))
 
 
