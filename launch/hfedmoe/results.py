@@ -13,25 +13,27 @@ from hfedmoe_jax import Experiment
 from launch.run.progress import format_seconds, format_value
 from launch.run.report import Comparison
 
+TEST_SCORE = re.compile(r"test_(?:document_)?(\w+)_final")
 SCORE = re.compile(
-    r"(test|validation|client|baseline)_(document_)?(accuracy|loss|macro_f1)(?:_(final|best))?"
+    r"(?P<split>test|validation|client|baseline)_(?P<whole>document_)?(?P<score>\w+?)(_(?P<model>final|best))?"
 )
-"""Names in summary.json of numbers that are by passage, by token or by document."""
+"""Names in summary.json, of which those of scores are by passage, by token or by document."""
 
 
 def readable(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a summary whose scores are named by what they are a share of.
 
-    >>> list(readable({"unit": "passage", "test_document_accuracy_best": 0.9, "client_accuracy": {}}))
-    ['unit', 'test accuracy by document, best', 'client accuracy by passage']
+    >>> list(readable({"unit": "passage", "test_document_accuracy_final": 0.9, "client_accuracy": {}}))
+    ['unit', 'test accuracy by document, final', 'client accuracy by passage']
     """
+    scores = {match[1] for name in summary if (match := TEST_SCORE.fullmatch(name))}
 
     def name_of(name: str) -> str:
-        if not (match := SCORE.fullmatch(name)):
+        match = SCORE.fullmatch(name)
+        if match is None or match["score"] not in scores:
             return name
-        split, of_documents, score, model = match.groups()
-        what = f"{split} {score} by {'document' if of_documents else summary['unit']}"
-        return f"{what}, {model}" if model else what
+        what = f"{match['split']} {match['score']} by {'document' if match['whole'] else summary['unit']}"
+        return f"{what}, {match['model']}" if match["model"] else what
 
     return {name_of(name): value for name, value in summary.items()}
 
