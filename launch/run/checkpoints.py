@@ -194,7 +194,8 @@ def saved_digests(directory: str | os.PathLike) -> dict[str, str]:
     paths = [path for path in pathlib.Path(directory).absolute().glob("*") if path.name.isdigit()]
     for path in sorted(paths, key=lambda path: int(path.name), reverse=True):
         with contextlib.suppress(Exception), _suppress_output(), _alone():
-            if found := ocp.metadata(str(path)).custom_metadata:
+            found = ocp.metadata(str(path)).custom_metadata
+            if isinstance(found, dict) and found:
                 return {str(what): str(digest) for what, digest in found.items()}
     return {}
 
