@@ -26,6 +26,7 @@ class ModelCost(NamedTuple):
       frozen_bytes: what nobody trains; it does not travel.
       shared_training_bytes: parameters, gradients, optimizer state and activations of the trainable shared
         part.
+      activation_bytes: the last of these, which grow with the batch.
       expert_parameter_bytes: one expert.
       expert_training_bytes: one expert's gradients, optimizer state and activations, without
         its parameters.
@@ -37,6 +38,7 @@ class ModelCost(NamedTuple):
     shared_parameter_bytes: int
     frozen_bytes: int
     shared_training_bytes: int
+    activation_bytes: int
     expert_parameter_bytes: int
     expert_training_bytes: int
     shared_flop: float
@@ -92,6 +94,7 @@ def model_cost(
         shared_parameter_bytes=shared,
         frozen_bytes=tree_bytes(frozen),
         shared_training_bytes=2 * shared + state + without,
+        activation_bytes=without,
         expert_parameter_bytes=one,
         expert_training_bytes=one + expert_state + kept // model.all_experts,
         shared_flop=product_flop(functools.partial(loss, keep=False), *arguments),

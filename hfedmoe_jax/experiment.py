@@ -41,7 +41,7 @@ from hfedmoe_jax.data import (
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Evaluator, Snapshot
-from hfedmoe_jax.mesh import EXPERTS, is_described, map_specs
+from hfedmoe_jax.mesh import CLIENTS, EXPERTS, is_described, map_specs
 from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.mixtures import load_start, replace_leaves, replace_params
 from hfedmoe_jax.models import ModelSizes, build_model, frozen_specs, tree_bytes
@@ -49,9 +49,9 @@ from hfedmoe_jax.models.family import FEATURES
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.quality import Quality, Splits, client_spread
-from hfedmoe_jax.ranges import check_batch, check_memory
+from hfedmoe_jax.ranges import check_batch, check_evaluation, check_local_steps, check_memory
 from hfedmoe_jax.reports import NONFINITE, OK, STATUS_NAMES, failed_clients
-from hfedmoe_jax.schedule import NOBODY, Block, chunk_size, empty_places
+from hfedmoe_jax.schedule import NOBODY, Block, block_size, chunk_size, empty_places
 from hfedmoe_jax.tasks import tasks
 from hfedmoe_jax.trunk import cache_features, check_trunk, feature_shape, no_features
 
@@ -165,6 +165,7 @@ class Experiment:
         build = algorithms[config.fl.algorithm](config)
         self.budgets = self._budgets(getattr(build, "uses_budgets", True))
         self.chunk = chunk_size(config.fl.chunk, self.cost, mesh, config.fl.clients_per_round, memory_bytes)
+        self._check_batches(batch, num_rows(data.validation), memory_bytes)
         self.num_passages = num_rows(data.train)
         self.sizes = np.array([len(rows) for rows in data.client_train])
         self.relative_sizes = (self.sizes * power_below(1 / self.sizes.max())).astype(np.float32)
@@ -200,6 +201,17 @@ class Experiment:
         self.splits = Splits(self._evaluator, self.data, config, self.task, self.hosts)
         self._compiled: set[int] = set()  # tiers that have run: a first time is no measure of speed
         self._next: tuple[CohortPlan, Prefetch] | None = None  # the next round, assembled while this one runs
+
+    def _check_batches(self, batch: Any, num_validation: int, memory_bytes: float | None) -> None:
+        """Refuses batches, of a round or of an evaluation, that no memory holds."""
+        fl, size = self.config.fl, self.config.eval.batch_size
+        row_bytes = tree_bytes(batch) / fl.batch_size
+        block = self.mesh.shape[CLIENTS] * block_size(self.chunk)
+        count = block + self.num_clients + -(-num_validation // size)
+        layer_bytes = self.cost.activation_bytes / fl.batch_size / self.model.num_layers * size
+        if not is_described(self.mesh):  # whose hosts are not this machine
+            check_local_steps(fl.local_steps, block * fl.local_steps * tree_bytes(batch))
+            check_evaluation(size, count * size * row_bytes, layer_bytes, memory_bytes)
 
     def _frozen(self) -> Any:
         """Returns the parameters that nobody trains, on the mesh; only shapes on one of a topology."""

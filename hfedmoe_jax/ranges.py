@@ -131,6 +131,33 @@ def check_batch(batch_size: int, step_bytes: int, memory_bytes: float | None = N
     check_bytes("fl.batch_size", batch_size, what, step_bytes, remedy, memory_bytes)
 
 
+def check_local_steps(local_steps: int, block_bytes: float) -> None:
+    """Raises InputError for rounds whose batches do not fit this machine.
+
+    Args:
+      block_bytes: what the clients of a block train on in a round.
+    """
+    what = "the batches of a block of clients, assembled and on the devices, are"
+    check_bytes("fl.local_steps", local_steps, what, 2 * block_bytes, "use fewer steps or smaller batches")
+
+
+def check_evaluation(
+    batch_size: int, array_bytes: float, layer_bytes: float, memory_bytes: float | None = None
+) -> None:
+    """Raises InputError for batches too large to evaluate a model on.
+
+    Args:
+      array_bytes: of all batches, on this machine.
+      layer_bytes: that a layer makes of a batch.
+      memory_bytes: as in `check_memory`, for the latter.
+    """
+    remedy = "use smaller batches, e.g. 64"
+    what = "the arrays of such batches, one a client among them, are"
+    check_bytes("eval.batch_size", batch_size, what, array_bytes, remedy)
+    what = "what a layer makes of such a batch is"
+    check_bytes("eval.batch_size", batch_size, what, layer_bytes, remedy, memory_bytes)
+
+
 def check_bytes(
     field: str, value: Any, what: str, num_bytes: float, remedy: str, memory_bytes: float | None = None
 ) -> None:

@@ -1,10 +1,13 @@
 """Names to functions: how a config chooses a part by name."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 from hfedmoe_jax.errors import InputError
+
+_registries: list["Registry"] = []
 
 
 class Registry:
@@ -28,6 +31,7 @@ class Registry:
     def __init__(self, field: str):
         self.field = field
         self._parts: dict[str, Any] = {}
+        _registries.append(self)
 
     def register(self, name: str) -> Callable[[Any], Any]:
         """Returns a decorator that files its argument under `name` (ValueError if taken)."""
@@ -47,8 +51,25 @@ class Registry:
             return self._parts[name]
         raise unknown_name(self.field, name, list(self._parts))
 
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """Returns the parts by name."""
+        return self._parts.items()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
+
+
+def choice_of(code: CodeType) -> tuple[str, str] | None:
+    """Returns the config field and the name by which a registered function is chosen; None: it is none.
+
+    Args:
+      code: of the function, as it is in a traceback.
+    """
+    for registry in _registries:
+        for name, part in registry.items():
+            if getattr(part, "__code__", None) is code:
+                return registry.field, name
+    return None
 
 
 def _definition(part: Any) -> tuple[str | None, Any]:

@@ -215,12 +215,12 @@ def gradients_read(score: Callable, importance: ConfigDict) -> set[str]:
         chosen, mask = jnp.ones_like(gates), jnp.ones(2, bool)
         return score(Evidence(gates, chosen, mask, jax.random.key(0), *map(stand_in, names)), importance)
 
-    shape = jax.eval_shape(call).shape
+    shape = getattr(jax.eval_shape(call), "shape", None)
     if shape != (num_layers, num_experts):
         raise InputError(
             "fl.score",
             score.__name__,
-            f"returns an array of shape {shape}",
+            "returns no array" if shape is None else f"returns an array of shape {shape}",
             "return one number an expert, [L, E]",
         )
     return read

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from hfedmoe_jax.registry import unknown_name
 from launch.hosts.distributed import SINGLE_PROCESS, Host
 from launch.run.command import Command
+from launch.run.source import told_errors
 from launch.run.workdir import Fingerprint
 
 EXPERIMENTS = {"hfedmoe": "launch.hfedmoe", "slide": "launch.slide"}
@@ -42,10 +43,11 @@ def run_command(command: Command) -> None:
     Raises:
       InputError: see `run_experiment`.
     """
-    if command.dry_run:
-        experiment_module(command.config, "dry_run").dry_run(command.config, command.target)
-    else:
-        run_experiment(command.config, command.workdir, command.host, command.source)
+    with told_errors(command.source.value):
+        if command.dry_run:
+            experiment_module(command.config, "dry_run").dry_run(command.config, command.target)
+        else:
+            run_experiment(command.config, command.workdir, command.host, command.source)
 
 
 def experiment_module(config: ConfigDict, module: str) -> ModuleType:

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         arguments,
         usage=__doc__ or "",
         work=lambda: run_command(read_command(arguments)),
-        when_interrupted="interrupted: the same command continues the run, from a checkpoint if there is one",
+        when_interrupted="interrupted: give the same command again",
     )
 
 

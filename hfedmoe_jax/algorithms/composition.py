@@ -132,10 +132,11 @@ def check_weights(field: str, name: str, rules: Registry, aggregation: ConfigDic
     of_expert, truth = (jax.ShapeDtypeStruct(experts, dtype) for dtype in (jnp.float32, bool))
     times, size = jax.ShapeDtypeStruct(experts, jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
     upload = Upload(of_expert, of_expert, truth, times, size)
-    shape = jnp.shape(jax.eval_shape(lambda upload: rule(upload, aggregation), upload))
+    shape = getattr(jax.eval_shape(lambda upload: rule(upload, aggregation), upload), "shape", None)
     if shape != experts and not (by_row and shape == ()):
         remedy = "return one number an expert, [L, E]" + (", or one in all" if by_row else "")
-        raise InputError(field, name, f"returns an array of shape {shape}", remedy)
+        problem = "returns no array" if shape is None else f"returns an array of shape {shape}"
+        raise InputError(field, name, problem, remedy)
 
 
 def refuse_literal_gating(config: ConfigDict) -> None:

@@ -5,16 +5,17 @@ Axes: N passages, T tokens.
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int32
 from ml_collections import ConfigDict
+from tokenizers import Tokenizer
 
 from hfedmoe_jax.data.columns import Corpus, ordered_names
 from hfedmoe_jax.data.splits import Splits
-from hfedmoe_jax.data.tokenizers import CHECKPOINT, PAD_ID, Specials
+from hfedmoe_jax.data.tokenizers import CHECKPOINT, encodings, specials_of, token_offset
 from hfedmoe_jax.errors import InputError
 
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.05, 0.5
@@ -32,7 +33,7 @@ class Facts:
       left_out: documents left out so that no text is in two splits, by the reason.
       moved: texts drawn for another split that train, because a label or an owner had no other.
       owners: owners of the training documents; 0 where none are known.
-      unknown_share: share of [UNK] among the tokens of the training passages.
+      unknown_share: share of the characters of the training texts, spaces aside, in words read as [UNK].
       notes: of the source.
     """
 
@@ -48,7 +49,7 @@ class Facts:
 
 
 def facts_of(corpus: Corpus, splits: Splits, unknown: float) -> Facts:
-    """Returns the facts of a corpus and its splits; `unknown` is the share of [UNK] in training."""
+    """Returns the facts of a corpus and its splits; `unknown` is of `unknown_share`."""
     parts = (splits.train, splits.validation, splits.test)
     pairs = [pair for part in parts for pair in zip(part.texts, part.labels, strict=True)]
     counts = Counter(label for _, label in pairs)
@@ -79,15 +80,35 @@ def alike(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
-def unknown_share(tokens: Int32[np.ndarray, "N T"], specials: Specials) -> float:
-    """Returns the share of [UNK] among tokens; padding and the tokens around a text do not count.
+def unknown_share(tokenizer: Tokenizer, texts: Sequence[str], tokens: Int32[np.ndarray, "N T"]) -> float:
+    """Returns the share of the characters of texts, spaces aside, that are in words read as [UNK].
 
-    Without any token it is 0.
+    Characters and not tokens, because a whole text of a script without spaces may be one [UNK].
+
+    Args:
+      tokens: of the texts; if none is [UNK], the texts are not read again.
     """
-    if specials.unknown is None:
+    special = specials_of(tokenizer).unknown
+    if special is None or not np.any(tokens == special):
         return 0.0
-    count = int((~np.isin(tokens, (PAD_ID, *specials.opening, *specials.closing))).sum())
-    return int((tokens == specials.unknown).sum()) / max(count, 1)
+    unknown, lost = special - token_offset(tokenizer), 0
+    for text, encoding in zip(texts, encodings(tokenizer, texts), strict=True):
+        ids = encoding.ids
+        if unknown in ids:
+            places = zip(ids, encoding.offsets, strict=True)
+            lost += sum(
+                num_characters(text[start:end]) for number, (start, end) in places if number == unknown
+            )
+    return lost / max(1, sum(map(num_characters, texts)))
+
+
+def num_characters(text: str) -> int:
+    """Returns the length of a text without its spaces.
+
+    >>> num_characters("a bc ")
+    3
+    """
+    return sum(map(len, text.split()))
 
 
 def check_unknown(share: float, data_config: ConfigDict) -> None:
@@ -96,7 +117,8 @@ def check_unknown(share: float, data_config: ConfigDict) -> None:
         raise InputError(
             "data.tokenizer",
             data_config.tokenizer,
-            f"cannot read {share:.0%} of the training texts: so many of their tokens are [UNK]",
+            f"cannot read {share:.0%} of the training texts: so many of their characters are in words that "
+            "become [UNK]",
             "use a checkpoint that reads this script"
             if data_config.tokenizer == CHECKPOINT
             else "use data.tokenizer=bpe, which reads every script",

@@ -21,7 +21,6 @@ from hfedmoe_jax.data.tokenizers import (
     check_passages,
     check_tokenizer,
     load_tokenizer,
-    specials_of,
     to_json,
     token_offset,
     train_tokenizer,
@@ -149,7 +148,7 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
     train_rows, train_document = encode(splits.train)
     validation_rows, validation_document = encode(splits.validation)
     test_rows, test_document = encode(splits.test)
-    unknown = unknown_share(train_rows["tokens"], specials_of(tokenizer))
+    unknown = unknown_share(tokenizer, splits.train.texts, train_rows["tokens"])
     check_unknown(unknown, data_config)
     return FederatedData(
         train=train_rows,

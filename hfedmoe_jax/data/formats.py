@@ -26,7 +26,7 @@ Columns = Mapping[str, Sequence[Any]]
 
 BinaryFile = gzip.GzipFile | io.BufferedReader
 PROBED_BYTES = 4096
-SEPARATORS = ",;\t|"
+SEPARATORS = ",;\t|^~"
 
 
 def _read_parquet(file: Any, choose: Choose, data_config: ConfigDict) -> Columns:
@@ -83,6 +83,9 @@ def _likely_cause(error: Exception, line: str, separator: str, data_config: Conf
     """Returns the error of a first line without the columns, blamed on the separator or header if likely."""
     bare = re.sub(r'"[^"]*"', "", line)
     likely = max(SEPARATORS, key=bare.count)
+    words = line.strip().replace('"', "").split(" ")
+    if not bare.count(likely) and {data_config.text_column, data_config.label_column} <= set(words):
+        likely = " "
     if bare.count(likely) > bare.count(separator):
         problem = f"the first line, {line[:60]!r}, looks separated by {likely!r}"
         return InputError("data.separator", separator, problem, f"give data.separator={likely!r}")
@@ -96,11 +99,11 @@ def separator_of(data_config: ConfigDict, default: str) -> str:
     """Returns the character between two fields of a line; a tab may be written as backslash t.
 
     Raises:
-      InputError: it is not a single character, or one that a field may hold or that ends a line.
+      InputError: it is not a single character, or a quote, or it ends a line.
     """
     separator = data_config.separator.replace("\\t", "\t") or default
-    if len(separator) != 1 or separator in '"\r\n \0':
-        problem = "must be one character, and neither a quote, a space nor the end of a line"
+    if len(separator) != 1 or separator in '"\r\n\0':
+        problem = "must be one character, and neither a quote nor the end of a line"
         raise InputError("data.separator", data_config.separator, problem, "use e.g. ';', or leave it empty")
     return separator
 

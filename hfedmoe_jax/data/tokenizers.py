@@ -9,13 +9,13 @@ import pathlib
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.ranges import check_bytes
@@ -194,11 +194,20 @@ def _in_pieces(word: re.Match[str]) -> str:
     return " ".join(word[0][start : start + LONGEST_WORD] for start in range(0, len(word[0]), LONGEST_WORD))
 
 
+def encodings(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Encoding]:
+    """Yields each text's tokens with their places in the text, without special tokens."""
+    yield from _by_batch(tokenizer.encode_batch, texts)
+
+
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    # The fast way leaves the places out.
+    for encoding in _by_batch(tokenizer.encode_batch_fast, texts):
+        yield encoding.ids
+
+
+def _by_batch(encode: Callable[..., list[Encoding]], texts: Sequence[str]) -> Iterator[Encoding]:
     for start in range(0, len(texts), ENCODE_BATCH):
-        batch = list(texts[start : start + ENCODE_BATCH])
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield encoding.ids
+        yield from encode(list(texts[start : start + ENCODE_BATCH]), add_special_tokens=False)
 
 
 def _kept_windows(length: int, window: int, long_text: str) -> int:

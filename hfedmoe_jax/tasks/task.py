@@ -70,6 +70,16 @@ class Task(NamedTuple):
     score_documents: Callable[[np.ndarray, Batch, np.ndarray], DocumentScores] | None = None
     document_scores: tuple[str, ...] = ()
 
+    @property
+    def unit(self) -> str:
+        """What `scores` are means over, in the words of the results: a passage, or a (next) token."""
+        return "passage" if self.output == "text" else "token"
+
+    @property
+    def metric_name(self) -> str:
+        """`metric` as it is shown, e.g. "accuracy by passage"."""
+        return f"{self.metric} by {self.unit}"
+
 
 tasks = Registry("task.name")
 """Tasks by name."""

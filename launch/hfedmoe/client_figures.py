@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from launch.run import figures
-from launch.run.figures import BLUE, GREY, ORANGE, PINK, SKY, finish, line, percent
+from launch.run.figures import BLUE, GREY, ORANGE, SKY, finish, line, percent
 
 Record = Mapping[str, Any]
 
@@ -51,7 +51,7 @@ def expert_usage(record: Record) -> Figure:
         axes.set_title(title)
     every = int(np.ceil(len(clients) / 40))
     left.set_yticks(range(0, len(clients), every), clients[::every])
-    left.set_ylabel("client")
+    left.set_ylabel("client of the last round")
     figure.colorbar(image, ax=[left, right], label="usage (mean gate weight)", pad=0.01)
     return figure
 
@@ -65,7 +65,7 @@ def _layer_columns(axes: Axes, num_layers: int, num_experts: int, color: str = "
     axes.set_xticks(
         (layers + 0.5) * num_experts - 0.5, [f"layer {n}" if num_layers <= 4 else str(n) for n in layers]
     )
-    axes.set_xlabel(f"{'' if num_layers <= 4 else 'layer; '}{num_experts} experts a layer, in order")
+    axes.set_xlabel(f"{'' if num_layers <= 4 else 'layer; '}experts 0 to {num_experts - 1} of each layer")
 
 
 def expert_choice(record: Record) -> Figure:
@@ -101,15 +101,29 @@ def budget_union(record: Record) -> Figure:
     took_part = np.isfinite(union)
     for name, where, look in _device_classes(record, took_part):
         if took_part.sum() >= figures.MANY:
-            _boxes(axes, budget[where], union[where], look["color"], name)
+            _boxes(axes, budget[where], union[where], look, name)
         else:
             axes.scatter(budget[where], union[where], s=42, alpha=0.8, linewidths=0, label=name, **look)
     if took_part.any():
         most = max(budget.max(), union[took_part].max())
         most *= 1.06
-        axes.plot([0, most], [0, most], color=GREY, linestyle="--", linewidth=1.3, label="union = budget")
+        axes.plot(
+            [0, most],
+            [0, most],
+            color=GREY,
+            linestyle="--",
+            linewidth=1.3,
+            label="needs as many as it can train",
+        )
         axes.fill_between([0, most], [0, most], most, color=ORANGE, alpha=0.07, linewidth=0)
-        axes.text(0.02, 0.96, "must select", transform=axes.transAxes, va="top", color=ORANGE)
+        axes.text(
+            0.02,
+            0.96,
+            "must select",
+            transform=axes.transAxes,
+            va="top",
+            color=ORANGE,
+        )
         axes.text(0.98, 0.04, "everything fits", transform=axes.transAxes, ha="right", color=GREY)
         axes.set(xlim=(0, most), ylim=(0, most))
     finish(
@@ -122,14 +136,17 @@ def budget_union(record: Record) -> Figure:
     return figure
 
 
-def _boxes(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
-    """Draws a box of the distribution of y at each value of x."""
+def _boxes(axes: Axes, x: np.ndarray, y: np.ndarray, look: Mapping[str, str], label: str) -> None:
+    """Draws a box of the distribution of y at each value of x, the median as a mark."""
+    color, marker = look["color"], look["marker"]
     for place in np.unique(x):
         low, first, middle, third, high = np.quantile(y[x == place], [0.05, 0.25, 0.5, 0.75, 0.95])
         axes.plot([place, place], [low, high], color=color, linewidth=1.4)
         axes.plot([place, place], [first, third], color=color, linewidth=9, solid_capstyle="butt", alpha=0.6)
-        axes.plot(place, middle, color=color, marker="_", markersize=13)
-    axes.plot([], [], color=color, linewidth=6, alpha=0.6, label=f"{label}, {len(x)} clients")
+        axes.plot(place, middle, color=color, marker=marker, markersize=8, markeredgecolor="white")
+    axes.plot(
+        [], [], color=color, linewidth=3, marker=marker, markersize=8, label=f"{label}, {len(x)} clients"
+    )
 
 
 def client_metric(record: Record) -> Figure:
@@ -144,7 +161,8 @@ def client_metric(record: Record) -> Figure:
     for name, where, look in _device_classes(record, known):
         if many:  # curves of a share of the class each, and medians over tenths of the clients by data
             share = np.linspace(0, 1, 101)
-            line(left, 100 * share, np.quantile(value[where], share), name, look["color"], marker="")
+            style = {"markevery": 20, "markersize": 7, "marker": look["marker"]}
+            line(left, 100 * share, np.quantile(value[where], share), name, look["color"], **style)
             _tenths(right, examples[where], value[where], look)
         else:
             style = {"s": 34, "alpha": 0.85, "linewidths": 0, **look}
@@ -153,9 +171,9 @@ def client_metric(record: Record) -> Figure:
     if known.any():
         mean, spread = value[known].mean(), value[known].std()
         worst = np.sort(value[known])[: int(np.ceil(0.1 * known.sum()))].mean()
-        left.axhspan(max(0, mean - spread), min(1, mean + spread), color=SKY, alpha=0.15, linewidth=0)
-        left.axhline(mean, color=BLUE, linewidth=1.5, label=f"mean {mean:.1%} ± {spread:.1%}")
-        left.axhline(worst, color=PINK, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")
+        left.axhspan(max(0, mean - spread), min(1, mean + spread), color=GREY, alpha=0.12, linewidth=0)
+        left.axhline(mean, color=GREY, linewidth=1.5, label=f"mean {mean:.1%} ± {spread:.1%}")
+        left.axhline(worst, color=GREY, linewidth=1.5, linestyle="--", label=f"worst 10%: {worst:.1%}")
         if examples[known].max() > 20 * max(1, examples[known].min()):
             right.set_xscale("log")
             decades = np.log10(examples[known].max() / max(1, examples[known].min()))
@@ -166,7 +184,7 @@ def client_metric(record: Record) -> Figure:
             figures.whole_numbers(left, rank[known])
     percent(left)
     xlabel = "clients of the class, from worst to best (%)" if many else "clients, from worst to best"
-    finish(left, "Sorted", xlabel, f"{record['metric']} on the client's own data")
+    finish(left, "Sorted", xlabel, f"{record['metric']} by {record['unit']} on its own data")
     finish(right, "By amount of data", "training passages of the client", "")
     return figure
 

@@ -23,7 +23,7 @@ def notes(facts: Facts, clients: int, config: ConfigDict) -> list[str]:
     more = len(facts.label_counts) - len(shown)
     lines = [f"documents by label: {', '.join(shown)}{f' and {more} labels more' if more else ''}"]
     if config.data.tokenizer != "bpe":  # which reads everything
-        lines.append(f"[UNK] share of the training tokens: {facts.unknown_share:.2%}")
+        lines.append(f"characters of the training texts in [UNK]: {facts.unknown_share:.2%}")
     if facts.copies:
         lines.append(
             f"{facts.copies:,} documents repeat an earlier text; copies of a text are in the same split"
@@ -46,6 +46,7 @@ def warnings(facts: Facts) -> list[str]:
     if facts.disputed:
         lines.append(f"{facts.disputed:,} texts have more than one label")
     if facts.unknown_share > UNKNOWN_WARNED:
-        lines.append(f"{facts.unknown_share:.0%} of the training tokens are [UNK]: "
-                     "data.tokenizer=bpe, or another checkpoint, reads more scripts")  # fmt: skip
+        share = f"{facts.unknown_share:.0%} of the characters of the training texts"
+        lines.append(f"{share} are in words that become [UNK]: data.tokenizer=bpe, or another checkpoint, "
+                     "reads more scripts")  # fmt: skip
     return lines

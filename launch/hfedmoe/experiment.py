@@ -22,7 +22,8 @@ from hfedmoe_jax.reports import OK, STATUS_NAMES, failed_clients
 from launch.hfedmoe.data_notes import print_data_notes
 from launch.hfedmoe.export import can_export, export_adapters, export_model
 from launch.hfedmoe.figures import write_figures
-from launch.hfedmoe.run_notes import mixture_line, print_hints
+from launch.hfedmoe.results import class_tables, introduction, readable, summary_rows
+from launch.hfedmoe.run_notes import mixture_line, print_hints, run_line
 from launch.hosts.devices import configure_devices, use_compilation_cache
 from launch.hosts.distributed import (
     SINGLE_PROCESS,
@@ -32,10 +33,10 @@ from launch.hosts.distributed import (
     start_processes,
     wait_for_processes,
 )
-from launch.run.checkpoints import Checkpoints
+from launch.run.checkpoints import Checkpoints, saved_digests
 from launch.run.program import NothingTrainedError
-from launch.run.progress import Progress, format_seconds, format_value, print_summary
-from launch.run.report import Comparison, write_report
+from launch.run.progress import Progress, print_summary
+from launch.run.report import write_report
 from launch.run.workdir import (
     Fingerprint,
     check_workdir,
@@ -91,14 +92,16 @@ def run_process(
     check_same_config(config)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
     check_same_data(experiment)
+    belongs_to = fingerprints(experiment, source)
     with hold_workdir(workdir) if is_first_process() else contextlib.nullcontext():
         if is_first_process():
-            open_workdir(workdir, config.to_dict(), fingerprints(experiment, source), raisable=["fl.rounds"])
+            saved = saved_digests(workdir / "checkpoints")
+            open_workdir(workdir, config.to_dict(), belongs_to, ["fl.rounds"], saved)
             (workdir / "tokenizer.json").write_text(experiment.data.tokenizer_json, encoding="utf-8")
             use_compilation_cache(host.compiled or workdir / "compiled")
         wait_for_processes()  # the others must not use the directory before it exists
         describe(experiment, workdir)
-        state, metrics = train(experiment, workdir)
+        state, metrics = train(experiment, workdir, {each.what: each.digest for each in belongs_to})
         outcome = experiment.finish(state)
         if is_first_process():
             write_results(experiment, Saved(state, metrics), outcome, workdir)
@@ -139,7 +142,7 @@ def write_results(experiment: Experiment, saved: "Saved", outcome: Outcome, work
         workdir / "report.html",
         title=f"{config.fl.algorithm} on {config.data.source}",
         introduction=introduction(experiment),
-        summary={name: value for name, value in summary.items() if name != "test_by_class"},
+        summary=readable({name: value for name, value in summary.items() if name != "test_by_class"}),
         sections=figures,
         tables=class_tables(summary),
         command=f"python -m launch.main {shlex.join(sys.argv[1:])}",
@@ -183,11 +186,15 @@ class Saved(NamedTuple):
     metrics: str
 
 
-def train(experiment: Experiment, workdir: pathlib.Path) -> Saved:
-    """Returns the state and rows after the last round; resumes from the newest checkpoint if there is one."""
-    config, metric = experiment.config, experiment.task.metric
+def train(experiment: Experiment, workdir: pathlib.Path, digests: dict[str, str]) -> Saved:
+    """Returns the state and rows after the last round; resumes from the newest checkpoint if there is one.
+
+    Args:
+      digests: of what the run belongs to, kept in its checkpoints.
+    """
+    config, task = experiment.config, experiment.task
     state, kept = experiment.init(), ""
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep, digests) as checkpoints:
         restored = checkpoints.restore(Saved(state, kept))
         if restored:
             state, kept = restored[1]
@@ -211,7 +218,8 @@ def train(experiment: Experiment, workdir: pathlib.Path) -> Saved:
                         print(f"warning: {failure}", file=sys.stderr)
                 if number % config.checkpoint.every == 0 or number == config.fl.rounds:
                     checkpoints.save(number, Saved(state, writer.text if is_first_process() else ""))
-                progress.update(number, **{metric: row.get(f"validation_{metric}")}, loss=row["train_loss"])
+                score = {task.metric_name: row.get(f"validation_{task.metric}")}
+                progress.update(number, **score, loss=row["train_loss"])
     return Saved(state, writer.text if is_first_process() else "")
 
 
@@ -224,7 +232,7 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
         num_rows(data.validation),
         num_rows(data.test),
     )
-    print(f"{config.fl.algorithm} on {config.data.source}, in {workdir}")
+    print(f"{run_line(config)}, in {workdir}")
     print(f"{sizes[0]} clients; {sizes[1]:,} training, {sizes[2]:,} validation, {sizes[3]:,} test passages; "
           f"{len(data.label_names)} labels, vocabulary {data.vocab_size:,}")  # fmt: skip
     if experiment.start and experiment.start.report:
@@ -258,6 +266,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
         "algorithm": config.fl.algorithm,
         "task": config.task.name,
         "metric": metric,
+        "unit": experiment.task.unit,
         "data": config.data.source,
         "seed": config.seed,
         "rounds": int(state.round),
@@ -292,22 +301,6 @@ def by_class(label_names: Sequence[str], quality: Quality) -> dict[str, dict[str
     }
 
 
-def class_tables(summary: dict[str, Any]) -> list[Comparison]:
-    """Returns the report's table of scores by label, if the task has them."""
-    scores = summary["test_by_class"]
-    if not scores:
-        return []
-    rows = [
-        [label, f"{of['documents']:.0f}", *(f"{of[name]:.3f}" for name in ("precision", "recall", "f1"))]
-        for label, of in scores.items()
-    ]
-    caption = "The last model; a document is answered from the mean of its passages' log-probabilities."
-    return [Comparison("Test documents by label", caption, CLASS_HEADER, rows)]
-
-
-CLASS_HEADER = ("label", "documents", "precision", "recall", "F1")
-
-
 def client_rows(experiment: Experiment, state: RunState, outcome: Outcome) -> list[dict[str, Any]]:
     """Returns the rows of clients.csv."""
     data, records, metric = experiment.data, state.server.records, experiment.task.metric
@@ -321,7 +314,7 @@ def client_rows(experiment: Experiment, state: RunState, outcome: Outcome) -> li
             "training_passages": int(experiment.sizes[client]),
             "rounds": int(records.rounds_measured[client]),
             "experts_aggregated": int((trained[client] > 0).sum()),
-            f"passage_{metric}": float(outcome.client_scores[client]),
+            f"{experiment.task.unit}_{metric}": float(outcome.client_scores[client]),
         }
         for client in range(experiment.num_clients)
     ]
@@ -343,6 +336,7 @@ def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[st
         "usage_after": outcome.usage_after,
         "times_chosen": np.asarray(records.times_trained),
         "metric": experiment.task.metric,
+        "unit": experiment.task.unit,
         "client_scores": outcome.client_scores,
         "client_num_examples": experiment.sizes,
         "expert_load": outcome.expert_load,
@@ -350,50 +344,3 @@ def record(experiment: Experiment, state: RunState, outcome: Outcome) -> dict[st
         "baseline": experiment.baseline,
         "baseline_name": experiment.task.baseline_name,
     }
-
-
-def introduction(experiment: Experiment) -> str:
-    """Returns the report's opening sentence."""
-    config = experiment.config
-    return (
-        f"{config.fl.rounds} rounds of {config.fl.algorithm} with {config.fl.clients_per_round} of "
-        f"{experiment.num_clients} clients a round. The model has {experiment.model.num_layers} layers of "
-        f"{experiment.model.num_experts} experts. The validation split chose the best round; the test split "
-        "was read once, at the end."
-    )
-
-
-def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[str, Any]]:
-    """Returns the summary as (name, text) lines for the screen."""
-    metric, speed = summary["metric"], summary["client_steps_per_s"]
-    spread = summary[f"client_{metric}"]
-    budgets = ", ".join(f"{name} {budget}" for name, budget in summary["expert_budget"].items())
-    best = summary["best_round"]
-    return [
-        (f"test {metric}", f"{test_text(summary, 'final')} after the last round"),
-        ("", f"{test_text(summary, 'best')} of round {best}, the best on validation"),
-        (summary["baseline"], f"{summary[f'baseline_{metric}']:.4f}, the best constant answer"),
-        ("clients' own data", "{mean:.4f} mean, {std:.4f} std, {worst10:.4f} worst 10%".format(**spread)),
-        ("expert budget", f"{budgets} of {summary['experts']}"),
-        ("client rounds", ", ".join(f"{k} {v}" for k, v in summary["client_rounds"].items() if v)),
-        ("sent", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down"),
-        *([("privacy spent", privacy_text(summary["privacy"]))] if "privacy" in summary else []),
-        ("simulated time", format_seconds(summary["simulated_time_s"])),
-        ("speed", f"{format_value(speed)} client steps/s, {format_seconds(summary['wall_s'])} in all"),
-        ("report", workdir / "report.html"),
-        ("everything", workdir),
-    ]
-
-
-def test_text(summary: dict[str, Any], model: str) -> str:
-    """Returns the test score of the final or the best model, by passage and by document."""
-    metric = summary["metric"]
-    of_passages, of_documents = f"test_{metric}_{model}", f"test_document_{metric}_{model}"
-    if of_documents not in summary:
-        return f"{summary[of_passages]:.4f}"
-    return f"{summary[of_passages]:.4f} by passage, {summary[of_documents]:.4f} by document,"
-
-
-def privacy_text(privacy: dict[str, Any]) -> str:
-    """Returns the privacy spent, for the screen."""
-    return "epsilon {epsilon:.3g} at delta {delta:g}, of a client".format(**privacy)

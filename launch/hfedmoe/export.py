@@ -90,7 +90,7 @@ class Sum:
 
 
 def export_adapters(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:
-    """Writes the adapters, with the routers, as PEFT reads them.
+    """Writes the adapters, with the routers, as PEFT 0.21 reads them with transformers 5.
 
     Args:
       params: of a model with adapters.
@@ -99,8 +99,9 @@ def export_adapters(experiment: Experiment, params: Params, directory: pathlib.P
     model = experiment.config.model
     source = find_source(model.source)
     names: dict[str, Name] = {}
-    for name in experiment.model.module.names():
-        names.setdefault(name.path, name)  # of alternatives that of single experts
+    for name in experiment.model.module.names():  # of alternatives that of single experts, else the newest
+        if name.path not in names or not name.path.startswith("experts/"):
+            names[name.path] = name
     tensors: dict[str, NewTensor] = {}
     targets, saved = set(), set()
 

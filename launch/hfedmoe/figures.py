@@ -39,9 +39,9 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
     Args:
       rows: the rows of metrics.csv.
       record: values and arrays of the run by name: num_layers, num_experts, round_last; metric, the name
-        of the task's, baseline and baseline_name, its best constant answer; device_class, budget, union,
-        client_scores and client_num_examples [C]; cohort [M]; usage_before and usage_after [M, L, E];
-        times_chosen [C, L, E]; expert_load [L, E].
+        of the task's, and unit, what it is a share of; baseline and baseline_name, its best constant
+        answer; device_class, budget, union, client_scores and client_num_examples [C]; cohort [M];
+        usage_before and usage_after [M, L, E]; times_chosen [C, L, E]; expert_load [L, E].
       directory: where the PNG files go; created.
     """
     with figures.house_style():
@@ -59,7 +59,7 @@ def write_figures(rows: Rows, record: Record, directory: str | os.PathLike) -> l
         entries = []
         for name, figure in drawn.items():
             words = {"Metric": record["metric"].capitalize(), "many": figures.MANY}
-            words["baseline"] = record["baseline_name"]
+            words |= {"baseline": record["baseline_name"], "unit": record["unit"]}
             title, caption = (text.format(**words) for text in TEXTS[name])
             path = figures.save(figure, pathlib.Path(directory, f"{name}.png"))
             entries.append(FigureEntry(title, caption, path))
@@ -70,8 +70,9 @@ TEXTS = {
     "learning": (
         "{Metric} and loss by round",
         "The global model on the validation data, and the clients' own held-out data: their mean with one "
-        "standard deviation (shaded) and the mean of the worst 10%. Scores are by passage; a document is "
-        "answered from all of its passages. Dashed: the {baseline} on the test split.",
+        "standard deviation (shaded) and the mean of the worst 10%. All are by {unit}, except the curve by "
+        "document: a document is answered from all of its passages. Dashed grey: the {baseline} on the test "
+        "split.",
     ),
     "learning_time": (
         "{Metric} and loss by simulated time",
@@ -102,7 +103,7 @@ TEXTS = {
     ),
     "client_metric": (
         "{Metric} client by client",
-        "{Metric} by passage of the final global model on each client's own held-out data: sorted, and "
+        "{Metric} by {unit} of the final global model on each client's own held-out data: sorted, and "
         "against how much data the client has. From {many} clients on: the distribution in each class.",
     ),
     "routing": (
@@ -117,7 +118,7 @@ TEXTS = {
         "waiting for the slowest, and what became of the clients of each round.",
     ),
 }
-"""Title and caption of each figure; {Metric} and {baseline} are names of the task's."""
+"""Title and caption of each figure; {Metric}, {unit} and {baseline} are names of the task's."""
 
 OUTCOMES = (
     ("clients_ok", "finished", GREEN),
@@ -146,23 +147,23 @@ def by_time(rows: Rows, record: Record) -> Figure:
 
 def _learning(rows: Rows, record: Record, x: np.ndarray, xlabel: str) -> Figure:
     figure, ((left, right),) = figures.new_figure(1, 2, height_in=4.0)
-    metric = record["metric"]
+    metric, unit = record["metric"], record["unit"]
     mean, spread = column(rows, f"client_{metric}_mean"), column(rows, f"client_{metric}_std")
     figures.band(left, x, np.maximum(mean - spread, 0), np.minimum(mean + spread, 1), SKY)
-    line(left, x, column(rows, f"validation_{metric}"), "validation", BLUE)
-    line(left, x, mean, "clients, mean", SKY)
-    line(left, x, column(rows, f"client_{metric}_worst10"), "clients, worst 10%", PINK)
+    line(left, x, column(rows, f"validation_{metric}"), f"validation, by {unit}", BLUE)
+    line(left, x, mean, "clients' own data, mean", SKY)
+    line(left, x, column(rows, f"client_{metric}_worst10"), "clients' own data, worst 10%", PINK)
     by_document = column(rows, f"validation_document_{metric}")
+    ylabel = metric if np.isfinite(by_document).any() else f"{metric} by {unit}"
     line(left, x, by_document, "validation, by document", GREEN, linestyle="--", marker="")
     if np.isfinite(record["baseline"]):
-        left.axhline(
-            record["baseline"], color=GREY, linestyle="--", label=record["baseline_name"], linewidth=1.3
-        )
+        label = f"{record['baseline_name']}, test split"
+        left.axhline(record["baseline"], color=GREY, linestyle="--", label=label, linewidth=1.3)
     percent(left)
-    finish(left, metric.capitalize(), xlabel, f"{metric} by passage", legend_columns=2)
+    finish(left, metric.capitalize(), xlabel, ylabel, legend_columns=2)
     line(right, x, column(rows, "train_loss"), "training", ORANGE)
     line(right, x, column(rows, "validation_loss"), "validation", BLUE)
-    finish(right, "Loss", xlabel, "cross-entropy (nats)", legend_columns=2)
+    finish(right, "Loss", xlabel, f"cross-entropy by {unit} (nats)", legend_columns=2)
     return figure
 
 

@@ -1,6 +1,30 @@
 """Lines about a run before its first round: what it starts from, and what of its config has no effect."""
 
+from ml_collections import ConfigDict
+
 from hfedmoe_jax import Experiment
+
+REPLACING = ("fl.score", "fl.expert_rule", "fl.gating_rule", "server.optimizer")
+"""Fields that replace a part of the algorithm."""
+
+
+def run_line(config: ConfigDict) -> str:
+    """Returns what a run is: its algorithm, the parts of it that the config replaces, and the data.
+
+    >>> from configs.hfedmoe import get_config
+    >>> config = get_config()
+    >>> config.fl.score = "frequency"
+    >>> run_line(config)
+    'hfedmoe with fl.score=frequency on bbc_news'
+    """
+    replaced = [f"{field}={value}" for field in REPLACING if (value := _value(config, field))]
+    parts = f" with {', '.join(replaced)}" if replaced else ""
+    return f"{config.fl.algorithm}{parts} on {config.data.source}"
+
+
+def _value(config: ConfigDict, field: str) -> str:
+    group, name = field.split(".")
+    return config[group][name]
 
 
 def mixture_line(experiment: Experiment) -> str:

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +39,7 @@ class Checkpoints:
     Args:
       directory: of the checkpoints; created.
       keep: the number of latest checkpoints to keep.
+      belongs_to: digests, by what they are of, that each checkpoint keeps for `saved_digests`.
 
     >>> import tempfile
     >>> with Checkpoints(tempfile.mkdtemp(), keep=2) as checkpoints:
@@ -48,8 +49,9 @@ class Checkpoints:
     (3, {'weight': np.float64(0.1)})
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int):
+    def __init__(self, directory: str | os.PathLike, keep: int, belongs_to: Mapping[str, str] | None = None):
         self._directory = pathlib.Path(directory).absolute()
+        self._belongs_to: dict[str, Any] = dict(belongs_to or {})
         self._saving: ocp.AsyncResponse[bool] | None = None
         self._saving_step, self._last = 0, 0
         with _suppress_output():
@@ -63,14 +65,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Closes; an error of the operating system then says where the run continues."""
+        """Closes; an error of the operating system, or an interrupt, then says where the run continues."""
         failed = None
         try:
             self.close()
         except OSError as closing:
             failed = closing if error is None else None
         told = failed or error
-        if isinstance(told, OSError):
+        if isinstance(told, OSError | KeyboardInterrupt):
             told.add_note(f"it continues after round {self._last}" if self._last else "no round is saved yet")
         if failed:
             raise failed
@@ -84,7 +86,9 @@ class Checkpoints:
         saved["step"] = np.array([step])  # tells a directory that was copied under another number
         self._saving_step = step
         with _storage_errors(self._directory):
-            self._saving = self._checkpointer.save_async(step, saved, force=True, overwrite=True)
+            self._saving = self._checkpointer.save_async(
+                step, saved, force=True, overwrite=True, custom_metadata=self._belongs_to
+            )
 
     def restore(self, template: PyTree) -> tuple[int, PyTree] | None:
         """Returns the latest usable checkpoint as (step, state), or None if there is none.
@@ -161,10 +165,7 @@ class Checkpoints:
 
     def _read(self, step: int, wanted: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
         path = str(self._directory / str(step))
-        index = jax.process_index()
-        # Every process reads independently, so that none waits for one that fails.
-        alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
-        with ocp.Context(multiprocessing_options=alone):
+        with _alone():
             metadata = ocp.metadata(path).metadata
             abstract = {name: _abstract(leaf, metadata["leaves"].get(name)) for name, leaf in wanted.items()}
             empty = {
@@ -183,6 +184,27 @@ class Checkpoints:
 
 class _UnusableError(Exception):
     pass
+
+
+def saved_digests(directory: str | os.PathLike) -> dict[str, str]:
+    """Returns what the newest readable checkpoint of a directory belongs to; {} without any.
+
+    One process reads, without the others.
+    """
+    paths = [path for path in pathlib.Path(directory).absolute().glob("*") if path.name.isdigit()]
+    for path in sorted(paths, key=lambda path: int(path.name), reverse=True):
+        with contextlib.suppress(Exception), _suppress_output(), _alone():
+            found = ocp.metadata(str(path)).custom_metadata
+            if isinstance(found, dict) and found:
+                return {str(what): str(digest) for what, digest in found.items()}
+    return {}
+
+
+def _alone() -> ocp.Context:
+    """Returns a context in which a process reads by itself, so that none waits for one that fails."""
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    return ocp.Context(multiprocessing_options=alone)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ BLUE, ORANGE, GREEN, PINK, AMBER, SKY, GREY = PALETTE = (
     "#56B4E9",
     "#6B6B6B",
 )
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#444444",
@@ -102,21 +103,21 @@ KNOWN_LOOKS = {"phone": 0, "tablet": 1, "laptop": 2}
 def looks_of(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Returns the colour and the marker of each device class: by its name, so alike in all runs.
 
-    Of two names of a run that would look the same, the second in the alphabet gets the next free look.
+    Grey is left to reference lines. Of two names of a run that would have the same colour, the second in the
+    alphabet gets the next one of the palette; with more names than colours, each further turn through the
+    palette has other markers.
 
     >>> looks_of(["phone"])
     {'phone': {'color': '#0072B2', 'marker': 'o'}}
     """
-    every, found, taken = len(PALETTE) * len(MARKERS), {}, set()
-    for name in sorted(names, key=lambda name: (name not in KNOWN_LOOKS, name)):
-        number = zlib.crc32(name.encode("utf-8", "surrogatepass"))
-        if name in KNOWN_LOOKS:  # the same place in both
-            number = KNOWN_LOOKS[name] * (len(PALETTE) + 1)
-        places = [(number + step) % every for step in range(every)]
-        place = next((place for place in places if place not in taken), places[0])
-        taken.add(place)
-        marker, color = divmod(place, len(PALETTE))
-        found[name] = {"color": PALETTE[color], "marker": MARKERS[marker]}
+    colors, found, used = [color for color in PALETTE if color != GREY], {}, Counter()
+    for name in sorted(set(names), key=lambda name: (name not in KNOWN_LOOKS, name)):
+        first = KNOWN_LOOKS.get(name, zlib.crc32(name.encode("utf-8", "surrogatepass")))
+        places = [(first + step) % len(colors) for step in range(len(colors))]
+        place = min(places, key=lambda place: used[place])
+        marker = MARKERS[(place + used[place]) % len(MARKERS)]
+        used[place] += 1
+        found[name] = {"color": colors[place], "marker": marker}
     return found
 
 

@@ -38,10 +38,10 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
       arguments: the command line without the program's name; `--help` prints the usage and does no work.
       usage: the text of `--help`.
       work: what the program does.
-      when_interrupted: what the user reads after Ctrl-C or SIGTERM.
+      when_interrupted: what the user reads after Ctrl-C or SIGTERM, before the notes of the exception.
 
     Raises:
-      ValueError: an error of the program and not of its input, so that its traceback is shown.
+      ValueError, RuntimeError: an error of the program and not of its input, so that its traceback is shown.
     """
     if {"--help", "-help", "-h"} & set(arguments):
         print(usage.strip())
@@ -53,12 +53,15 @@ def run_program(arguments: list[str], usage: str, work: Callable[[], None], when
         raise_at_interrupt(when_interrupted)
         work()
         exit_at_interrupt(0)
-    except (KeyboardInterrupt, NothingTrainedError, OSError, ValueError) as error:
+    except (KeyboardInterrupt, MemoryError, OSError, RuntimeError, ValueError) as error:
         code = exit_code(error)
         exit_at_interrupt(code)
-        if code == EXIT_ERROR and not isinstance(error, OSError):
+        if not is_one_line(error):
             raise
-        print(when_interrupted if code == EXIT_INTERRUPTED else f"error: {line_of(error)}", file=sys.stderr)
+        line = f"error: {line_of(error)}"
+        if code == EXIT_INTERRUPTED:
+            line = "; ".join([when_interrupted, *getattr(error, "__notes__", [])])
+        print(line, file=sys.stderr)
         if code in (EXIT_ERROR, EXIT_INTERRUPTED):
             end_at_once(code)
         return code
@@ -76,6 +79,9 @@ def line_of(error: BaseException) -> str:
         remedy = REMEDIES.get(error.errno or 0, "mend it")
         place = f"{error.filename}: " if error.filename else ""
         text = f"{place}{error.strerror or error}; {remedy} and give the same command again"
+    if is_memory_error(error):
+        reason = text.partition("\n")[0] or "out of memory"
+        text = f"the memory of this machine is not enough ({reason}); use smaller batches or a smaller model"
     return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())
 
 
@@ -90,6 +96,17 @@ def exit_code(error: BaseException | None) -> int:
     if isinstance(error, NothingTrainedError):
         return EXIT_NOTHING_TRAINED
     return EXIT_INPUT_ERROR if is_input_error(error) else EXIT_ERROR
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Says whether Python, NumPy or XLA found no memory."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def is_one_line(error: BaseException) -> bool:
+    """Says whether an error is told in one line; of others, faults of a program, the traceback is shown."""
+    told = isinstance(error, KeyboardInterrupt | NothingTrainedError | OSError)
+    return told or is_memory_error(error) or is_input_error(error)
 
 
 def is_input_error(error: BaseException | None) -> bool:

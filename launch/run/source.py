@@ -1,12 +1,20 @@
 """The user's own code that a config is made of: the config file and the modules that it imports."""
 
 import ast
+import contextlib
 import hashlib
+import os
 import pathlib
 import sys
 import sysconfig
+import traceback
 from collections.abc import Iterator
 
+from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.registry import choice_of
+from launch.run.program import is_one_line
+
+WHOLE = "JAX_TRACEBACK_FILTERING"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIBRARIES = [
     *(
@@ -71,6 +79,35 @@ def parents(name: str) -> list[str]:
     """Returns the packages of a dotted name, and the name itself."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+@contextlib.contextmanager
+def told_errors(config: str) -> Iterator[None]:
+    """Raises an `InputError`, with place and message, for an exception from a function of the user's.
+
+    With JAX_TRACEBACK_FILTERING=off, which shows JAX's own calls too, the exception stays as it is.
+
+    Args:
+      config: FILE or FILE:PRESET; functions of the file and of its own modules are the user's.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get(WHOLE) == "off" or is_one_line(error):
+            raise
+        own = set(own_sources(pathlib.Path(config.partition(":")[0])))
+        codes = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        theirs = [(code, line) for code, line in codes if pathlib.Path(code.co_filename).resolve() in own]
+        if not theirs:
+            raise
+        chosen = (choice for code, _ in theirs if (choice := choice_of(code)))
+        field, value = next(chosen, ("config", config))
+        code, line = theirs[-1]
+        message = str(error).strip().partition("\n")[0]
+        problem = f"{code.co_filename}:{line}: {type(error).__name__}: {message}"
+        raise InputError(
+            field, value, problem, f"correct it; {WHOLE}=off shows the whole traceback"
+        ) from error
 
 
 def is_own(source: pathlib.Path) -> bool:

@@ -23,8 +23,16 @@ from hfedmoe_jax.errors import InputError
 CONFIG_FILE = "config.json"
 FINGERPRINTS_FILE = "fingerprints.json"
 LOCK_FILE = ".lock"
-DIRECTORIES = ("checkpoints", "compiled", "figures", "tensorboard")
-FILE_ENDINGS = (".csv", ".html", ".json")
+DIRECTORIES = (
+    "checkpoints",
+    "checkpoints_unusable",
+    "compiled",
+    "figures",
+    "model",
+    "model.tmp",
+    "tensorboard",
+)
+FILE_ENDINGS = (".csv", ".html", ".json", ".png", ".tmp")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxopt", "numpy", "scipy")
 
 
@@ -115,6 +123,7 @@ def open_workdir(
     config: Mapping[str, Any],
     fingerprints: Sequence[Fingerprint] = (),
     raisable: Sequence[str] = (),
+    saved: Mapping[str, str] = {},
 ) -> pathlib.Path:
     """Creates the work directory of a run, or opens it again if it belongs to the same run.
 
@@ -123,6 +132,8 @@ def open_workdir(
       config: the run's config as nested dicts; written to config.json.
       fingerprints: of what else the run belongs to; written to fingerprints.json.
       raisable: fields, by dotted name, whose number may be larger than it was; config.json follows.
+      saved: the fingerprints' digests by what they are of, as a checkpoint has them; for a directory whose
+        fingerprints.json was removed.
 
     Raises:
       InputError: the directory cannot be written, has another config or other fingerprints, or has files but
@@ -132,7 +143,7 @@ def open_workdir(
     now = json.loads(_to_json(config))
     if CONFIG_FILE in _entries(directory):
         raised = _check_same_config(directory, now, raisable)
-        _check_same_fingerprints(directory, fingerprints)
+        _check_same_fingerprints(directory, fingerprints, saved)
         if raised:
             write_json(directory / CONFIG_FILE, config)
     else:
@@ -168,14 +179,18 @@ def _entries(path: str | os.PathLike) -> set[str]:
 
 
 def _check_kinds(directory: pathlib.Path) -> None:
-    """Raises InputError for a file or a link without an end where a directory should be, and the reverse."""
-    for entry in sorted(directory.iterdir()):
-        is_file = entry.name == LOCK_FILE or entry.suffix in FILE_ENDINGS
-        wrong = "directory" if is_file and entry.is_dir() else None
-        if entry.name in DIRECTORIES and not entry.is_dir():
-            wrong = "file"
-        if wrong:
-            problem = f"{entry} is a {wrong} and should not be"
+    """Raises InputError unless all that a run writes is free, or a file or a directory as it should be.
+
+    A link without an end is as good as free where a file should be. A pipe or a device is neither kind.
+    """
+    for entry in sorted([*directory.iterdir(), *(directory / "figures").glob("*")]):
+        wanted, right = None, True
+        if entry.name in DIRECTORIES:
+            wanted, right = "directory", entry.is_dir()
+        elif entry.name == LOCK_FILE or entry.suffix in FILE_ENDINGS:
+            wanted, right = "file", entry.is_file() or not entry.exists()
+        if not right:
+            problem = f"{entry} should be a {wanted} and is none"
             raise InputError("workdir", str(directory), problem, "move it away, or give another --workdir")
 
 
@@ -255,20 +270,23 @@ def _is_raised(earlier: dict[str, Any], now: dict[str, Any], field: str) -> bool
     return isinstance(before, int | float) and isinstance(after, int | float) and after > before
 
 
-def _check_same_fingerprints(directory: pathlib.Path, fingerprints: Sequence[Fingerprint]) -> None:
-    if not (directory / FINGERPRINTS_FILE).exists():  # removed, or from a version that wrote none
-        if fingerprints:
-            line = (
-                f"warning: {directory / FINGERPRINTS_FILE} is missing: data and config file are taken to be "
-            )
-            print(f"{line}those that the run was started with", file=sys.stderr)
-        _write_fingerprints(directory, fingerprints)
-        return
-    earlier = _read_json(directory, FINGERPRINTS_FILE)
+def _check_same_fingerprints(
+    directory: pathlib.Path, fingerprints: Sequence[Fingerprint], saved: Mapping[str, str]
+) -> None:
+    missing = not (directory / FINGERPRINTS_FILE).exists()
+    earlier = saved if missing else _read_json(directory, FINGERPRINTS_FILE)
     for field, value, what, found in fingerprints:
         if earlier.get(what, found) != found:
             problem = f"{what} changed since the run in {directory} was started"
             raise InputError(field, value, problem, "restore them, or give another --workdir")
+    if missing and fingerprints:
+        known = (
+            "written again"
+            if saved
+            else ("data and config file are taken to be those that the run was started with")
+        )
+        print(f"warning: {directory / FINGERPRINTS_FILE} was missing: {known}", file=sys.stderr)
+        _write_fingerprints(directory, fingerprints)
 
 
 def _write_fingerprints(directory: pathlib.Path, fingerprints: Sequence[Fingerprint]) -> None:

@@ -11,17 +11,18 @@ from ml_collections import ConfigDict
 
 from launch.compiling import Compiled, Table, compile_programs, megabytes, program_table
 from launch.run.progress import print_table
+from launch.slide.sweeps import sweep_points
 from launch.targets import Chip, read_target, target_devices
 from slide_jax.float64 import to_float64
 from slide_jax.hull import convex_hull
 from slide_jax.problem import Problem
 from slide_jax.scenario import read_scenario
 from slide_jax.settings import check_config, sample_drop
-from slide_jax.solvers import SOLVERS
+from slide_jax.solvers import SOLVERS, sweep_solvers
 
 
 def dry_run(config: ConfigDict, target: str | None) -> None:
-    """Prints the size of the cell, and what the programs of the solvers take of a device.
+    """Prints the size of the cell and of the sweeps, and what the programs of the solvers take of a device.
 
     Args:
       target: see `launch.targets.read_target`; None: what follows from shapes alone.
@@ -33,6 +34,7 @@ def dry_run(config: ConfigDict, target: str | None) -> None:
     chip = None if target is None else read_target(target)
     problem = read_scenario(config.scenario.path) if config.scenario.path else sample_drop(config)
     print_table(*cell(problem))
+    print_table(*sweeps(config, problem))
     if target is not None and chip is not None:
         device = target_devices(target)[0]
         print(f"\ncompiling for one chip of {target} ...", flush=True)
@@ -56,6 +58,28 @@ def cell(problem: Problem) -> Table:
         ["arrays, float64", f"{megabytes(bytes_held)} MB"],
     ]
     return "Cell", ["part", "size"], rows
+
+
+def sweeps(config: ConfigDict, problem: Problem) -> Table:
+    """Returns the sweeps of a run: points, and how many cells are solved; sweeps share points."""
+    header = ["sweep", "points", "cells of a point", "users of a cell", "cells to solve"]
+    if config.scenario.path:
+        factors = set(config.monte_carlo.bandwidth_factors) | {1.0}
+        row = ["bandwidth", f"{len(factors)}", "1", f"{problem.num_users:,}", f"{len(factors)}"]
+        return "Sweep of the scenario, solved by exact and dai", header, [row]
+    drops, points = config.monte_carlo.drops, sweep_points(config)
+    points["all, each point once"] = list(dict.fromkeys(point for each in points.values() for point in each))
+    rows = [
+        [name, f"{len(each)}", f"{drops:,}", _span([point.users for point in each]), f"{len(each) * drops:,}"]
+        for name, each in points.items()
+    ]
+    solvers = ", ".join(sweep_solvers())
+    return f"Sweeps over random drops, every cell solved by {solvers}", header, rows
+
+
+def _span(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def roofline(programs: dict[str, Compiled | str], chip: Chip) -> Table:

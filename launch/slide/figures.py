@@ -108,10 +108,10 @@ def by_rho(rows: Rows) -> Figure:
         figures.from_zero(axes)
     for axes in (left, middle, right):
         _log_scale(axes, known)
-    xlabel = "ρ = compute / download under DAI"
+    xlabel = "ρ: compute / download time under DAI"
     finish(left, "Users served", xlabel, "users", legend_columns=1)
-    finish(middle, "More users than DAI", xlabel, "", legend_columns=1)
-    finish(right, "Latency saved", xlabel, "", legend_columns=1)
+    finish(middle, "More users than DAI", xlabel, "users gained over DAI", legend_columns=1)
+    finish(right, "Latency saved", xlabel, "share of DAI's latency", legend_columns=1)
     return figure
 
 
@@ -134,7 +134,7 @@ def latency_cdf(latencies: Latencies) -> Figure:
     for axes in (left, right):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     finish(left, "Latency", "latency (s)", "users with at most that", legend_columns=2)
-    finish(right, "Saved by each user", "latency saved", "")
+    finish(right, "Saved by each user", "share of DAI's latency saved", "users with at most that")
     return figure
 
 
@@ -216,7 +216,7 @@ def _sweep(rows: Rows, x: np.ndarray, xlabel: str) -> Figure:
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figures.from_zero(right)
     finish(left, "Users served", xlabel, "users", legend_columns=2)
-    finish(right, "SLIDE serves more users than DAI", xlabel, "")
+    finish(right, "SLIDE serves more users than DAI", xlabel, "users gained over DAI")
     return figure
 
 

@@ -93,18 +93,24 @@ class UserTimeline(NamedTuple):
         return float(computing / downloading) if downloading > 0 else float("inf")
 
 
-def monte_carlo(config: ConfigDict) -> Study:
-    """Returns the results of all methods over random drops at every point, with a progress bar."""
+def sweep_points(config: ConfigDict) -> dict[str, list[Setting]]:
+    """Returns the points of each sweep over random drops; sweeps share some."""
     grids = config.monte_carlo
     plain = read_setting(config)._replace(users=grids.users)
-    catalogue, _ = read_models_of(config)
-    points = {
+    return {
         "plain": [plain],
         "bandwidth": [plain._replace(bandwidth_hz=x * plain.bandwidth_hz) for x in grids.bandwidth_factors],
         "patience": [plain._replace(patience=x * plain.patience) for x in grids.patience],
         "rho": [_with_rho(plain, rho) for rho in grids.rhos],
+        "users": [plain._replace(users=count) for count in grids.user_counts],
     }
-    points["users"] = [plain._replace(users=count) for count in grids.user_counts]
+
+
+def monte_carlo(config: ConfigDict) -> Study:
+    """Returns the results of all methods over random drops at every point, with a progress bar."""
+    grids, points = config.monte_carlo, sweep_points(config)
+    (plain,) = points["plain"]
+    catalogue, _ = read_models_of(config)
     # Every drop has the users of the largest point, so that one program computes all points.
     count = max(grids.users, *grids.user_counts)
     drawn = (catalogue, grids.drops, config.seed)

@@ -17,6 +17,7 @@ COST = ModelCost(
     shared_parameter_bytes=1000,
     frozen_bytes=10**9,  # does not travel
     shared_training_bytes=0,
+    activation_bytes=0,
     expert_parameter_bytes=250,
     expert_training_bytes=0,
     shared_flop=100.0,

@@ -1,5 +1,7 @@
 """Every range and name that `check_config` refuses, and that it takes what it should."""
 
+import re
+
 import jax
 import pytest
 import tiny_bert
@@ -12,7 +14,7 @@ from hfedmoe_jax.aggregation import expert_rules, gating_rules
 from hfedmoe_jax.algorithms import algorithms
 from hfedmoe_jax.checks import CHOICES, check_config, lookup
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.ranges import RANGES, Range, check_memory
+from hfedmoe_jax.ranges import RANGES, Range, check_evaluation, check_memory
 from hfedmoe_jax.tasks import classification, tasks
 
 NAN = float("nan")
@@ -57,19 +59,20 @@ def test_a_model_larger_than_the_memory_is_refused():
             "fl.gating_rule",
             gating_rules,
             lambda upload, _: upload.usage[0],
-            r"shape \(3,\).*an expert, \[L, E\], or one in all$",
+            r"an array of shape \(3,\).*an expert, \[L, E\], or one in all$",
         ),
         (
             "fl.expert_rule",
             expert_rules,
             lambda upload, _: upload.size,
-            r"shape \(\).*an expert, \[L, E\]$",
+            r"an array of shape \(\).*an expert, \[L, E\]$",
         ),
+        ("fl.expert_rule", expert_rules, lambda upload, _: None, "no array; return one number an expert"),
     ],
 )
 def test_a_rule_returns_as_many_weights_as_it_should(monkeypatch, field, registry, rule, message):
     monkeypatch.setitem(registry._parts, "mine", rule)
-    with pytest.raises(InputError, match=rf"^{field}='mine': returns an array of {message}"):
+    with pytest.raises(InputError, match=rf"^{field}='mine': returns {message}"):
         check_config(config_with(field, "mine"))
 
 
@@ -203,3 +206,29 @@ def test_a_batch_that_no_memory_holds_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr("hfedmoe_jax.ranges.os.sysconf", lambda name: 3200)  # pages of so many bytes: 10 MB
     with pytest.raises(InputError, match=r"fl\.batch_size=1000000: what a client computes .* is more than"):
         build(fl__batch_size=10**6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="an accelerator's own memory counts")
+@pytest.mark.parametrize(
+    ("field", "problem"),
+    [
+        ("fl.local_steps", "the batches of a block of clients, assembled and on the devices, are more than"),
+        (
+            "eval.batch_size",
+            "(the arrays of such batches, one a client among them, are|what a layer) .*more than",
+        ),
+    ],
+)
+def test_rounds_and_evaluations_that_no_memory_holds_are_refused_before_the_run(monkeypatch, field, problem):
+    monkeypatch.setattr("hfedmoe_jax.ranges.os.sysconf", lambda name: 10_000)  # 100 MB
+    build()
+    with pytest.raises(InputError, match=rf"{re.escape(field)}=100000: {problem}"):
+        build(**{field.replace(".", "__"): 10**5})
+
+
+def test_the_bytes_of_an_evaluation_are_compared_with_the_memory_that_holds_them():
+    check_evaluation(64, array_bytes=10**9, layer_bytes=10**9, memory_bytes=2e9)
+    with pytest.raises(InputError, match=r"eval\.batch_size=64: what a layer makes .* more than .* 2 GB"):
+        check_evaluation(64, 10**9, 3 * 10**9, 2e9)
+    with pytest.raises(InputError, match=r"eval\.batch_size=64: the arrays of such batches"):
+        check_evaluation(64, 10**18, 10**9, 2e9)

@@ -15,6 +15,7 @@ COST = ModelCost(
     shared_parameter_bytes=1000,
     frozen_bytes=70,
     shared_training_bytes=5000,
+    activation_bytes=1000,
     expert_parameter_bytes=100,
     expert_training_bytes=350,
     shared_flop=1e6,

@@ -99,7 +99,7 @@ def test_empty_places_are_those_of_chunks_that_run():
 )  # fmt: skip
 def test_the_chunk_fills_half_of_the_memory(platform, limit, members, chunk):
     """A client takes 1 MiB here; 16 GiB where a backend does not say. Two devices share the cohort."""
-    cost = ModelCost(8, 0, 0, 2**19, 2**15, 2**15, 0.0, 0.0)
+    cost = ModelCost(8, 0, 0, 2**19, 2**18, 2**15, 2**15, 0.0, 0.0)
     stats = None if limit is None else {"bytes_limit": limit}
     device = SimpleNamespace(platform=platform, memory_stats=lambda: stats)
     mesh = Mock(spec=Mesh, local_devices=[device], shape={"clients": 2, "experts": 1})
@@ -108,7 +108,7 @@ def test_the_chunk_fills_half_of_the_memory(platform, limit, members, chunk):
 
 
 def test_the_chunk_of_a_device_that_cannot_be_asked_follows_the_memory_given():
-    cost = ModelCost(8, 0, 0, 2**19, 2**15, 2**15, 0.0, 0.0)
+    cost = ModelCost(8, 0, 0, 2**19, 2**18, 2**15, 2**15, 0.0, 0.0)
     mesh = Mock(
         spec=Mesh, local_devices=[SimpleNamespace(platform="tpu")], shape={"clients": 1, "experts": 1}
     )

@@ -337,5 +337,12 @@ def test_a_score_of_the_wrong_shape_is_refused():
     def by_unit(evidence, importance):
         return evidence.gates
 
-    with pytest.raises(InputError, match=r"fl\.score='by_unit': returns an array of shape \(2, 2, 3\)"):
-        s.gradients_read(by_unit, IMPORTANCE)
+    def nothing(evidence, importance):
+        pass
+
+    for score, problem in (
+        (by_unit, r"returns an array of shape \(2, 2, 3\)"),
+        (nothing, "returns no array"),
+    ):
+        with pytest.raises(InputError, match=rf"fl\.score='{score.__name__}': {problem}"):
+            s.gradients_read(score, IMPORTANCE)

@@ -244,7 +244,7 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": root}
 
 
-INTERRUPTED = "interrupted: the same command continues the run, from a checkpoint if there is one\n"
+INTERRUPTED = "interrupted: give the same command again\n"
 WAIT = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
 IN_FINALIZER = f"""
 class Slow:
@@ -292,13 +292,24 @@ def test_interrupt_while_the_libraries_load_is_one_line(tmp_path, program, numbe
     assert (child.returncode, error) == (130, "interrupted: nothing had begun\n")
 
 
-def test_storage_that_fails_and_runs_that_train_nothing_have_codes_of_their_own(runs, capsys, monkeypatch):
+def test_interrupts_storage_that_fails_and_runs_that_train_nothing_have_codes_of_their_own(
+    runs, capsys, monkeypatch
+):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "w/metrics.csv")
     full.add_note("it continues after round 3")
+    stopped = KeyboardInterrupt()
+    stopped.add_note("it continues after round 3")
+    monkeypatch.setattr(sys.modules["launch.hfedmoe.experiment"], "run_experiment", _raises(stopped))
+    assert front_door.main(["--config=config.py"]) == 130
+    assert capsys.readouterr().err == f"{INTERRUPTED[:-1]}; it continues after round 3\n"
     for error, code, line in (
         (full, 1, "w/metrics.csv: No space left on device; make room on the file system and give the same "
                   "command again; it continues after round 3"),
         (NothingTrainedError("no round trained"), 4, "no round trained"),
+        (MemoryError("Unable to allocate 30 GiB"), 1, "the memory of this machine is not enough (Unable to "
+                  "allocate 30 GiB); use smaller batches or a smaller model"),
+        (RuntimeError("RESOURCE_EXHAUSTED: no memory\nof a device"), 1, "the memory of this machine is not "
+                  "enough (RESOURCE_EXHAUSTED: no memory); use smaller batches or a smaller model"),
     ):  # fmt: skip
         monkeypatch.setattr(sys.modules["launch.hfedmoe.experiment"], "run_experiment", _raises(error))
         assert front_door.main(["--config=config.py"]) == code

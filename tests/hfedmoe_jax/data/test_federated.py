@@ -223,11 +223,23 @@ def test_texts_that_wordpiece_cannot_read_are_refused(make_config, write_rows):
     )
 
 
-def test_the_share_of_unknown_tokens(make_config, write_rows):
-    # Of nine words in every text one is longer than WordPiece reads.
-    rows = [{"text": f"{'a ' * 8}{'b' * 101}{' ' * n}", "label": n % 2} for n in range(40)]
-    data = load_federated(make_config(train_path=write_rows(rows), seq_len=16))
-    assert data.facts.unknown_share == pytest.approx(1 / 9)
+def test_the_share_of_unknown_characters(make_config, write_rows):
+    """One word in 101 is [UNK], but a third of all characters."""
+    rows = [{"text": f"{'at ' * 100}{'b' * 101}{' ' * n}", "label": n % 2} for n in range(40)]
+    for long_text in ("split", "truncate"):  # the end is cut off
+        config = make_config(train_path=write_rows(rows), seq_len=64, long_text=long_text)
+        share = 0 if long_text == "truncate" else 101 / 301
+        assert load_federated(config).facts.unknown_share == pytest.approx(share)
+
+
+def test_a_text_without_spaces_among_short_words_counts_by_its_length(make_config, write_rows):
+    """Every fourth text is one [UNK] of 120 characters; the others are of six words of a letter."""
+    rows = [
+        {"text": "ไทย" * 40 + "า" * n if n % 4 == 0 else f"{'a b c ' * 2}{' ' * n}", "label": n // 4 % 2}
+        for n in range(80)
+    ]
+    error = error_of(make_config(train_path=write_rows(rows)))
+    assert error.field == "data.tokenizer" and "so many of their characters" in str(error)
 
 
 def test_natural_clients(make_config, write_rows):

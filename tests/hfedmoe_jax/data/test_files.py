@@ -60,13 +60,15 @@ def test_kinds_of_files(make_config, tmp_path, name, content, fields):
     assert load(make_config, tmp_path / name, **fields) == EXPECTED
 
 
-@pytest.mark.parametrize("separator", ";|\t")
+@pytest.mark.parametrize("separator", ";|\t^~ ")
 @pytest.mark.parametrize("quote", ["", '"'])
 def test_another_separator_is_named(make_config, tmp_path, separator, quote):
     (tmp_path / "data.csv").write_bytes(separated(separator).replace(b'"', quote.encode()))
     error = error_of(make_config, tmp_path / "data.csv")
     assert error.field == "data.separator" and error.value == ","
     assert f"data.separator={separator!r}" in str(error)
+    (tmp_path / "data.csv").write_bytes(separated(separator))
+    assert load(make_config, tmp_path / "data.csv", separator=separator) == EXPECTED
 
 
 def test_a_missing_header_is_named(make_config, tmp_path):
@@ -75,7 +77,7 @@ def test_a_missing_header_is_named(make_config, tmp_path):
     assert error.field == "data.text_column" and "data.header=False" in str(error)
 
 
-@pytest.mark.parametrize("separator", [",,", '"', " "])
+@pytest.mark.parametrize("separator", [",,", '"', "\n"])
 def test_separators_that_cannot_be(make_config, tmp_path, separator):
     (tmp_path / "data.csv").write_bytes(separated(","))
     assert error_of(make_config, tmp_path / "data.csv", separator=separator).field == "data.separator"

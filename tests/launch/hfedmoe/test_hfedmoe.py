@@ -69,7 +69,7 @@ def test_a_run_ends_well_and_says_where_everything_is(finished):
     assert "4 clients; 66 training, 12 validation, 12 test passages; 3 labels" in out
     assert "laptop 3, phone 3, tablet 3" in out
     assert "note: fl.chunk=2 is for accelerators" in out
-    assert re.search(r"rounds 6/6  accuracy [\d.]+  loss [\d.e-]+  .*elapsed", out)
+    assert re.search(r"rounds 6/6  accuracy by passage [\d.]+  loss [\d.e-]+  .*elapsed", out)
     assert "Summary" in out and str(finished.workdir / "report.html") in out
     assert {path.name for path in finished.workdir.iterdir()} == {
         ".lock",
@@ -129,7 +129,13 @@ def test_scores_by_label_are_in_the_summary_and_the_report(finished):
     assert summary["test_document_accuracy_final"] == pytest.approx(right / 12)
     page = (finished.workdir / "report.html").read_text(encoding="utf-8")
     assert "Test documents by label" in page and "<td>sport</td>" in page.replace('<th scope="row">', "<td>")
-    assert "by passage" in finished.screen.out and "by document" in finished.screen.out
+    assert "test accuracy by document, best" in page and "client accuracy by passage" in page
+    for line in (
+        r"test accuracy +[\d.]+ by passage, [\d.]+ by document,",
+        r"majority class +[\d.]+ by passage",
+        r"clients' own data +[\d.]+ mean by passage",
+    ):
+        assert re.search(line, finished.screen.out)
 
 
 def test_tensorboard_has_the_same_numbers(finished):
@@ -231,6 +237,8 @@ def test_a_run_belongs_to_its_data(finished, copy, tmp_path):
     }
     relabelled = [row | {"label": rows[index - 1]["label"]} for index, row in enumerate(rows)]
     for other in (rows[: len(rows) // 2], relabelled):
+        if other is relabelled:  # the checkpoints know too
+            (workdir / "fingerprints.json").unlink()
         tiny_run.write_jsonl(train_path, other)
         moved = [argument.replace(str(finished.train_path), str(train_path)) for argument in command]
         kept = (workdir / "config.json").read_text()
@@ -242,6 +250,7 @@ def test_a_run_belongs_to_its_data(finished, copy, tmp_path):
         )
         assert screen.err.endswith("was started; restore them, or give another --workdir\n")
         (workdir / "config.json").write_text(kept)
+    del before[workdir / "fingerprints.json"]
     assert before == {path: path.read_bytes() for path in before}
 
 

@@ -15,7 +15,10 @@ def printed(capsys, facts, clients=4, **partition):
 
 def test_clean_data_take_two_lines_and_no_warning(capsys):
     out, err = printed(capsys, Facts({"<b>": 1200, "pos ": 3}, unknown_share=0.0012))
-    assert out == ["documents by label: '<b>' 1,200, 'pos ' 3", "[UNK] share of the training tokens: 0.12%"]
+    assert out == [
+        "documents by label: '<b>' 1,200, 'pos ' 3",
+        "characters of the training texts in [UNK]: 0.12%",
+    ]
     assert err == []
 
 

@@ -2,6 +2,7 @@ import itertools
 import warnings
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 import pytest
 from PIL import Image
@@ -55,6 +56,7 @@ def make_run(rounds=6, clients=6, cohort=3, layers=2, experts=4):
         "usage_after": random.random((cohort, layers, experts)),
         "times_chosen": random.integers(0, rounds + 1, (clients, layers, experts)),
         "metric": "accuracy",
+        "unit": "passage",
         "client_scores": random.random(clients),
         "client_num_examples": random.integers(1, 500, clients),
         "expert_load": np.full((layers, experts), 1 / experts),
@@ -152,6 +154,26 @@ def test_no_two_device_classes_of_a_run_look_the_same():
     assert figures.looks_of(["phone"])["phone"] == found["phone"]
 
 
+@pytest.mark.parametrize("clients", [6, 200])
+def test_up_to_six_device_classes_have_colours_and_marks_of_their_own(clients):
+    """Also where clients are shown by their distribution; none has the colour of reference lines."""
+    for names in (["low", "mid", "high"], ["phone", "tablet", "laptop", "watch", "tv", "car"]):
+        looks = figures.looks_of(names)
+        assert len({look["color"] for look in looks.values()} - {figures.GREY}) == len(names)
+        assert figures.looks_of(reversed(names)) == looks
+        _, record = make_run(clients=clients)
+        record["device_class"] = [names[client % len(names)] for client in range(clients)]
+        for draw in (hfedmoe_figures.client_metric, hfedmoe_figures.budget_union):
+            axes = draw(record).axes[0]
+            handles, labels = axes.get_legend_handles_labels()
+            for name, look in looks.items():
+                (handle,) = (h for h, label in zip(handles, labels, strict=True) if label.startswith(name))
+                color = handle.get_color() if clients >= figures.MANY else handle.get_facecolor()[0]
+                assert matplotlib.colors.to_hex(color) == look["color"].lower()
+                if clients >= figures.MANY:
+                    assert handle.get_marker() == look["marker"]
+
+
 def test_of_coinciding_curves_both_are_seen():
     """The later one is thinner, or has gaps."""
     rows, record = make_run()
@@ -169,7 +191,7 @@ def test_of_coinciding_curves_both_are_seen():
 def test_reference_lines_are_where_they_should_be():
     rows, record = make_run(experts=8)
     left, _ = hfedmoe_figures.by_round(rows, record).axes
-    (line,) = (line for line in left.lines if line.get_label() == "majority class")
+    (line,) = (line for line in left.lines if line.get_label() == "majority class, test split")
     assert set(line.get_ydata()) == {0.2}
     entropy = next(
         axes for axes in hfedmoe_figures.routing(rows, record).axes if "entropy" in axes.get_ylabel()
@@ -205,7 +227,7 @@ def test_the_boxes_are_quantiles_of_the_clients():
     _, record = make_run(clients=200)
     (axes,) = hfedmoe_figures.budget_union(record).axes
     phones = record["union"][::2]
-    medians = [curve.get_ydata()[0] for curve in axes.lines if curve.get_marker() == "_"]
+    medians = [curve.get_ydata()[0] for curve in axes.lines if len(curve.get_xdata()) == 1]
     assert np.median(phones) in medians and np.median(record["union"][1::2]) in medians
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from own_process import device_flags
 
-from launch.run.checkpoints import Checkpoints, fingerprint
+from launch.run.checkpoints import Checkpoints, fingerprint, saved_digests
 
 
 class Moments(NamedTuple):
@@ -99,6 +99,25 @@ def test_empty_directory_has_nothing_to_restore(tmp_path, capsys):
 def test_keeps_the_newest(tmp_path):
     save_steps(tmp_path / "c", 1, 2, 3, 10, keep=2)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["10", "3"]
+
+
+def test_the_newest_readable_checkpoint_says_what_it_belongs_to(tmp_path):
+    assert saved_digests(tmp_path / "c") == {}
+    for step, digests in ((2, {"the texts": "aa"}), (10, {"the texts": "bb"})):
+        with Checkpoints(tmp_path / "c", 3, digests) as checkpoints:
+            checkpoints.save(step, make_state(step))
+    assert saved_digests(tmp_path / "c") == {"the texts": "bb"}
+    (tmp_path / "c" / "10" / "_CHECKPOINT_METADATA").write_text("{")
+    assert saved_digests(tmp_path / "c") == {"the texts": "aa"}
+
+
+def test_an_interrupt_says_after_which_step_the_run_continues(tmp_path):
+    for saves, note in ((0, "no round is saved yet"), (2, "it continues after round 2")):
+        with pytest.raises(KeyboardInterrupt) as stopped, Checkpoints(tmp_path / "c", 3) as checkpoints:
+            for step in range(1, saves + 1):
+                checkpoints.save(step, {"weight": np.ones(2)})
+            raise KeyboardInterrupt
+        assert stopped.value.__notes__ == [note]
 
 
 def held() -> tuple[int, int]:

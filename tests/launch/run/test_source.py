@@ -2,8 +2,12 @@
 
 import sys
 
+import pytest
+
+from hfedmoe_jax import score_rules
+from hfedmoe_jax.errors import InputError
 from launch.run.command import load_config
-from launch.run.source import own_sources, source_digest
+from launch.run.source import own_sources, source_digest, told_errors
 
 CONFIG = """
 import itertools, json, sys, time
@@ -49,3 +53,50 @@ def test_a_change_of_any_own_module_tells_and_of_nothing_else(tmp_path, monkeypa
     finally:
         for name in set(sys.modules) - before:
             del sys.modules[name]
+
+
+MISTAKES = """
+from ml_collections import ConfigDict
+from hfedmoe_jax import score_rules
+
+@score_rules.register("of test_source")
+def score(evidence, importance):
+    return helper(evidence)
+
+def helper(evidence):
+    return evidence.no_such_thing
+
+def get_config():
+    return ConfigDict({"helper": helper})
+"""
+
+
+def test_an_error_of_the_users_function_is_one_line_with_its_place(tmp_path, monkeypatch):
+    config = tmp_path / "config.py"
+    config.write_text(MISTAKES)
+    helper = load_config(str(config)).helper
+    what = "AttributeError: 'object' object has no attribute 'no_such_thing'; correct it"
+    for call, field in (
+        (lambda: score_rules["of test_source"](object(), None), "fl.score='of test_source'"),
+        (lambda: helper(object()), f"config='{config}:small'"),
+    ):
+        with pytest.raises(InputError) as error, told_errors(f"{config}:small"):
+            call()
+        assert str(error.value).startswith(f"{field}: {config}:10: {what}")
+        monkeypatch.setenv("JAX_TRACEBACK_FILTERING", "off")
+        with pytest.raises(AttributeError), told_errors(str(config)):
+            call()
+        monkeypatch.delenv("JAX_TRACEBACK_FILTERING")
+
+
+def test_errors_that_are_not_of_the_users_functions_stay_what_they_are(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(MISTAKES)
+    for error in (
+        TypeError("a fault of the program"),
+        InputError("seed", -1, "too small", "use 0"),
+        OSError(5),
+    ):
+        with pytest.raises(type(error)) as raised, told_errors(str(config)):
+            raise error
+        assert raised.value is error

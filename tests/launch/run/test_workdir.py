@@ -31,12 +31,14 @@ def test_new_directory_gets_the_config(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["checkpoints", "figures", "tensorboard", "compiled", "metrics.csv", "report.html", "summary.json"],
-)
+    ["checkpoints", "checkpoints_unusable", "figures", "tensorboard", "compiled", "model", "metrics.csv",
+     "report.html", "summary.json", ".metrics.csv.tmp", "figures/learning.png"],
+)  # fmt: skip
 @pytest.mark.parametrize("link", [False, True])
 def test_something_else_in_place_of_a_file_or_directory_is_refused_before_the_run(tmp_path, name, link):
     directory = open_workdir(tmp_path / "run", CONFIG)
     path, is_file = directory / name, "." in name
+    path.parent.mkdir(exist_ok=True)
     if link:  # a link without an end takes the place of a directory, not of a file
         path.symlink_to(tmp_path / "nothing")
     elif is_file:
@@ -46,8 +48,21 @@ def test_something_else_in_place_of_a_file_or_directory_is_refused_before_the_ru
     if link and is_file:
         open_workdir(directory, CONFIG)
         return
-    with pytest.raises(InputError, match=f"{re.escape(str(path))} is a .* and should not be; move it away"):
+    with pytest.raises(InputError, match=f"{re.escape(str(path))} should be a .* and is none; move it away"):
         open_workdir(directory, CONFIG)
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.csv", "tokenizer.json", "config.json", "figures"])
+def test_a_pipe_or_a_socket_is_refused_and_not_waited_for(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    for make in (os.mkfifo, lambda path: socket.socket(socket.AF_UNIX).bind(path)):
+        make(name)
+        with (
+            pytest.raises(InputError, match=f"{re.escape(name)} should be a .* and is none"),
+            hold_workdir("."),
+        ):
+            pass
+        os.unlink(name)
 
 
 def test_same_config_opens_again_and_changes_nothing(tmp_path):
@@ -253,8 +268,11 @@ def test_errors_of_the_system_name_the_directory_unless_they_name_a_file(tmp_pat
         assert error.value.filename == named
 
 
-def test_a_disk_that_is_full_for_the_lock_already_is_told_with_the_directory(tmp_path):
-    (tmp_path / ".lock").symlink_to("/dev/full")
+def test_a_disk_that_is_full_for_the_lock_already_is_told_with_the_directory(tmp_path, monkeypatch):
+    def full(path):
+        return open("/dev/full", "r+")
+
+    monkeypatch.setattr("launch.run.workdir._open_lock", full)
     with pytest.raises(OSError) as failed, hold_workdir(tmp_path):
         pass
     assert failed.value.filename == str(tmp_path)
@@ -265,6 +283,19 @@ def test_fingerprints_that_were_removed_are_written_again(tmp_path, capsys):
     open_workdir(tmp_path, {"seed": 0}, [was])
     (tmp_path / "fingerprints.json").unlink()
     open_workdir(tmp_path, {"seed": 0}, [was])
-    assert "fingerprints.json is missing" in capsys.readouterr().err
+    assert "fingerprints.json was missing: data and config file are taken" in capsys.readouterr().err
     with pytest.raises(InputError, match="the texts or labels changed"):
         open_workdir(tmp_path, {"seed": 0}, [was._replace(digest="2")])
+
+
+def test_fingerprints_that_were_removed_are_those_of_the_checkpoint(tmp_path, capsys):
+    was = Fingerprint("data.train_path", "a.csv", "the texts or labels", "1")
+    open_workdir(tmp_path, {"seed": 0}, [was])
+    (tmp_path / "fingerprints.json").unlink()
+    saved = {was.what: "1"}
+    for _ in range(2):  # the refusal leaves nothing behind
+        with pytest.raises(InputError, match="the texts or labels changed since the run"):
+            open_workdir(tmp_path, {"seed": 0}, [was._replace(digest="2")], saved=saved)
+    open_workdir(tmp_path, {"seed": 0}, [was], saved=saved)
+    assert capsys.readouterr().err.endswith("fingerprints.json was missing: written again\n")
+    assert json.loads((tmp_path / "fingerprints.json").read_text()) == saved

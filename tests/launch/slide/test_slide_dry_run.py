@@ -8,6 +8,7 @@ import tiny_run
 from launch.compiling import compile_programs, program_table
 from launch.run.command import read_command
 from launch.slide import dry_run
+from launch.slide.sweeps import sweep_points
 from launch.targets import CHIPS
 from slide_jax.settings import sample_drop
 from slide_jax.solvers import sweep_solvers
@@ -23,6 +24,23 @@ def test_the_cell_is_told_and_nothing_is_written(tmp_path):
     assert (cells["users"], cells["models"], cells["layers"]) == tuple(
         map(str, (problem.num_users, models, layers))
     )
+
+
+def test_the_sweeps_are_told_with_the_cells_that_they_solve(tmp_path):
+    config = read_command(slide_run.arguments(tmp_path)).config
+    _, header, rows = dry_run.sweeps(config, sample_drop(config))
+    grids = config.monte_carlo
+    told = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    for name, values in (("bandwidth", grids.bandwidth_factors), ("rho", grids.rhos)):
+        assert told[name]["points"] == str(len(values))
+        assert told[name]["cells to solve"] == f"{len(values) * grids.drops:,}"
+    study_points = {point for each in sweep_points(config).values() for point in each}
+    assert told["all, each point once"]["cells to solve"] == f"{len(study_points) * grids.drops:,}"
+    assert len(study_points) < sum(int(row[1]) for row in rows[:-1])  # the plain setting is in several
+    config.scenario.path = "cell.json"
+    title, _, rows = dry_run.sweeps(config, sample_drop(config))
+    assert rows == [["bandwidth", str(len({*grids.bandwidth_factors, 1.0})), "1", *rows[0][3:]]]
+    assert "exact and dai" in title
 
 
 def test_every_solver_that_is_a_program_is_compiled(tmp_path):
