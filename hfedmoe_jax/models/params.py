@@ -90,8 +90,12 @@ def merge_params(*trees: dict) -> dict:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Returns the bytes of all arrays (or shapes with dtype) of a tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Returns the bytes of all arrays (or shapes with dtype) of a tree; two integers of 4 bits share one."""
+
+    def num_bytes(leaf: Any) -> int:
+        return -(-leaf.size // 2) if leaf.dtype.name == "uint4" else leaf.size * leaf.dtype.itemsize
+
+    return sum(map(num_bytes, jax.tree.leaves(tree)))
 
 
 def params_specs(params: Params) -> Params:

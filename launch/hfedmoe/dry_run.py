@@ -10,6 +10,7 @@ from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.devices import memory_needed, round_cost
 from hfedmoe_jax.models import tree_bytes
+from hfedmoe_jax.models.base import as_floats
 from launch.compiling import Table, compile_programs, megabytes, program_table
 from launch.hfedmoe.run_notes import print_hints
 from launch.hosts.devices import configure_devices
@@ -47,16 +48,30 @@ def parameters(experiment: Experiment) -> Table:
     params, frozen = jax.eval_shape(experiment.model.init, jax.random.key(0))
     spread = experiment.config.mesh.experts
     where = f"a shard on each of {spread} devices" if spread > 1 else "on every device"
+    base = frozen.pop("experts", {})
+    parts = [
+        ("adapters of experts" if base else "experts", params.experts, where),
+        ("routers", params.router, "on every device"),
+        ("shared", params.shared, "on every device"),
+        ("frozen", frozen, "on every device, never sent"),
+    ]
+    if base:
+        parts.append((f"frozen experts, {experiment.config.model.base}", base, f"{where}, never sent"))
     rows = [
-        [name, f"{sum(x.size for x in jax.tree.leaves(tree)):,}", megabytes(tree_bytes(tree)), place]
-        for name, tree, place in (
-            ("experts", params.experts, where),
-            ("routers", params.router, "on every device"),
-            ("shared", params.shared, "on every device"),
-            ("frozen", frozen, "on every device, never sent"),
-        )
+        [
+            name,
+            f"{sum(x.size for x in jax.tree.leaves(jax.eval_shape(floats, tree))):,}",
+            megabytes(tree_bytes(tree)),
+            place,
+        ]
+        for name, tree, place in parts
     ]
     return "Model", ["part", "parameters", "MB", "where"], rows
+
+
+def floats(tree: Any) -> Any:
+    """Returns a tree whose quantised arrays are plain ones."""
+    return jax.tree.map(as_floats, tree, is_leaf=lambda x: hasattr(x, "qvalue"))
 
 
 def classes(experiment: Experiment) -> Table:

@@ -181,6 +181,26 @@ def test_a_base_of_few_bits_is_the_checkpoint_nearly(base, error, tmp_path):
     assert tree_bytes(frozen) < 0.6 * tree_bytes(exact)
 
 
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_memory_by_part_is_that_of_the_compiled_program(base, tmp_path):
+    """Of the program that trains: its arguments are the parts of the model, a round's data and the sums."""
+    config = get_config("smoke")
+    config.model.update(family="decoder", source=str(tiny_decoder.write_decoder(tmp_path, "mixtral")))
+    config.model.update(train="lora", lora_rank=2, base=base)
+    config.data.update(tokenizer="checkpoint", seq_len=12)
+    config.task.name = "language_modeling"
+    experiment = Experiment(config, make_mesh(jax.devices()[:1]))
+    _, data = next(experiment.blocks(experiment.plan(1)))
+    arguments = experiment.algorithm.arguments(data)
+    for name, lower in experiment.lower():
+        if name.startswith("tier"):
+            broadcast = arguments[name][1]
+            parts = tree_bytes((broadcast.params, broadcast.frozen)), tree_bytes((arguments[name][0], data))
+            found = lower().compile().memory_analysis().argument_size_in_bytes
+            assert found == pytest.approx(sum(parts), rel=0.1)
+            assert tree_bytes(broadcast.frozen) > 0.5 * tree_bytes(broadcast.params)
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
