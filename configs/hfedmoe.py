@@ -224,6 +224,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     model.upcycling = "split"  # bert: how experts are made of the source's networks: copy | split | cluster
     model.train = "all"  # all | experts | experts_router_head | lora, or an expression, e.g. "router|norm"
     model.lora_rank = 8  # lora: of every expert's matrices and attention's projections
+    model.adapters = ""  # lora: a directory of PEFT to start from; "": new adapters
     model.base = "float32"  # lora: how the frozen matrices are kept: float32 | bfloat16 | int8 | nf4
     model.lora_alpha = 16.0  # lora: adapters count alpha / rank
     model.cache_trunk = False  # compute the frozen layers below the experts once a passage, kept on disk

@@ -103,6 +103,10 @@ def check_source(config: ConfigDict) -> None:
     if config.model.train == LORA and not pretrained:
         problem = f"model.family={config.model.family} has no pretrained matrices to adapt"
         raise InputError("model.train", LORA, problem, "use model.family=bert or decoder")
+    if config.model.adapters and not (config.model.train == LORA and hasattr(module, "names")):
+        problem = f"model.family={config.model.family} with model.train={config.model.train} reads none"
+        raise InputError("model.adapters", config.model.adapters, problem,
+                         "use a decoder with model.train=lora, or leave it empty")  # fmt: skip
     if pretrained and tokenizer != CHECKPOINT:
         problem = "is not the one that the checkpoint learned with"
         raise InputError("data.tokenizer", tokenizer, problem, f"use data.tokenizer={CHECKPOINT}")

@@ -45,7 +45,9 @@ from hfedmoe_jax.mesh import CLIENTS, EXPERTS, is_described, map_specs
 from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.mixtures import load_start, replace_leaves, replace_params
 from hfedmoe_jax.models import ModelSizes, build_model, frozen_specs, tree_bytes
+from hfedmoe_jax.models.adapter_files import open_adapters
 from hfedmoe_jax.models.family import FEATURES
+from hfedmoe_jax.models.lora import lora_rule
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
 from hfedmoe_jax.quality import Quality, Splits, client_spread
@@ -185,6 +187,11 @@ class Experiment:
         self.start = None
         if config.model.source and not is_described(mesh):
             self.start = load_start(config.model, self.model.module)
+            rule = lora_rule(config.model)
+            if rule is not None and config.model.adapters:
+                names = self.model.module.names()
+                stored = open_adapters(config.model.adapters, names, shapes[0], rule, self.start.digest)
+                self.start = self.start._replace(adapters=stored)
         self.frozen = self._frozen()
         if config.model.cache_trunk and is_described(mesh):
             self.data = no_features(self.data, self.model)
@@ -241,7 +248,9 @@ class Experiment:
     def init(self) -> RunState:
         """Returns the state before the first round."""
         params = jax.jit(lambda key: self.model.init(key)[0])(self.init_key)
-        server = self.algorithm.init(replace_params(params, self.start.params) if self.start else params)
+        for part in (self.start.params, self.start.adapters) if self.start else ():
+            params = replace_params(params, part)
+        server = self.algorithm.init(params)
         best = jax.tree.map(jnp.copy, self.algorithm.snapshot(server))
         return RunState(np.int64(0), server, best, np.float64(-np.inf), np.int64(0), open_ledger())
 

@@ -43,11 +43,13 @@ class Start(NamedTuple):
       params: nested dict; what is missing in it is drawn at random.
       digest: of the checkpoint and the settings.
       report: of the mixtures on held-out text, see `judge`; empty if the checkpoint has its own.
+      adapters: trained ones (`model.adapters`), and their routers; empty: new ones.
     """
 
     params: dict
     digest: str
     report: dict[str, Any]
+    adapters: dict = {}  # noqa: RUF012
 
 
 def cache_dir() -> pathlib.Path:

@@ -23,6 +23,7 @@ DTYPES = {**FLOATS, "I64": np.dtype(np.int64)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTERS = "adapter_model.safetensors"
 SHARD_BYTES = 5 * 10**9
 REMEDY = "download or copy the directory again"
 
@@ -58,12 +59,13 @@ def find_tensors(directory: str | os.PathLike) -> dict[str, StoredTensor]:
     directory = pathlib.Path(directory)
     index = directory / INDEX
     if not index.exists():
-        if not (directory / SINGLE).exists():
+        single = next((directory / name for name in (SINGLE, ADAPTERS) if (directory / name).exists()), None)
+        if single is None:
             problem = f"holds neither {SINGLE} nor {INDEX}"
             raise InputError(
                 "model.source", str(directory), problem, "name a directory with safetensors files"
             )
-        return _read_header(directory / SINGLE)
+        return _read_header(single)
     files = sorted(set(_json(index).get("weight_map", {}).values()))
     missing = [name for name in files if not (directory / name).exists()]
     if missing or not files:

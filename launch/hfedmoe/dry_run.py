@@ -1,6 +1,7 @@
 """What a run would cost, from shapes alone: nothing is trained, and nothing is written."""
 
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np

@@ -16,6 +16,7 @@ from hfedmoe_jax import Experiment, Outcome, RunState, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.data import num_rows
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.adapter_files import adapters_digest
 from hfedmoe_jax.models.lora import LORA
 from hfedmoe_jax.quality import Quality
 from hfedmoe_jax.reports import OK, STATUS_NAMES, failed_clients
@@ -127,6 +128,8 @@ def fingerprints(experiment: Experiment, source: Fingerprint | None) -> list[Fin
             "model.source", experiment.config.model.source, what, experiment.start.digest
         )
         of_data.append(checkpoint)
+    if adapters := experiment.config.model.adapters:
+        of_data.append(Fingerprint("model.adapters", adapters, "the adapters", adapters_digest(adapters)))
     return [*([source] if source else []), *of_data]
 
 

@@ -1,6 +1,5 @@
 """The fine-tuned model as directories of the Hugging Face hub: whole, and as adapters in PEFT's format."""
 
-import json
 import pathlib
 import shutil
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from flax import traverse_util
 
 from hfedmoe_jax import Experiment
 from hfedmoe_jax.models import Params, merge_params
+from hfedmoe_jax.models.adapter_files import write_adapters
 from hfedmoe_jax.models.lora import FACTORS, adapter_pairs, lora_rule
-from hfedmoe_jax.models.names import Name, export_params, part_of, read_config, tensors_of
-from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
+from hfedmoe_jax.models.names import export_params, part_of, read_config
+from hfedmoe_jax.models.tensor_files import find_tensors
 from hfedmoe_jax.pretrained import find_source
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
@@ -90,46 +90,17 @@ class Sum:
 
 
 def export_adapters(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:
-    """Writes the adapters, with the routers, as PEFT 0.21 reads them with transformers 5.
+    """Writes the adapters, with the routers, as PEFT reads them.
 
     Args:
       params: of a model with adapters.
       directory: replaced, whole or not at all.
     """
-    model = experiment.config.model
-    source = find_source(model.source)
-    names: dict[str, Name] = {}
-    for name in experiment.model.module.names():  # of alternatives that of single experts, else the newest
-        if name.path not in names or not name.path.startswith("experts/"):
-            names[name.path] = name
-    tensors: dict[str, NewTensor] = {}
-    targets, saved = set(), set()
-
-    def add(path: tuple[str, ...], array: Any, shape: tuple[int, ...], suffix: str, found: set[str]) -> None:
-        """Adds PyTorch's matrices [outputs, inputs] of a parameter of that shape."""
-        for index, tensor in tensors_of(names["/".join(path)], shape).items():
-            module = tensor.removesuffix(".weight")
-            matrix = np.ascontiguousarray(np.asarray(array[index]).T)
-            name = f"base_model.model.{module}{suffix}.weight"
-            tensors[name] = NewTensor(matrix.dtype, matrix.shape, lambda matrix=matrix: matrix)
-            found.add(module.rsplit(".", 1)[-1])
-
-    for path, (a, b) in adapters(params).items():
-        add(path, a, a.shape, ".lora_A", targets)
-        add(path, b, b.shape, ".lora_B", targets)
-    routers: dict[Any, Any] = dict(traverse_util.flatten_dict(params.router))
-    for path, leaf in routers.items():
-        if path[-1] == "kernel":
-            add(path, leaf, leaf.shape, "", saved)
-    content = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(source), r=model.lora_rank,
-        lora_alpha=model.lora_alpha, lora_dropout=0.0, bias="none", inference_mode=True,
-        target_modules=sorted(targets), modules_to_save=sorted(saved) or None,
-    )  # fmt: skip
+    model, start = experiment.config.model, experiment.start
+    rule = lora_rule(model)
+    assert rule is not None and start is not None
     with Replacement(directory) as fresh:
-        write_tensors(fresh, tensors, shard_bytes=2**62)
-        (fresh / "model.safetensors").rename(fresh / "adapter_model.safetensors")
-        (fresh / "adapter_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_adapters(fresh, experiment.model.module.names(), params, rule, model.source, start.digest)
 
 
 class Replacement:

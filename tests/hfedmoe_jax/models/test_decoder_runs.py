@@ -105,6 +105,7 @@ def test_adapters_go_back_as_such_and_merged(case, base, tmp_path):
     found = set()
     for name in after:
         module = f"base_model.model.{name.removesuffix('.weight')}"
+        module = module.replace("block_sparse_moe.gate", "mlp.gate")  # as transformers 5 names it
         if f"{module}.lora_A.weight" in factors:
             assert name.removesuffix(".weight").rsplit(".", 1)[-1] in config["target_modules"]
             a, b = (factors[f"{module}.lora_{x}.weight"].read() for x in "AB")
@@ -119,6 +120,56 @@ def test_adapters_go_back_as_such_and_merged(case, base, tmp_path):
             np.testing.assert_array_equal(stored[name].read(), after[name].read())
     assert found == set(factors) and any(".experts.1." in name for name in found)
     assert any("self_attn" in name and np.any(factors[name].read()) for name in found)
+
+
+def test_a_run_starts_from_adapters_of_its_base_alone(tmp_path):
+    source, adapters = write_decoder(tmp_path / "source"), tmp_path / "adapters"
+    fields = dict(train="lora", lora_rank=2, lora_alpha=6.0)
+    first = build(source, **fields)
+    params = moved(first.init().server.params)
+    export_adapters(first, params, adapters)
+    second = build(source, adapters=str(adapters), **fields)
+    found = second.init().server.params
+    assert second.start.digest == first.start.digest
+    for group in ("experts", "router"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(found, group), getattr(params, group))
+    factors = {path: leaf for path, leaf in flat(found.shared).items() if "lora" in path}
+    assert len(factors) == 8
+    for path, leaf in factors.items():
+        np.testing.assert_array_equal(leaf, flat(params.shared)[path])
+    other = write_decoder(tmp_path / "other")
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    for directory, changed, problem in (
+        (source, dict(lora_rank=3), r"has r=2, the run 3; set model\.lora_rank"),
+        (source, dict(lora_alpha=2.0), r"has lora_alpha=6\.0, the run 2\.0"),
+        (other, {}, "belongs to another base"),
+        (source, dict(train="router"), "reads none"),
+        (source, dict(adapters=str(tmp_path)), "has no adapter_config.json"),
+        (write_decoder(tmp_path / "olmoe", "olmoe"), {}, "another base"),
+    ):
+        with pytest.raises(InputError, match=r"model\.adapters=.*" + problem):
+            build(directory, **{"adapters": str(adapters), **fields, **changed})
+    content = json.loads((adapters / "adapter_config.json").read_text())
+    (adapters / "adapter_config.json").write_text(json.dumps({**content, "hfedmoe_base": None}))
+    stored = adapters / "adapter_model.safetensors"
+    whole = stored.read_bytes()
+    for broken, problem in (
+        (whole[:-4], "is cut off"),
+        (whole.replace(b".0.w1.lora_A", b".0.w1.lora_C"), "missing"),
+    ):
+        stored.write_bytes(broken)
+        with pytest.raises(InputError, match=r"model\.adapters=.*" + problem):
+            build(source, adapters=str(adapters), **fields)
+
+
+def flat(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def moved(tree):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), tree)
 
 
 def test_what_cannot_be_fine_tuned_is_refused(tmp_path):
