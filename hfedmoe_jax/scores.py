@@ -25,7 +25,8 @@ STAND_IN = (2, 3)
 """L and E of the arrays that a user's function is tried on."""
 
 ByUnit = Float[AnyArray, "*layers units experts"]
-UnitMask = Bool[AnyArray, " units"]
+UnitMask = Bool[AnyArray, "... units"]
+"""Of all layers alike, or of each."""
 PerExpert = Float[AnyArray, "*layers experts"]
 
 
@@ -42,7 +43,9 @@ def masked_mean(
 
 
 def over_units(
-    values: Float[AnyArray, "*layers tokens experts"], token_mask: Bool[AnyArray, "batch length"], unit: str
+    values: Float[AnyArray, "*layers tokens experts"],
+    token_mask: Bool[AnyArray, "... batch length"],
+    unit: str,
 ) -> ByUnit:
     """Returns the values of each unit: a token's own, or the mean over a sample's real tokens.
 
@@ -54,7 +57,7 @@ def over_units(
     if unit == "token":
         return values
     *layers, _, experts = values.shape
-    return masked_mean(values.reshape(*layers, *token_mask.shape, experts), token_mask)
+    return masked_mean(values.reshape(*layers, *token_mask.shape[-2:], experts), token_mask)
 
 
 class Units(NamedTuple):
@@ -64,7 +67,7 @@ class Units(NamedTuple):
       gates: float32 [L, U, E], G_e(x_i).
       chosen: float32 [L, U, E], share of the unit's real tokens that are sent to the expert.
       chosen_gates: float32 [L, U, E], G_e(x_i) counted where e is among a token's chosen experts.
-      mask: bool [U], units with a real token.
+      mask: bool [U] or [L, U], units with a real token.
     """
 
     gates: ByUnit
@@ -76,19 +79,24 @@ class Units(NamedTuple):
 def units_of(
     gates: Float[AnyArray, "*layers tokens experts"],
     chosen: Bool[AnyArray, "*layers tokens experts"],
-    token_mask: Bool[AnyArray, "batch length"],
+    token_mask: Bool[AnyArray, "... batch length"],
     unit: str,
 ) -> Units:
     """Returns the units of a batch.
 
     Args:
       gates, chosen: of the tokens, sample after sample; `chosen` is their own top-k experts.
-      token_mask: real tokens.
+      token_mask: real tokens, of all layers alike or of each.
       unit: "sample" (U = B) or "token" (U = N).
     """
     by_token = (gates, chosen.astype(jnp.float32), jnp.where(chosen, gates, 0.0))
-    mask = token_mask.reshape(-1) if unit == "token" else jnp.any(token_mask, axis=-1)
+    mask = flat_mask(token_mask) if unit == "token" else jnp.any(token_mask, axis=-1)
     return Units(*(over_units(values, token_mask, unit) for values in by_token), mask=mask)
+
+
+def flat_mask(token_mask: Bool[AnyArray, "... batch length"]) -> Bool[AnyArray, "... tokens"]:
+    """Returns the mask of a batch's tokens, sample after sample."""
+    return token_mask.reshape(*token_mask.shape[:-2], -1)
 
 
 def cumulative(gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
@@ -98,7 +106,7 @@ def cumulative(gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
 
 def specific(gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
     """Returns s_specific(e) = max_i G_e(x_i), rare but decisive for some unit (4)."""
-    return jnp.max(jnp.where(unit_mask[:, None], gates, 0.0), axis=-2)
+    return jnp.max(jnp.where(unit_mask[..., None], gates, 0.0), axis=-2)
 
 
 def routing_importance(gates: ByUnit, unit_mask: UnitMask, lam: float) -> PerExpert:
@@ -146,11 +154,11 @@ def usage(chosen_gates: ByUnit, unit_mask: UnitMask) -> PerExpert:
 
 
 def usage_over_batches(
-    usages: Float[AnyArray, "batches layers experts"], num_units: Float[AnyArray, " batches"]
+    usages: Float[AnyArray, "batches layers experts"], num_units: Float[AnyArray, "batches ..."]
 ) -> PerExpert:
-    """Returns u(e) of all batches together from that of each and its number of units."""
-    weighted = jnp.sum(num_units[:, None, None] * usages, axis=0)
-    return weighted / jnp.maximum(jnp.sum(num_units), 1)
+    """Returns u(e) of all batches together from that of each and its number of units, by layer or of all."""
+    weight = num_units.reshape(len(num_units), -1, 1)
+    return jnp.sum(weight * usages, axis=0) / jnp.maximum(jnp.sum(weight, axis=0), 1)
 
 
 def union(chosen: Bool[AnyArray, "*layers tokens experts"]) -> Bool[AnyArray, "*layers experts"]:
@@ -166,7 +174,7 @@ class Evidence:
     Attributes:
       gates: float32 [L, U, E]; of a sample the mean over its real tokens.
       chosen: float32 [L, U, E], share of the unit's real tokens sent to each expert; of a token 0 or 1.
-      mask: bool [U], units with a real token; values at the others mean nothing.
+      mask: bool [U] or [L, U], units with a real token; values at the others mean nothing.
       key: a PRNG key of this client, round and step.
       contribution: float32 [L, E], -d loss / d z at z = 1: what the log-likelihood loses without the expert
         to first order, our estimate of the task information in (8), (9), (12).

@@ -73,7 +73,7 @@ class SeenBatch(NamedTuple):
     """
 
     seen: Routing
-    token_mask: Bool[Array, "batch length"]
+    token_mask: Bool[Array, "... batch length"]
     key: Array
     first: Bool[Array, ""]
 

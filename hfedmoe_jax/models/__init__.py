@@ -1,6 +1,6 @@
 """Mixture-of-experts models: Flax modules by family, and what the rest of the package sees of them."""
 
-from hfedmoe_jax.models import decoder, encoder, switch
+from hfedmoe_jax.models import decoder, encoder, switch, switch_t5
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, MoeModel, build_model, check_sizes, families
 from hfedmoe_jax.models.params import (
     NO_PARAMS,
@@ -33,5 +33,6 @@ __all__ = [
     "params_specs",
     "split_params",
     "switch",
+    "switch_t5",
     "tree_bytes",
 ]

@@ -7,7 +7,7 @@ A family is a function of the config's section `model` and the task's sizes that
 with the attributes `sizes`, `num_layers` (of mixtures of experts), `num_experts`, `top_k`, `width` (of what
 enters an expert), `expert`, `table` and `output`, and a method `mask(batch)`. `table` names an embedding
 table [sizes.vocab_size, ...] that nothing but a look-up of batch["tokens"] reads, or is None: clients then
-hold the rows of their own tokens alone. `output` is "text" or "token", as in `tasks.Task`. The module's
+hold the rows of their own tokens alone. `output` is of `tasks.Task`'s kinds. The module's
 parameters hold `experts`, a tree of [L, E, ...], at the top, and routers in modules named `router`. Without
 a budget it runs its own experts; with one, those of the budget. A module that starts from a checkpoint has
 the methods that `hfedmoe_jax.mixtures.load_start` asks for.
@@ -78,7 +78,7 @@ class MoeModel(NamedTuple):
         part are read, experts are the budget's.
       weights: (experts, frozen) -> trees [L, E, ...] of what `expert` reads.
       expert: computes one expert.
-      mask: batch -> bool [B, T], the real tokens.
+      mask: batch -> bool [B, T], the real tokens; [L, B, T] if layers see unlike ones.
       num_layers: L, mixtures of experts.
       num_experts: E, experts of each.
       top_k: experts of a token.
@@ -91,7 +91,7 @@ class MoeModel(NamedTuple):
     apply: Callable[[Params, dict, Any, Budget, bool], ModelOutput]
     weights: Callable[[Any, dict], Any]
     expert: Expert
-    mask: Callable[[Any], Bool[Array, "batch tokens"]]
+    mask: Callable[[Any], Bool[Array, "*layers batch tokens"]]
     num_layers: int
     num_experts: int
     top_k: int

@@ -29,6 +29,7 @@ class Name(NamedTuple):
       tensor: its name, with {layer} and {expert} where a parameter is of so many tensors.
       transposed: PyTorch's matrices are [outputs, inputs], Flax's kernels [inputs, outputs].
       first_layer: the number of the first layer of the stack.
+      layers: what {layer} stands for in each layer, where it is more than the next number.
       part: (i, n) if a tensor holds n parameters, one after the other, of which this is the i-th.
     """
 
@@ -37,6 +38,11 @@ class Name(NamedTuple):
     transposed: bool = False
     first_layer: int = 0
     part: tuple[int, int] = (0, 1)
+    layers: tuple[str, ...] = ()
+
+    def layer(self, index: int) -> str:
+        """Returns what {layer} stands for in a layer."""
+        return self.layers[index] if self.layers else str(self.first_layer + index)
 
 
 class StoredParam(NamedTuple):
@@ -149,7 +155,7 @@ def choose_names(names: Sequence[Name], stored: Mapping[str, Any]) -> dict[str, 
 
 
 def _is_stored(name: Name, stored: Mapping[str, Any]) -> bool:
-    return name.tensor.format(layer=name.first_layer, expert=0) in stored
+    return name.tensor.format(layer=name.layer(0), expert=0) in stored
 
 
 def _axes(name: Name) -> list[str]:
@@ -162,12 +168,14 @@ def tensors_of(name: Name, shape: Sequence[int]) -> dict[tuple[int, ...], str]:
 
     >>> tensors_of(Name("a", "layer.{layer}", first_layer=3), (2, 5))
     {(0,): 'layer.3', (1,): 'layer.4'}
+    >>> tensors_of(Name("a", "{layer}.wi", layers=("encoder.1", "decoder.1")), (2, 5))
+    {(0,): 'encoder.1.wi', (1,): 'decoder.1.wi'}
     """
     axes = _axes(name)
     found = {}
     for index in np.ndindex(*shape[: len(axes)]):
         values = dict(zip(axes, index, strict=True))
-        layer = values.get("layer", 0) + name.first_layer
+        layer = name.layer(values.get("layer", 0))
         found[index] = name.tensor.format(layer=layer, expert=values.get("expert", 0))
     return found
 

@@ -42,6 +42,7 @@ class RouterRule(NamedTuple):
       scale: factor of the weights after that.
       groups, top_groups: the experts are cut into so many groups, and chosen from those whose best gates are
         largest (arXiv 2405.04434).
+      text_slots: tokens of a text that an expert serves at most; 0: as many as there are.
     """
 
     top_k: int
@@ -49,6 +50,7 @@ class RouterRule(NamedTuple):
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    text_slots: int = 0
 
 
 class Assignment(NamedTuple):
@@ -123,6 +125,7 @@ def route(
     experts: Experts,
     layer: LayerBudget,
     tape: Any,
+    text_len: int = 0,
 ) -> tuple[Float[Array, "tokens model"], Any, Float[Array, " local_experts"], Routing]:
     """Returns a layer's mixture of experts, the tape, the permit, and what its router did.
 
@@ -131,13 +134,42 @@ def route(
       h_nd: what the experts read.
       capacity_factor: slots of an expert over an even share of the tokens.
       expert, experts, layer, tape: see `hfedmoe_jax.experts`.
+      text_len: tokens of a text, padding included, for rules with `text_slots`.
     """
-    gates, (index, weight) = assign(logits, layer, token_mask, rule)
+    gates, (index, wanted) = assign(logits, layer, token_mask, rule)
+    weight = wanted
+    if rule.text_slots:
+        room = within_texts(index, wanted > 0, logits.shape[-1], rule.text_slots, text_len)
+        weight = jnp.where(room, wanted, 0.0)
     capacity = expert_capacity(h_nd.shape[0], logits.shape[-1], rule.top_k, capacity_factor)
     y_nd, tape, served = mix_experts(expert, capacity, experts, layer, tape, h_nd, index, weight)
     own = own_choice(gates, token_mask, rule)
     balance = load_balancing_loss(gates, own, token_mask)
-    return y_nd, tape, served.permit, Routing(gates, own, served.sent, served.kept, served.slots, balance)
+    sent = served.sent
+    if rule.text_slots:
+        refused = jax.nn.one_hot(index, logits.shape[-1], dtype=jnp.int32) * (wanted > weight)[..., None]
+        sent = sent + jnp.sum(refused, axis=(0, 1))
+    return y_nd, tape, served.permit, Routing(gates, own, sent, served.kept, served.slots, balance)
+
+
+def within_texts(
+    index: Int[Array, "tokens k"],
+    wanted: Bool[Array, "tokens k"],
+    num_experts: int,
+    text_slots: int,
+    text_len: int,
+) -> Bool[Array, "tokens k"]:
+    """Says which assignments are among the first `text_slots` of their text with their expert.
+
+    Args:
+      index: expert of each assignment; tokens lie text after text.
+      wanted: False for an assignment that counts for nothing.
+      text_len: tokens of a text.
+    """
+    queue = jax.nn.one_hot(index, num_experts, dtype=jnp.int32) * wanted[..., None]
+    queue = queue.reshape(-1, text_len * index.shape[1], num_experts)
+    position = jnp.sum((jnp.cumsum(queue, axis=1) - queue) * queue, axis=-1)
+    return position.reshape(index.shape) < text_slots
 
 
 def load_balancing_loss(

@@ -3,6 +3,7 @@
 from hfedmoe_jax.tasks.classification import classification
 from hfedmoe_jax.tasks.language_modeling import language_modeling
 from hfedmoe_jax.tasks.task import NO_DOCUMENTS, Batch, DocumentScores, Ratio, Task, tasks
+from hfedmoe_jax.tasks.text_to_text import text_to_text
 
 __all__ = [
     "NO_DOCUMENTS",
@@ -13,4 +14,5 @@ __all__ = [
     "classification",
     "language_modeling",
     "tasks",
+    "text_to_text",
 ]

@@ -16,7 +16,11 @@ from hfedmoe_jax.tasks.task import Batch, DocumentScores, Ratio, Task, tasks
 
 
 def prepare(
-    tokenizer: Tokenizer, texts: Sequence[str], labels: Int[np.ndarray, " documents"], data: ConfigDict
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    labels: Int[np.ndarray, " documents"],
+    label_names: Sequence[str],
+    data: ConfigDict,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns passages: `tokens` [N, T] ([PAD]=0, [CLS] first), `labels` [N], and each one's document."""
     tokens, document = encode_passages(tokenizer, texts, data.seq_len, data.long_text)

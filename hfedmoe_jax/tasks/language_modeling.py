@@ -18,7 +18,11 @@ from hfedmoe_jax.tasks.task import Batch, Ratio, Task, tasks
 
 
 def prepare(
-    tokenizer: Tokenizer, texts: Sequence[str], labels: Any, data: ConfigDict
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    labels: Any,
+    label_names: Sequence[str],
+    data: ConfigDict,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns passages: `tokens` [N, T], and each one's document; labels only partition the texts."""
     tokens, document = encode_passages(tokenizer, texts, data.seq_len, data.long_text)

@@ -41,9 +41,10 @@ class Task(NamedTuple):
     """A task as pure functions.
 
     Attributes:
-      prepare: (tokenizer, texts, labels int [D], data config) -> (rows, a tree of arrays [N, ...]; the index
-        of each one's document [N]). Each text has at least one row, in the order of the texts.
-      output: what the model returns a vector for: each "text", [B, O], or each "token", [B, T, O].
+      prepare: (tokenizer, texts, labels int [D], label names, data config) -> (rows, a tree of arrays
+        [N, ...]; the index of each one's document [N]). Each text has at least one row, in their order.
+      output: what the model returns a vector for: each "text", [B, O], or each "token", [B, T, O]; or
+        `models.answers.Answers`, for "answer".
       num_outputs: (label names, vocabulary size) -> outputs of the model's head.
       loss: (output, batch) -> (mean loss in nats; what it is a mean over: examples, or tokens).
       score: (output, batch, weight float [B]) -> `Ratio` by name; an example of weight 0 does not count,
@@ -58,7 +59,7 @@ class Task(NamedTuple):
     """
 
     prepare: Callable[..., tuple[Batch, Any]]
-    output: Literal["text", "token"]
+    output: Literal["text", "token", "answer"]
     num_outputs: Callable[[tuple[str, ...], int], int]
     loss: Callable[[Any, Batch], tuple[Array, Array]]
     score: Callable[[Any, Batch, Array], dict[str, Ratio]]

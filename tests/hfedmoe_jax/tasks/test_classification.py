@@ -59,11 +59,12 @@ def test_a_text_becomes_passages_with_its_label():
     config.seq_len = 4
     texts = ["a b a b a b a", "b", ""]
     tokenizer = train_tokenizer(texts, config.tokenizer, config.vocab_size)
-    rows, document = classification.prepare(tokenizer, texts, np.int64([2, 0, 1]), config)
+    names = ("x", "y", "z")
+    rows, document = classification.prepare(tokenizer, texts, np.int64([2, 0, 1]), names, config)
     assert document.tolist() == sorted(document.tolist()) and set(document.tolist()) == {0, 1, 2}
     assert rows["labels"].dtype == np.int32 and rows["labels"].tolist() == [(2, 0, 1)[d] for d in document]
     assert rows["tokens"].shape == (len(document), 4)
-    assert classification.num_outputs(("x", "y", "z"), 99) == 3
+    assert classification.num_outputs(names, 99) == 3
 
 
 def test_the_baseline_answers_with_the_label_that_training_has_most():
