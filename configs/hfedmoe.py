@@ -170,11 +170,39 @@ def decoder(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def switch_base_64(config: ConfigDict) -> ConfigDict:
+    """Switch-Base with 64 experts a layer (3.8 billion parameters): the name of a text's class is the answer.
+
+    Adapters of rank 8 learn, a quarter of the experts for everyone. As it is it serves --dry_run, which takes
+    half a minute and no weights; to train add --config.model.source=DIRECTORY.
+    """
+    config.model.update(family="switch_t5", source="switch_base_64", train="lora", base="bfloat16")
+    config.data.tokenizer = "checkpoint"
+    config.task.name = "text_to_text"
+    config.fl.batch_size = 8
+    config.budget.fraction = 0.25
+    config.client.learning_rate = 1e-4
+    return config
+
+
+def deepseek_moe_16b(config: ConfigDict) -> ConfigDict:
+    """DeepSeekMoE 16B (64 experts a layer and 2 for every token): next tokens of BBC News.
+
+    Adapters of rank 8 learn, a quarter of the experts for everyone. As it is it serves --dry_run, which takes
+    half a minute and no weights; to train add --config.model.source=DIRECTORY.
+    """
+    config = decoder(config)
+    config.model.update(source="deepseek_moe_16b", train="lora", base="bfloat16")
+    config.fl.batch_size = 8
+    return config
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
         default, smoke, gradient, active, literal, unreliable, agnews, pod,
-        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, decoder,
+        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, decoder, switch_base_64,
+        deepseek_moe_16b,
     )
 }  # fmt: skip
 

@@ -102,7 +102,7 @@ def check_source(config: ConfigDict) -> None:
         )
     if config.model.train == LORA and not pretrained:
         problem = f"model.family={config.model.family} has no pretrained matrices to adapt"
-        raise InputError("model.train", LORA, problem, "use model.family=bert or decoder")
+        raise InputError("model.train", LORA, problem, "use model.family=bert, decoder or switch_t5")
     if config.model.adapters and not (config.model.train == LORA and hasattr(module, "names")):
         problem = f"model.family={config.model.family} with model.train={config.model.train} reads none"
         raise InputError("model.adapters", config.model.adapters, problem,

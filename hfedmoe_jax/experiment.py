@@ -112,6 +112,8 @@ class Experiment:
       mesh: devices, see `make_mesh`.
       data: clients and splits; loaded by the config if not given.
       memory_bytes: of a device; the device says if not given.
+      shapes_only: nothing will run: parameters are neither read nor drawn. So it is for devices that are
+        described only.
 
     Attributes:
       model, task, algorithm, cost: see their modules.
@@ -135,11 +137,13 @@ class Experiment:
         mesh: Mesh,
         data: FederatedData | None = None,
         memory_bytes: float | None = None,
+        shapes_only: bool = False,
     ):
         check_config(config)
         self.task = tasks[config.task.name]
         data = data if data is not None else load_federated(config, self.task.prepare)
         self.config, self.mesh = config, mesh
+        self.shapes_only = shapes_only or is_described(mesh)
         self.num_clients = len(data.client_train)
         batch = {
             name: jax.ShapeDtypeStruct((config.fl.batch_size, *values.shape[1:]), values.dtype)
@@ -158,7 +162,7 @@ class Experiment:
         self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
         optimizer = build_optimizer(config.client, config.client.optimizer, "client")
         self.cost = model_cost(self.model, self.task, config.model, optimizer, batch)
-        if memory_bytes is None and not is_described(mesh):
+        if memory_bytes is None and not self.shapes_only:
             memory_bytes = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
         check_batch(config.fl.batch_size, self.cost.shared_training_bytes, memory_bytes)
         classes, shares = read_profiles(config.devices)
@@ -185,7 +189,7 @@ class Experiment:
         table_rows = most_tokens(data, config.fl)
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
         self.start = None
-        if config.model.source and not is_described(mesh):
+        if config.model.source and not self.shapes_only:
             self.start = load_start(config.model, self.model.module)
             rule = lora_rule(config.model)
             if rule is not None and config.model.adapters:
@@ -193,7 +197,7 @@ class Experiment:
                 stored = open_adapters(config.model.adapters, names, shapes[0], rule, self.start.digest)
                 self.start = self.start._replace(adapters=stored)
         self.frozen = self._frozen()
-        if config.model.cache_trunk and is_described(mesh):
+        if config.model.cache_trunk and self.shapes_only:
             self.data = no_features(self.data, self.model)
         elif config.model.cache_trunk:
             self.data = cache_features(self.data, self.model, self.frozen, config)
@@ -226,7 +230,7 @@ class Experiment:
         def frozen(key: jax.Array) -> Any:
             return self.model.init(key)[1]
 
-        if is_described(self.mesh):
+        if self.shapes_only:
             return jax.eval_shape(frozen, self.init_key)
         specs = frozen_specs(jax.eval_shape(frozen, self.init_key))
         on_mesh = map_specs(lambda spec: NamedSharding(self.mesh, spec), specs)

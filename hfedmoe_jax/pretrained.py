@@ -5,6 +5,7 @@ import pathlib
 from typing import NamedTuple
 
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.published import PUBLISHED
 
 
 class Packaged(NamedTuple):
@@ -25,7 +26,7 @@ def find_source(source: str) -> pathlib.Path:
       source: a name of `PACKAGED`, or a directory.
 
     Raises:
-      InputError: the package is not installed, or there is no such directory.
+      InputError: the package is not installed, there is no such directory, or only a size is known.
     """
     if not source:
         raise InputError("model.source", source, "this family starts from a checkpoint",
@@ -35,6 +36,9 @@ def find_source(source: str) -> pathlib.Path:
         if spec is None or spec.origin is None:
             raise InputError("model.source", source, "its package is not installed", "run `make pretrained`")
         return pathlib.Path(spec.origin).parent / PACKAGED[source].folder
+    if source in PUBLISHED:
+        problem = "is a published size, whose weights are not here"
+        raise InputError("model.source", source, problem, "name the checkpoint's directory, or use --dry_run")
     directory = pathlib.Path(source)
     if not directory.is_dir():
         raise InputError("model.source", source, "no such directory",

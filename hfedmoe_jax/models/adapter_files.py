@@ -58,12 +58,14 @@ def write_adapters(
     rule: LoraRule,
     base: str,
     digest: str,
+    task: str = "CAUSAL_LM",
 ) -> None:
     """Writes the adapters of a model, with its routers.
 
     Args:
       names: of the module's parameters.
       base, digest: name and digest of the checkpoint.
+      task: as PEFT names it.
     """
     directory, known = pathlib.Path(directory), adapter_names(names)
     leaves = traverse_util.flatten_dict(sent_params(params), sep="/")
@@ -71,7 +73,7 @@ def write_adapters(
     targets = sorted({modules[path] for path in leaves if path.endswith(FACTORS[0])})
     saved = sorted({modules[path] for path in leaves if path.endswith("kernel")})
     content = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=rule.rank,
+        peft_type="LORA", task_type=task, base_model_name_or_path=base, r=rule.rank,
         lora_alpha=rule.scale * rule.rank, lora_dropout=0.0, bias="none", inference_mode=True,
         target_modules=targets, modules_to_save=saved or None,
     )  # fmt: skip

@@ -25,10 +25,9 @@ from hfedmoe_jax.models.decoder_names import UNUSED, decoder_names
 from hfedmoe_jax.models.decoder_sizes import DecoderSizes, read_sizes
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.lora import lora_rule
-from hfedmoe_jax.models.names import Name, open_params, read_config
+from hfedmoe_jax.models.names import Name, open_params, source_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import Routing, route
-from hfedmoe_jax.pretrained import find_source
 
 PAD_ID = 0
 NEVER = -1e9  # logit of what is no token
@@ -256,11 +255,10 @@ def decoder(config: ConfigDict, sizes: ModelSizes) -> Decoder:
     Raises:
       InputError: no checkpoint, one without experts, or of a family or variant that is not supported.
     """
-    directory = find_source(config.source)
-    shape = read_sizes(read_config(directory))._replace(lora=lora_rule(config))
+    shape = read_sizes(source_config(config.source))._replace(lora=lora_rule(config))
     if shape.dense_layers == shape.num_layers:
         problem = f"is of type {shape.family!r}, which has no experts"
-        raise InputError("model.source", str(directory), problem, "use a mixture of experts")
+        raise InputError("model.source", config.source, problem, "use a mixture of experts")
     return Decoder(
         sizes,
         shape,

@@ -17,6 +17,8 @@ from jax.sharding import Sharding
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models.tensor_files import NewTensor, StoredTensor, find_tensors, write_tensors
+from hfedmoe_jax.pretrained import find_source
+from hfedmoe_jax.published import PUBLISHED
 
 CONFIG = "config.json"
 
@@ -289,6 +291,15 @@ def export_params(
     options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     write_tensors(directory, tensors, **options)
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2), encoding="utf-8")
+
+
+def source_config(source: str) -> Mapping[str, Any]:
+    """Returns the config.json of `model.source`, a directory or a published size.
+
+    Raises:
+      InputError: see `find_source` and `read_config`.
+    """
+    return PUBLISHED[source] if source in PUBLISHED else read_config(find_source(source))
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:

@@ -27,13 +27,13 @@ from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.answers import Answers, token_log_probs
 from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
-from hfedmoe_jax.models.names import Name, open_params, read_config
+from hfedmoe_jax.models.lora import Dense, lora_rule
+from hfedmoe_jax.models.names import Name, open_params, source_config
 from hfedmoe_jax.models.precision import PRECISIONS
 from hfedmoe_jax.models.routing import RouterRule, Routing, route
 from hfedmoe_jax.models.switch import init_experts, relu_expert
 from hfedmoe_jax.models.switch_t5_names import UNUSED, switch_t5_names
 from hfedmoe_jax.models.switch_t5_sizes import StackSizes, SwitchSizes, read_switch_sizes
-from hfedmoe_jax.pretrained import find_source
 
 PAD_ID = 0
 NEVER = -1e30  # logit of what is not attended to
@@ -93,14 +93,14 @@ class Attention(nn.Module):
         s = self.shape
 
         def project(name: str, x: Array) -> Array:
-            dense = nn.Dense(s.heads * s.head_size, use_bias=False, dtype=self.dtype, name=name)
+            dense = Dense(s.heads * s.head_size, use_bias=False, dtype=self.dtype, lora=s.lora, name=name)
             return dense(x).reshape(*x.shape[:2], s.heads, s.head_size)
 
         q, k, v = project("query", h_btd), project("key", read_bsd), project("value", read_bsd)
         logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) + bias
         weights = jax.nn.softmax(jnp.where(seen[:, None], logits, NEVER)).astype(v.dtype)
         y = jnp.einsum("bhts,bshk->bthk", weights, v).reshape(*h_btd.shape[:2], -1)
-        return nn.Dense(s.width, use_bias=False, dtype=self.dtype, name="out")(y)
+        return Dense(s.width, use_bias=False, dtype=self.dtype, lora=s.lora, name="out")(y)
 
 
 class Attend(nn.Module):
@@ -123,6 +123,32 @@ class Attend(nn.Module):
             attention = Attention(self.shape, self.dtype, name="cross")
             x_btd = x_btd + attention(norm("norm_cross")(x_btd), around.memory[0], 0.0, around.memory[1])
         return x_btd, norm("norm_network")(x_btd)
+
+
+class Router(NamedTuple):
+    """The routers of all layers with experts.
+
+    Attributes:
+      kernel, bias: [L, D, E] and [L, E].
+    """
+
+    kernel: Float[Array, "*layers model experts"]
+    bias: Float[Array, "*layers experts"]
+
+
+class Routers(nn.Module):
+    """Parameters of the routers of both stacks, in one array as those of the experts."""
+
+    shape: SwitchSizes
+
+    @nn.compact
+    def __call__(self) -> Router:
+        """Returns them."""
+        s = self.shape
+        kernel = self.param("kernel", INIT, (s.mixtures, s.width, s.num_experts))
+        if not s.router_bias:
+            return Router(kernel, jnp.zeros((s.mixtures, s.num_experts)))
+        return Router(kernel, self.param("bias", nn.initializers.zeros, (s.mixtures, s.num_experts)))
 
 
 class DenseLayer(nn.Module):
@@ -152,17 +178,17 @@ class MixtureLayer(nn.Module):
     expert: Expert
 
     @nn.compact
-    def __call__(self, x_btd, tape, around: Around, mask_bt, experts, layer: LayerBudget):
+    def __call__(self, x_btd, tape, around: Around, mask_bt, experts, layer: LayerBudget, router: Router):
         """Returns the residual stream, the tape, the permit and the routing."""
         s = self.shape
         attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
         x_btd, h_btd = attend(s, self.dtype, name="attend")(x_btd, around)
         h_nd = h_btd.reshape(-1, s.width)
-        router = nn.Dense(s.num_experts, use_bias=s.router_bias, name="router", dtype=jnp.float32)
+        logits = h_nd.astype(jnp.float32) @ router.kernel.astype(jnp.float32) + router.bias
         rule = RouterRule(1, text_slots=s.text_slots)
         y_nd, tape, permit, routing = route(
-            router(h_nd), h_nd, mask_bt.reshape(-1), rule, self.capacity_factor, self.expert, experts, layer,
-            tape, x_btd.shape[1],
+            logits, h_nd, mask_bt.reshape(-1), rule, self.capacity_factor, self.expert, experts, layer, tape,
+            x_btd.shape[1],
         )  # fmt: skip
         return x_btd + y_nd.reshape(x_btd.shape), tape, permit, routing
 
@@ -178,7 +204,7 @@ class Period(nn.Module):
     expert: Expert
 
     @nn.compact
-    def __call__(self, carry, around, mask_bt, experts, layer: LayerBudget):
+    def __call__(self, carry, around, mask_bt, experts, layer: LayerBudget, router: Router):
         """Returns ((x, tape), (permit, routing)), the carry and the result of `nn.scan`."""
         (x_btd, tape), found = carry, None
         for place in range(self.stack.step):
@@ -189,7 +215,7 @@ class Period(nn.Module):
             mixture = MixtureLayer(
                 self.shape, self.capacity_factor, self.remat, self.dtype, self.expert, name="mixture"
             )
-            x_btd, tape, *found = mixture(x_btd, tape, around, mask_bt, experts, layer)
+            x_btd, tape, *found = mixture(x_btd, tape, around, mask_bt, experts, layer, router)
         return (x_btd, tape), tuple(found or ())
 
 
@@ -204,12 +230,12 @@ class Stack(nn.Module):
     expert: Expert
 
     @nn.compact
-    def __call__(self, x_btd, mask_bt, memory, tape, experts, layers: LayerBudget):
+    def __call__(self, x_btd, mask_bt, memory, tape, experts, layers: LayerBudget, routers: Router):
         """Returns the output [B, T, D], the tape, and permit and routing of the layers with experts.
 
         Args:
           memory: the encoder's output and its real tokens [B, S]; None in the encoder.
-          layers: of the budget, those of this stack.
+          layers, routers: those of this stack.
         """
         s, length = self.shape, x_btd.shape[1]
         table = self.param("position", INIT, (s.buckets, s.heads))
@@ -217,15 +243,16 @@ class Stack(nn.Module):
         seen = mask_bt[:, None]
         if self.stack.causal:
             seen = seen & jnp.tril(jnp.ones((length, length), bool))
-        around = Around(jnp.moveaxis(table[bucket], -1, 0), seen, memory and (memory[0], memory[1][:, None]))
+        position = jnp.moveaxis(table[bucket].astype(jnp.float32), -1, 0)
+        around = Around(position, seen, memory and (memory[0], memory[1][:, None]))
         periods = nn.scan(
             Period, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),  # pyright: ignore[reportArgumentType]
             length=self.stack.mixtures,
         )(
             s, self.stack, self.capacity_factor, self.remat, self.dtype, self.expert, name="layers"
         )  # fmt: skip
-        (x_btd, tape), (permit, routing) = periods((x_btd, tape), around, mask_bt, experts, layers)
+        (x_btd, tape), (permit, routing) = periods((x_btd, tape), around, mask_bt, experts, layers, routers)
         return nn.RMSNorm(s.epsilon, dtype=self.dtype, name="norm")(x_btd), tape, permit, routing
 
 
@@ -258,7 +285,7 @@ class SwitchT5(nn.Module):
     @property
     def num_layers(self) -> int:
         """L, those of both stacks."""
-        return self.shape.encoder.mixtures + self.shape.decoder.mixtures
+        return self.shape.mixtures
 
     @property
     def num_experts(self) -> int:
@@ -292,13 +319,14 @@ class SwitchT5(nn.Module):
         common = (self.remat, self.dtype, self.expert)
         encoder = Stack(s, s.encoder, factor, *common, name="encoder")
         decoder = Stack(s, s.decoder, float(s.num_experts), *common, name="decoder")
+        routers = Routers(s, name="router")()
         first, second = (
-            jax.tree.map(lambda x, part=part: x[part], budget.layers)
+            jax.tree.map(lambda x, part=part: x[part], (budget.layers, routers))
             for part in (slice(s.encoder.mixtures), slice(s.encoder.mixtures, None))
         )
         text = batch["tokens"] != PAD_ID
         x_btd, tape, *of_encoder = encoder(
-            embed[batch["tokens"]].astype(self.dtype), text, None, budget.tape, budget.experts, first
+            embed[batch["tokens"]].astype(self.dtype), text, None, budget.tape, budget.experts, *first
         )
 
         def decode(decoder: Stack, answer_ba: Array, tape: Any):
@@ -306,7 +334,7 @@ class SwitchT5(nn.Module):
             before = jnp.pad(answer_ba[:, :-1], [(0, 0), (1, 0)], constant_values=s.start)
             y_bad, tape, *routed = decoder(
                 embed[before].astype(self.dtype), answer_ba != PAD_ID, (x_btd, text), tape, budget.experts,
-                second,
+                *second,
             )  # fmt: skip
             logits = (y_bad * s.width**-0.5) @ embed.T.astype(self.dtype)
             return logits.astype(jnp.float32), tape, *routed
@@ -344,7 +372,8 @@ class SwitchT5(nn.Module):
             )
         tokens = jnp.zeros((1, 2), jnp.int32)
         example = {"tokens": tokens, "answers": tokens}
-        shapes = jax.eval_shape(lambda key: self.init(key, example)["params"], jax.random.key(0))
+        plain = self.clone(shape=self.shape._replace(lora=None))
+        shapes = jax.eval_shape(lambda key: plain.init(key, example)["params"], jax.random.key(0))
         return open_params(directory, self.names(), shapes, unused=UNUSED)
 
 
@@ -380,7 +409,7 @@ def switch_t5(config: ConfigDict, sizes: ModelSizes) -> SwitchT5:
     Raises:
       InputError: no checkpoint, or one of a family or variant that is not supported.
     """
-    shape = read_switch_sizes(read_config(find_source(config.source)))
+    shape = read_switch_sizes(source_config(config.source))._replace(lora=lora_rule(config))
     return SwitchT5(
         sizes, shape, config.capacity_factor, config.eval_capacity_factor, PRECISIONS[config.precision],
         config.remat,

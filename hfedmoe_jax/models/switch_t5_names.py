@@ -12,16 +12,20 @@ def switch_t5_names(sizes: SwitchSizes) -> list[Name]:
     names = [Name("embed", "shared.weight")]
     layers: list[str] = []
     for stack, shape in (("encoder", sizes.encoder), ("decoder", sizes.decoder)):
-        names += _stack(stack, shape, sizes.router_bias)
+        names += _stack(stack, shape)
         network = 2 if shape.causal else 1
         layers += [f"{stack}.block.{layer}.layer.{network}" for layer in shape.mixture_layers]
     for path, tensor in {"experts/w_in_df": "wi", "experts/w_out_fd": "wo"}.items():
         stored = f"{{layer}}.mlp.experts.expert_{{expert}}.{tensor}.weight"
         names.append(Name(path, stored, True, layers=tuple(layers)))
+    router = "{layer}.mlp.router.classifier."
+    names.append(Name("router/kernel", router + "weight", True, layers=tuple(layers)))
+    if sizes.router_bias:
+        names.append(Name("router/bias", router + "bias", layers=tuple(layers)))
     return names
 
 
-def _stack(stack: str, shape: StackSizes, router_bias: bool) -> list[Name]:
+def _stack(stack: str, shape: StackSizes) -> list[Name]:
     first = f"{stack}.block.0.layer.0.SelfAttention"
     names = [
         Name(f"{stack}/norm/scale", f"{stack}.final_layer_norm.weight"),
@@ -46,11 +50,7 @@ def _stack(stack: str, shape: StackSizes, router_bias: bool) -> list[Name]:
         for path, tensor in attentions.items():
             for which in ("query", "key", "value", "out"):
                 add(f"attend/{path}/{which}/kernel", f"{tensor}.{which[0]}.weight", True)
-        if mixture:
-            add("router/kernel", f"{network}.mlp.router.classifier.weight", True)
-            if router_bias:
-                add("router/bias", f"{network}.mlp.router.classifier.bias")
-        else:
+        if not mixture:
             for path, tensor in {"in": "wi", "out": "wo"}.items():
                 add(f"network_{path}/kernel", f"{network}.mlp.{tensor}.weight", True)
     return names

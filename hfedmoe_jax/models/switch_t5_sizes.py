@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.lora import LoraRule
 
 FAMILY = "switch_transformers"
 FIELDS = (
@@ -53,6 +54,7 @@ class SwitchSizes(NamedTuple):
       epsilon: of the norms.
       router_bias: whether routers have a bias.
       start: the token that the decoder begins with.
+      lora: adapters of attention's projections; None: without.
     """
 
     vocab_size: int
@@ -69,6 +71,12 @@ class SwitchSizes(NamedTuple):
     epsilon: float
     router_bias: bool
     start: int
+    lora: LoraRule | None = None
+
+    @property
+    def mixtures(self) -> int:
+        """Layers with experts, of both stacks."""
+        return self.encoder.mixtures + self.decoder.mixtures
 
 
 def read_switch_sizes(config: Mapping[str, Any]) -> SwitchSizes:

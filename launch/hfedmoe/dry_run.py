@@ -1,5 +1,6 @@
 """What a run would cost, from shapes alone: nothing is trained, and nothing is written."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -9,9 +10,12 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.checks import check_config
+from hfedmoe_jax.data import FederatedData, load_federated
 from hfedmoe_jax.devices import memory_needed, round_cost
 from hfedmoe_jax.models import tree_bytes
 from hfedmoe_jax.models.base import as_floats
+from hfedmoe_jax.published import PUBLISHED
+from hfedmoe_jax.tasks import tasks
 from launch.compiling import Table, compile_programs, megabytes, program_table
 from launch.hfedmoe.run_notes import print_hints
 from launch.hosts.devices import configure_devices
@@ -34,7 +38,10 @@ def dry_run(config: ConfigDict, target: str | None) -> None:
     configure_devices(config.fl.clients_per_round * experts, experts)
     devices = None if target is None else target_devices(target)
     mesh = make_mesh(devices, experts)
-    experiment = Experiment(config, mesh, memory_bytes=chip and chip.memory_bytes)
+    published = config.model.source in PUBLISHED
+    memory_bytes = chip.memory_bytes if chip else math.inf if published else None
+    data = stand_in(config) if published else None
+    experiment = Experiment(config, mesh, data, memory_bytes, shapes_only=True)
     print_table(*parameters(experiment))
     print_table(*classes(experiment))
     print_hints(experiment)
@@ -42,6 +49,13 @@ def dry_run(config: ConfigDict, target: str | None) -> None:
         print(f"\ncompiling for {target}, chunk {experiment.chunk} ...", flush=True)
         print_table(*program_table(compile_programs(experiment.lower()), chip))
         print_table(*roofline(experiment, chip))
+
+
+def stand_in(config: ConfigDict) -> FederatedData:
+    """Returns the data in tokens of a tokenizer trained on them, as that of a published size is not here."""
+    config = config.copy_and_resolve_references()
+    config.data.tokenizer = "bpe"
+    return load_federated(config, tasks[config.task.name].prepare)
 
 
 def parameters(experiment: Experiment) -> Table:
@@ -113,7 +127,12 @@ def classes(experiment: Experiment) -> Table:
 def assignments_of(experiment: Experiment, budget: int) -> tuple[float, float]:
     """Returns the token-expert pairs of a step, all that are computed and those of trained experts."""
     config, model = experiment.config, experiment.model
-    every = config.fl.batch_size * config.data.seq_len * model.top_k * model.num_layers
+    full = {
+        name: np.ones((config.fl.batch_size, *rows.shape[1:]), rows.dtype)
+        for name, rows in experiment.data.train.items()
+    }
+    mask = np.asarray(model.mask(full))
+    every = model.top_k * float(np.broadcast_to(mask, (model.num_layers, *mask.shape[-2:])).sum())
     trained = every * budget / experiment.cost.all_experts
     selects = experiment.algorithm.selects
     return (trained if selects and config.fl.forward == "active" else every), trained

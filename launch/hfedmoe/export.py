@@ -99,8 +99,10 @@ def export_adapters(experiment: Experiment, params: Params, directory: pathlib.P
     model, start = experiment.config.model, experiment.start
     rule = lora_rule(model)
     assert rule is not None and start is not None
+    module = experiment.model.module
+    task = "SEQ_2_SEQ_LM" if module.output == "answer" else "CAUSAL_LM"
     with Replacement(directory) as fresh:
-        write_adapters(fresh, experiment.model.module.names(), params, rule, model.source, start.digest)
+        write_adapters(fresh, module.names(), params, rule, model.source, start.digest, task)
 
 
 class Replacement:
