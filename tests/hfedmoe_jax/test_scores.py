@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
@@ -158,6 +158,17 @@ def test_units_of_a_batch_by_hand():
     np.testing.assert_array_equal(tokens.chosen, chosen)
     np.testing.assert_array_equal(s.specific(samples.gates, samples.mask), [[0.5, 0.5]])
     np.testing.assert_array_equal(s.specific(tokens.gates, tokens.mask), [[0.75, 0.75]])
+
+
+@given(routings(), routings(length=2), st.sampled_from(["sample", "token"]))
+def test_layers_that_see_other_tokens_are_measured_each_on_its_own(one, other, unit):
+    assume(one.gates.shape == other.gates.shape)
+    pair = Routing(*(np.stack([a[0], b[0]]) for a, b in zip(one[:2], other[:2], strict=True)),
+                   np.stack([one.token_mask, other.token_mask]))  # fmt: skip
+    together = measures(pair, unit)
+    for layer, routing in enumerate((one, other)):
+        for name, value in measures(routing, unit).items():
+            np.testing.assert_allclose(together[name][layer], value[0], err_msg=name, **TOLERANCE)
 
 
 @given(routings(), st.randoms())
