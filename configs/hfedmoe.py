@@ -244,11 +244,11 @@ def get_config(preset: str = "default") -> ConfigDict:
     partition.shards_per_client = 2  # shards
 
     task = config.task = ConfigDict()
-    task.name = "classification"  # classification | language_modeling (of family decoder)
+    task.name = "classification"  # classification | language_modeling (decoder) | text_to_text (switch_t5)
 
     model = config.model = ConfigDict()
-    model.family = "switch"  # switch (trained from scratch) | bert, decoder (start from model.source)
-    model.source = ""  # the directory of a checkpoint; of bert also minilm, after `make pretrained`
+    model.family = "switch"  # switch (from scratch) | bert, decoder, switch_t5 (start from model.source)
+    model.source = ""  # the directory of a checkpoint; bert: minilm, too; --dry_run: a published size, too
     model.upcycling = "split"  # bert: how experts are made of the source's networks: copy | split | cluster
     model.train = "all"  # all | experts | experts_router_head | lora, or an expression, e.g. "router|norm"
     model.lora_rank = 8  # lora: of every expert's matrices and attention's projections

@@ -74,7 +74,7 @@ class Task(NamedTuple):
     @property
     def unit(self) -> str:
         """What `scores` are means over, in the words of the results: a passage, or a (next) token."""
-        return "passage" if self.output == "text" else "token"
+        return "token" if self.output == "token" else "passage"
 
     @property
     def metric_name(self) -> str:

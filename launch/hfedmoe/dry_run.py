@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -128,7 +129,7 @@ def assignments_of(experiment: Experiment, budget: int) -> tuple[float, float]:
     """Returns the token-expert pairs of a step, all that are computed and those of trained experts."""
     config, model = experiment.config, experiment.model
     full = {
-        name: np.ones((config.fl.batch_size, *rows.shape[1:]), rows.dtype)
+        name: jnp.ones((config.fl.batch_size, *rows.shape[1:]), rows.dtype)
         for name, rows in experiment.data.train.items()
     }
     mask = np.asarray(model.mask(full))

@@ -1,13 +1,15 @@
 """--dry_run: what a run would cost, before it runs; and the targets that programs are compiled for."""
 
+import math
 import re
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
+import tiny_switch_t5
 
-from hfedmoe_jax import Experiment, make_mesh
+from hfedmoe_jax import Experiment, make_mesh, published
 from launch import targets
 from launch.compiling import compile_programs, program_table
 from launch.hfedmoe import dry_run
@@ -43,6 +45,24 @@ def test_a_dry_run_tells_what_the_run_has_and_writes_nothing(tmp_path, train_pat
         assert classes[profile.name][1] == f"{budget} of {experiment.cost.all_experts}"
         needed, has = (float(cell) for cell in classes[profile.name][2:4])
         assert needed <= has == pytest.approx(profile.memory_bytes / 1e6)
+
+
+def test_of_a_published_size_only_shapes_are_needed(tmp_path, train_path, monkeypatch):
+    monkeypatch.setitem(published.PUBLISHED, "switch_base_8", tiny_switch_t5.text_of("roomy", "config"))
+    command = tiny_run.arguments(tmp_path / "run", train_path, data__tokenizer="checkpoint")
+    source = {"model.family": "switch_t5", "model.source": "switch_base_8", "task.name": "text_to_text"}
+    command += [f"--config.{field}={value}" for field, value in source.items()]
+    screen = tiny_run.run_main([*command, "--dry_run"])
+    assert (screen.code, screen.err) == (0, "")
+    parts = rows_of(screen.out, "Model")
+    shapes = tiny_switch_t5.text_of("roomy", "shapes")
+    counts = {part: int(parts[part][0].replace(",", "")) for part in ("experts", "routers", "shared")}
+    expected = {
+        part: sum(math.prod(shape) for name, shape in shapes.items() if key in name)
+        for part, key in {"experts": ".experts.", "routers": ".router.", "shared": ""}.items()
+    }
+    assert counts == expected | {"shared": expected["shared"] - expected["experts"] - expected["routers"]}
+    assert "published size" in tiny_run.refusal(command, tmp_path)
 
 
 def test_bytes_and_time_are_those_that_a_run_accounts_for(tmp_path, train_path):
