@@ -173,10 +173,11 @@ def decoder(config: ConfigDict) -> ConfigDict:
 def switch_base_64(config: ConfigDict) -> ConfigDict:
     """Switch-Base with 64 experts a layer (3.8 billion parameters): the name of a text's class is the answer.
 
-    Adapters of rank 8 learn, a quarter of the experts for everyone. As it is it serves --dry_run, which takes
-    half a minute and no weights; to train add --config.model.source=DIRECTORY.
+    Adapters of rank 8 over an nf4 base learn (QLoRA; `pip install qwix`), a quarter of the experts for everyone.
+    As it is it serves --dry_run, in half a minute and without weights; to train add
+    --config.model.source=DIRECTORY.
     """
-    config.model.update(family="switch_t5", source="switch_base_64", train="lora", base="bfloat16")
+    config.model.update(family="switch_t5", source="switch_base_64", train="lora", base="nf4")
     config.data.tokenizer = "checkpoint"
     config.task.name = "text_to_text"
     config.fl.batch_size = 8
@@ -188,11 +189,12 @@ def switch_base_64(config: ConfigDict) -> ConfigDict:
 def deepseek_moe_16b(config: ConfigDict) -> ConfigDict:
     """DeepSeekMoE 16B (64 experts a layer and 2 for every token): next tokens of BBC News.
 
-    Adapters of rank 8 learn, a quarter of the experts for everyone. As it is it serves --dry_run, which takes
-    half a minute and no weights; to train add --config.model.source=DIRECTORY.
+    Adapters of rank 8 over an nf4 base learn (QLoRA; `pip install qwix`), a quarter of the experts for everyone.
+    As it is it serves --dry_run, in half a minute and without weights; to train add
+    --config.model.source=DIRECTORY.
     """
     config = decoder(config)
-    config.model.update(source="deepseek_moe_16b", train="lora", base="bfloat16")
+    config.model.update(source="deepseek_moe_16b", train="lora", base="nf4")
     config.fl.batch_size = 8
     return config
 

@@ -49,7 +49,9 @@ def test_a_dry_run_tells_what_the_run_has_and_writes_nothing(tmp_path, train_pat
 
 def test_of_a_published_size_only_shapes_are_needed(tmp_path, train_path, monkeypatch):
     monkeypatch.setitem(published.PUBLISHED, "switch_base_8", tiny_switch_t5.text_of("roomy", "config"))
-    command = tiny_run.arguments(tmp_path / "run", train_path, data__tokenizer="checkpoint")
+    command = tiny_run.arguments(
+        tmp_path / "run", train_path, data__tokenizer="checkpoint", data__vocab_size=300
+    )
     source = {"model.family": "switch_t5", "model.source": "switch_base_8", "task.name": "text_to_text"}
     command += [f"--config.{field}={value}" for field, value in source.items()]
     screen = tiny_run.run_main([*command, "--dry_run"])
