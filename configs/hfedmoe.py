@@ -198,6 +198,8 @@ def get_config(preset: str = "default") -> ConfigDict:
     data.test_split = ""  # hub, tfds; "": the split "test" if it has labels, else cut
     data.text_column = "text"  # several: with commas between them
     data.label_column = "label"
+    data.choices_column = ""  # multiple_choice: of lists, or several with commas between them, a choice each
+    data.prompt = "Question: {}\nAnswer:"  # multiple_choice: around the text; a space and a choice follow
     data.client_column = ""  # natural partition: the column that names a row's client
     data.cache_dir = ""  # hub, tfds: where prepared data sets lie
     data.validation_fraction = 0.15
@@ -216,12 +218,12 @@ def get_config(preset: str = "default") -> ConfigDict:
     partition.shards_per_client = 2  # shards
 
     task = config.task = ConfigDict()
-    task.name = "classification"  # classification | language_modeling (of family decoder)
+    task.name = "classification"  # classification | language_modeling, multiple_choice (of family decoder)
 
     model = config.model = ConfigDict()
     model.family = "switch"  # switch (trained from scratch) | bert, decoder (start from model.source)
-    model.source = ""  # the directory of a checkpoint; of bert also minilm, after `make pretrained`
-    model.upcycling = "split"  # bert: how experts are made of the source's networks: copy | split | cluster
+    model.source = ""  # a checkpoint's directory; after `make pretrained` minilm (bert), smollm2 (decoder)
+    model.upcycling = "split"  # of a dense source: how its networks become experts: copy | split | cluster
     model.frozen = ""  # regular expression of parameters that nobody trains, e.g. "embed|attend"; "": none
     model.num_layers = 2
     model.width = 128
@@ -240,7 +242,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     fl.base = "fedavg"  # what an algorithm that is more than a composition builds on, e.g. scaffold
     fl.clients = 20
     fl.clients_per_round = 10
-    fl.rounds = 40
+    fl.rounds = 40  # 0: the start is evaluated
     fl.local_steps = 8
     fl.batch_size = 16
     fl.dropout_probability = 0.0  # that a sampled client drops out of the round

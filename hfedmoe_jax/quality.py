@@ -78,10 +78,13 @@ class Splits:
 
     def test(self, model: Snapshot) -> Quality:
         """Returns the quality on the test split."""
-        batch, weight = pad_batches(self._data.test, self._config.eval.batch_size)
-        clients = (np.arange(len(weight)) % self._clients).astype(np.int32)
-        hosts = host_of(np.arange(len(weight)), self._hosts)
-        scores = self._evaluator.scores(model, EvaluationBatches(batch, weight, clients), hosts)
+        by_length, scores = self._task.by_length or (lambda rows: [rows]), []
+        for rows in by_length(self._data.test):
+            batch, weight = pad_batches(rows, self._config.eval.batch_size)
+            clients = (np.arange(len(weight)) % self._clients).astype(np.int32)
+            hosts = host_of(np.arange(len(weight)), self._hosts)
+            scores.append(self._evaluator.scores(model, EvaluationBatches(batch, weight, clients), hosts))
+        scores = jax.tree.map(lambda *parts: np.concatenate(parts), *scores)
         return summarize(
             scores, score_documents(self._task, scores, self._data.test, self._data.test_document)
         )

@@ -144,7 +144,7 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
         tokenizer = train_tokenizer(splits.train.texts, data_config.tokenizer, data_config.vocab_size)
 
     def encode(part: Documents) -> tuple[Rows, np.ndarray]:
-        return prepare(tokenizer, part.texts, _label_indices(part.labels, label_names), data_config)
+        return prepare(tokenizer, part, _label_indices(part.labels, label_names), data_config)
 
     train_rows, train_document = encode(splits.train)
     validation_rows, validation_document = encode(splits.validation)

@@ -41,8 +41,8 @@ class Task(NamedTuple):
     """A task as pure functions.
 
     Attributes:
-      prepare: (tokenizer, texts, labels int [D], data config) -> (rows, a tree of arrays [N, ...]; the index
-        of each one's document [N]). Each text has at least one row, in the order of the texts.
+      prepare: (tokenizer, `Documents`, labels int [D], data config) -> (rows, a tree of arrays [N, ...]; the
+        index of each one's document [N]). Each document has at least one row, in their order.
       output: what the model returns a vector for: each "text", [B, O], or each "token", [B, T, O].
       num_outputs: (label names, vocabulary size) -> outputs of the model's head.
       loss: (output, batch) -> (mean loss in nats; what it is a mean over: examples, or tokens).
@@ -55,6 +55,8 @@ class Task(NamedTuple):
       evidence: (output, batch) -> what documents are scored from, float [B, ...]; None if they are not.
       score_documents: (evidence [N, ...], rows, document [N]) -> `DocumentScores`, on the host.
       document_scores: names of its scores.
+      asked: batch -> the batch that the model reads to be scored; None: it reads what it trains on.
+      by_length: rows -> parts of them, cut to the tokens that they have; None: all rows as they are.
     """
 
     prepare: Callable[..., tuple[Batch, Any]]
@@ -69,6 +71,8 @@ class Task(NamedTuple):
     evidence: Callable[[Any, Batch], Array] | None = None
     score_documents: Callable[[np.ndarray, Batch, np.ndarray], DocumentScores] | None = None
     document_scores: tuple[str, ...] = ()
+    asked: Callable[[Batch], Batch] | None = None
+    by_length: Callable[[Batch], list[Batch]] | None = None
 
 
 tasks = Registry("task.name")
