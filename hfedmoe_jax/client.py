@@ -227,7 +227,8 @@ def make_client(
             trained = routing.kept > 0 if active is None else active & (routing.kept > 0)
             if score is not None:
                 importance = score.after_batch(importance, seen, -d_multiplier, ran)
-            scores = task.score(output, batch, jnp.ones(token_mask_bt.shape[0]))
+            weight = jnp.ones(token_mask_bt.shape[0])
+            scores = task.score(output, batch, weight) if task.train_scores else {}
             report = StepReport(loss, scores, report_routing(routing, trained, token_mask_bt.reshape(-1)))
             used = batch_usage(routing, token_mask_bt, config.importance)
             return Carry(params, rest_state, bank, importance), (report, used, trained)

@@ -63,7 +63,7 @@ def convert_gguf(file: pathlib.Path, directory: pathlib.Path) -> None:
                          "run `make pretrained`") from None  # fmt: skip
     try:
         reader = gguf.GGUFReader(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError, KeyError) as error:  # the package checks nothing
         raise _unusable(file, f"cannot be read: {error}") from None
     facts = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(facts, {tensor.name for tensor in reader.tensors}, file)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.data.tokenizers import specials_of, token_offset
 from hfedmoe_jax.errors import InputError
@@ -89,8 +90,8 @@ def num_outputs(label_names: tuple[str, ...], vocab_size: int) -> int:
 
 def each_token(
     logits: Float[Array, "rows tokens vocabulary"],
-    tokens: Int[Array, "rows tokens"],
-    start: Int[Array, " rows"],
+    tokens: Int[AnyArray, "rows tokens"],
+    start: Int[AnyArray, " rows"],
 ) -> tuple[Float[Array, "rows tokens-1"], Bool[Array, "rows tokens-1"]]:
     """Returns the cross-entropy of each next token, and whether it is one of the answer."""
     target = tokens[:, 1:]

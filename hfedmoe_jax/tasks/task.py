@@ -55,8 +55,9 @@ class Task(NamedTuple):
       evidence: (output, batch) -> what documents are scored from, float [B, ...]; None if they are not.
       score_documents: (evidence [N, ...], rows, document [N]) -> `DocumentScores`, on the host.
       document_scores: names of its scores.
-      asked: batch -> the batch that the model reads to be scored; None: it reads what it trains on.
-      by_length: rows -> parts of them, cut to the tokens that they have; None: all rows as they are.
+      asked: batch -> the batch that the model reads to be scored, of which `score` gets the output; None: it
+        reads what it trains on, so that training passes are scored, too.
+      by_length: rows -> parts of them, cut to the tokens that they have, to be scored; None: all as they are.
     """
 
     prepare: Callable[..., tuple[Batch, Any]]
@@ -73,6 +74,11 @@ class Task(NamedTuple):
     document_scores: tuple[str, ...] = ()
     asked: Callable[[Batch], Batch] | None = None
     by_length: Callable[[Batch], list[Batch]] | None = None
+
+    @property
+    def train_scores(self) -> tuple[str, ...]:
+        """Names of the scores of training passes, beside their loss."""
+        return self.scores if self.asked is None else ()
 
 
 tasks = Registry("task.name")
