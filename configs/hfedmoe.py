@@ -170,11 +170,31 @@ def decoder(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def smollm2_mcq(config: ConfigDict) -> ConfigDict:
+    """Multiple choice with SmolLM2-135M, mixtures of 8 experts in its last two layers; the trunk is frozen.
+
+    After `make pretrained`; add --config.data.train_path=... and --config.data.test_path=... with the
+    columns question, choices and answer (ARC, OpenBookQA, CommonsenseQA, MMLU). A quarter of the experts for
+    everyone.
+    """
+    config.model.update(family="decoder", source="smollm2", upcycling="split", num_experts=8, top_k=2)
+    config.model.frozen = "embed|dense|attend|norm|head"
+    config.task.name = "multiple_choice"
+    config.data.update(source="file", text_column="question", choices_column="choices", label_column="answer")
+    config.data.update(tokenizer="checkpoint", seq_len=128)
+    config.partition.name = "iid"
+    config.budget.fraction = 0.25
+    config.fl.update(clients_per_round=5, rounds=10, local_steps=4, batch_size=8)
+    config.client.learning_rate = 1e-4
+    config.eval.update(every=5, batch_size=8, max_examples=200)
+    return config
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
         default, smoke, gradient, active, literal, unreliable, agnews, pod,
-        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, decoder,
+        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, decoder, smollm2_mcq,
     )
 }  # fmt: skip
 
@@ -199,7 +219,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     data.text_column = "text"  # several: with commas between them
     data.label_column = "label"
     data.choices_column = ""  # multiple_choice: of lists, or several with commas between them, a choice each
-    data.prompt = "Question: {}\nAnswer:"  # multiple_choice: around the text; a space and a choice follow
+    data.prompt = r"Question: {}\nAnswer:"  # multiple_choice: around the text; a space and a choice follow
     data.client_column = ""  # natural partition: the column that names a row's client
     data.cache_dir = ""  # hub, tfds: where prepared data sets lie
     data.validation_fraction = 0.15

@@ -294,9 +294,8 @@ class Experiment:
         model = jax.eval_shape(
             lambda key: self.algorithm.snapshot(self.algorithm.init(self.model.init(key)[0])), self.init_key
         )
-        batches, _, _ = self.splits.validation
-        rows = len(data.client)
-        evaluated = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batches)
+        rows, held_out = len(data.client), self.splits.holdout
+        evaluated = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), held_out)
         for part, arguments in (
             (self.algorithm, self.algorithm.arguments(data)),
             (self._evaluator, self._evaluator.arguments(model, evaluated, data)),

@@ -54,6 +54,6 @@ def write_tokenizer(directory: pathlib.Path, words: list[str] = WORDS) -> None:
 def install_as_minilm(monkeypatch, directory: pathlib.Path) -> None:
     """Puts a package with a tiny BERT where `model.source=minilm` finds it, before an installed one."""
     package = directory / PACKAGED["minilm"].module
-    write_bert(package / PACKAGED["minilm"].folder)
+    write_bert(package / PACKAGED["minilm"].path)
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(directory)

@@ -49,13 +49,14 @@ def prepare(
         raise InputError(
             "data.choices_column", data.choices_column, problem, "name the column of the choices"
         )
-    if "{}" not in data.prompt:
+    prompt = data.prompt.replace(r"\n", "\n")  # as it is written on a command line
+    if "{}" not in prompt:
         raise InputError("data.prompt", data.prompt, "has no {}, the place of the question",
                          r"use e.g. 'Question: {}\nAnswer:'")  # fmt: skip
     shape = len(documents.texts), max(map(len, documents.choices)), data.seq_len
     what = f"{shape[0]:,} questions of {shape[1]} choices are"
     check_bytes("data.seq_len", data.seq_len, what, 4.0 * np.prod(shape), "use fewer tokens a choice")
-    questions = [data.prompt.replace("{}", text).rstrip(" ") for text in documents.texts]
+    questions = [prompt.replace("{}", text).rstrip(" ") for text in documents.texts]
     whole = [
         f"{question} {choice}"
         for question, choices in zip(questions, documents.choices, strict=True)

@@ -26,7 +26,7 @@ def letters_tokenizer():
     return tokenizer
 
 
-def prepare(texts, choices, labels, seq_len=24, prompt="Q:{}\nA:"):
+def prepare(texts, choices, labels, seq_len=24, prompt=r"Q:{}\nA:"):
     documents = Documents(texts, [str(label) for label in labels], None, choices)
     data = ConfigDict(dict(seq_len=seq_len, prompt=prompt, choices_column="choices"))
     return multiple_choice.prepare(letters_tokenizer(), documents, np.array(labels), data)
