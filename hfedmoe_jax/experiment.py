@@ -386,7 +386,8 @@ class Experiment:
         last = self.algorithm.snapshot(state.server)
         validation, client_scores = self.splits.validate(last)
         state = self._with_best(state, last, validation)
-        final, best = self.splits.test(last), self.splits.test(state.best)
+        final = self.splits.test(last)
+        best = final if state.best_round == state.round else self.splits.test(state.best)
         plan = self.plan(int(state.round))
         before = state.server.records.usage[plan.cohort]
         after = self._evaluator.usage(last, self.blocks(plan))
