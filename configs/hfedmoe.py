@@ -173,8 +173,8 @@ def decoder(config: ConfigDict) -> ConfigDict:
 def switch_base_64(config: ConfigDict) -> ConfigDict:
     """Switch-Base with 64 experts a layer (3.8 billion parameters): the name of a text's class is the answer.
 
-    Adapters of rank 8 over an nf4 base learn (QLoRA; `pip install qwix`), a quarter of the experts for everyone.
-    As it is it serves --dry_run, in half a minute and without weights; to train add
+    Adapters of rank 8 over an nf4 base learn (QLoRA; `pip install qwix`), a quarter of the experts for
+    everyone. As it is it serves --dry_run, in half a minute and without weights; to train add
     --config.model.source=DIRECTORY.
     """
     config.model.update(family="switch_t5", source="switch_base_64", train="lora", base="nf4")
@@ -189,8 +189,8 @@ def switch_base_64(config: ConfigDict) -> ConfigDict:
 def deepseek_moe_16b(config: ConfigDict) -> ConfigDict:
     """DeepSeekMoE 16B (64 experts a layer and 2 for every token): next tokens of BBC News.
 
-    Adapters of rank 8 over an nf4 base learn (QLoRA; `pip install qwix`), a quarter of the experts for everyone.
-    As it is it serves --dry_run, in half a minute and without weights; to train add
+    Adapters of rank 8 over an nf4 base learn (QLoRA; `pip install qwix`), a quarter of the experts for
+    everyone. As it is it serves --dry_run, in half a minute and without weights; to train add
     --config.model.source=DIRECTORY.
     """
     config = decoder(config)
@@ -199,12 +199,32 @@ def deepseek_moe_16b(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def smollm2_mcq(config: ConfigDict) -> ConfigDict:
+    """Multiple choice with SmolLM2-135M, mixtures of 8 experts in its last two layers; the trunk is frozen.
+
+    After `make pretrained`; add --config.data.train_path=... and --config.data.test_path=... with the
+    columns question, choices and answer (ARC, OpenBookQA, CommonsenseQA, MMLU). A quarter of the experts for
+    everyone.
+    """
+    config.model.update(family="decoder", source="smollm2", upcycling="split", num_experts=8, top_k=2)
+    config.model.update(train="router", cache_trunk=True)
+    config.task.name = "multiple_choice"
+    config.data.update(source="file", text_column="question", choices_column="choices", label_column="answer")
+    config.data.update(tokenizer="checkpoint", seq_len=128)
+    config.partition.name = "iid"
+    config.budget.fraction = 0.25
+    config.fl.update(clients_per_round=5, rounds=10, local_steps=4, batch_size=8)
+    config.client.learning_rate = 1e-4
+    config.eval.update(every=5, batch_size=8, max_examples=200)
+    return config
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
         default, smoke, gradient, active, literal, unreliable, agnews, pod,
-        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, decoder, switch_base_64,
-        deepseek_moe_16b,
+        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, decoder, smollm2_mcq,
+        switch_base_64, deepseek_moe_16b,
     )
 }  # fmt: skip
 
@@ -228,6 +248,8 @@ def get_config(preset: str = "default") -> ConfigDict:
     data.test_split = ""  # hub, tfds; "": the split "test" if it has labels, else cut
     data.text_column = "text"  # several: with commas between them
     data.label_column = "label"
+    data.choices_column = ""  # multiple_choice: of lists, or several with commas between them, a choice each
+    data.prompt = r"Question: {}\nAnswer:"  # multiple_choice: around the text; a space and a choice follow
     data.client_column = ""  # natural partition: the column that names a row's client
     data.cache_dir = ""  # hub, tfds: where prepared data sets lie
     data.validation_fraction = 0.15
@@ -246,12 +268,12 @@ def get_config(preset: str = "default") -> ConfigDict:
     partition.shards_per_client = 2  # shards
 
     task = config.task = ConfigDict()
-    task.name = "classification"  # classification | language_modeling (decoder) | text_to_text (switch_t5)
+    task.name = "classification"  # | text_to_text (switch_t5) | language_modeling, multiple_choice (decoder)
 
     model = config.model = ConfigDict()
     model.family = "switch"  # switch (from scratch) | bert, decoder, switch_t5 (start from model.source)
-    model.source = ""  # the directory of a checkpoint; bert: minilm, too; --dry_run: a published size, too
-    model.upcycling = "split"  # bert: how experts are made of the source's networks: copy | split | cluster
+    model.source = ""  # a directory; minilm (bert), smollm2 (decoder); with --dry_run a published size, too
+    model.upcycling = "split"  # of a dense source: how its networks become experts: copy | split | cluster
     model.train = "all"  # all | experts | experts_router_head | lora, or an expression, e.g. "router|norm"
     model.lora_rank = 8  # lora: of every expert's matrices and attention's projections
     model.adapters = ""  # lora: a directory of PEFT to start from; "": new adapters
@@ -275,7 +297,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     fl.base = "fedavg"  # what an algorithm that is more than a composition builds on, e.g. scaffold
     fl.clients = 20
     fl.clients_per_round = 10
-    fl.rounds = 40
+    fl.rounds = 40  # 0: the start is evaluated
     fl.local_steps = 8
     fl.batch_size = 16
     fl.dropout_probability = 0.0  # that a sampled client drops out of the round

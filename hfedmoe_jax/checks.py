@@ -103,7 +103,7 @@ def check_source(config: ConfigDict) -> None:
     if config.model.train == LORA and not pretrained:
         problem = f"model.family={config.model.family} has no pretrained matrices to adapt"
         raise InputError("model.train", LORA, problem, "use model.family=bert, decoder or switch_t5")
-    if config.model.adapters and not (config.model.train == LORA and hasattr(module, "names")):
+    if config.model.adapters and not (config.model.train == LORA and getattr(module, "names", None)):
         problem = f"model.family={config.model.family} with model.train={config.model.train} reads none"
         raise InputError("model.adapters", config.model.adapters, problem,
                          "use a decoder with model.train=lora, or leave it empty")  # fmt: skip

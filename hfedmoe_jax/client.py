@@ -231,7 +231,8 @@ def make_client(
             trained = routing.kept > 0 if active is None else active & (routing.kept > 0)
             if score is not None:
                 importance = score.after_batch(importance, seen, -d_multiplier, ran)
-            scores = task.score(output, batch, jnp.ones(len(batch["tokens"])))
+            weight = jnp.ones(len(batch["tokens"]))
+            scores = task.score(output, batch, weight) if task.train_scores else {}
             described = report_routing(routing, trained, flat_mask(token_mask))
             report = StepReport(loss, scores, described | {"padding": jnp.mean(batch["tokens"] == 0)})
             used = batch_usage(routing, token_mask, config.importance)

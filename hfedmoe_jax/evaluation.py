@@ -163,8 +163,9 @@ class Evaluator:
 
     def _score_batch(self, broadcast: Any, member: tuple[EvaluationBatches, Any]):
         (batch, weight, _), own = member
-        out = self._apply(broadcast, own, batch, False)
-        token_mask = flat_mask(self._model.mask(batch))
+        asked = batch if self._task.asked is None else self._task.asked(batch)
+        out = self._apply(broadcast, own, asked, False)
+        token_mask = flat_mask(self._model.mask(asked))
         tokens = jnp.sum(token_mask, dtype=jnp.float32)
         entropy = Ratio(tokens * gate_entropy(out.routing.gates, token_mask), tokens)
         scores = self._task.score(out.output, batch, weight)

@@ -332,9 +332,8 @@ class Experiment:
         model = jax.eval_shape(
             lambda key: self.algorithm.snapshot(self.algorithm.init(self.model.init(key)[0])), self.init_key
         )
-        batches, _, _ = self.splits.validation
-        rows = len(data.client)
-        evaluated = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batches)
+        rows, held_out = len(data.client), self.splits.holdout
+        evaluated = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), held_out)
         for part, arguments in (
             (self.algorithm, self.algorithm.arguments(data)),
             (self._evaluator, self._evaluator.arguments(model, evaluated, data)),
@@ -425,7 +424,8 @@ class Experiment:
         last = self.algorithm.snapshot(state.server)
         validation, client_scores = self.splits.validate(last)
         state = self._with_best(state, last, validation)
-        final, best = self.splits.test(last), self.splits.test(state.best)
+        final = self.splits.test(last)
+        best = final if state.best_round == state.round else self.splits.test(state.best)
         plan = self.plan(int(state.round))
         before = state.server.records.usage[plan.cohort]
         after = self._evaluator.usage(last, self.blocks(plan))

@@ -51,7 +51,7 @@ def metric_columns(task: Task) -> tuple[str, ...]:
     return (
         "round",
         "train_loss",
-        *(f"train_{name}" for name in scores),
+        *(f"train_{name}" for name in task.train_scores),
         *(f"validation_{name}" for name in (*scores, *task.document_scores)),
         "validation_loss",
         "validation_router_entropy",

@@ -8,7 +8,6 @@ Axes: L layers with experts, E experts, Q topics.
 
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import tempfile
@@ -26,7 +25,7 @@ from hfedmoe_jax.models.base import place_leaf
 from hfedmoe_jax.models.names import StoredParam
 from hfedmoe_jax.models.params import Params
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
-from hfedmoe_jax.pretrained import find_source
+from hfedmoe_jax.pretrained import cache_root, find_source
 from hfedmoe_jax.upcycling import Mixture, Network, Shape, mix, output, upcyclings
 
 TEXTS, HELD_OUT, TOKENS = 512, 128, 128  # public articles, those of them that only judge, and tokens of each
@@ -53,9 +52,8 @@ class Start(NamedTuple):
 
 
 def cache_dir() -> pathlib.Path:
-    """Returns where mixtures are kept: $HFEDMOE_CACHE, or a folder of the user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(os.environ.get("HFEDMOE_CACHE") or pathlib.Path(root) / "hfedmoe_jax") / "mixtures"
+    """Returns where mixtures are kept."""
+    return cache_root() / "mixtures"
 
 
 def load_start(config: ConfigDict, module: Any) -> Start:
@@ -100,10 +98,9 @@ def read_kept(directory: pathlib.Path) -> tuple[Mixture, dict[str, Any]] | None:
     try:
         report = json.loads((directory / REPORT).read_text(encoding="utf-8"))
         stored = {name: np.array(tensor.read()) for name, tensor in find_tensors(directory).items()}
-        return Mixture(
-            Network(*(stored[name] for name in Network._fields)), *(stored[n] for n in ROUTER)
-        ), report
-    except (OSError, ValueError, KeyError):  # InputError is a ValueError
+        router = [stored.pop(name) for name in ROUTER]
+        return Mixture(Network(**stored), *router), report
+    except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
         return None
 
 
@@ -111,7 +108,7 @@ def keep(directory: pathlib.Path, mixtures: Mixture, report: dict[str, Any]) -> 
     """Writes mixtures and their report; whoever comes later reads them whole, or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix="making-"))
-    arrays = mixtures.experts._asdict() | dict(zip(ROUTER, mixtures[1:], strict=True))
+    arrays = mixtures.experts.arrays() | dict(zip(ROUTER, mixtures[1:], strict=True))
     tensors = {name: NewTensor(x.dtype, x.shape, lambda x=x: x) for name, x in arrays.items()}
     write_tensors(fresh, tensors)
     (fresh / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data import FederatedData, holdout_batches, host_of, num_rows, pad_batches, take
+from hfedmoe_jax.data import FederatedData, Rows, holdout_batches, host_of, num_rows, pad_batches, take
 from hfedmoe_jax.evaluation import BatchScore, EvaluationBatches, Evaluator, Snapshot
 from hfedmoe_jax.tasks import NO_DOCUMENTS, Batch, DocumentScores, Ratio, Task
 
@@ -52,39 +52,39 @@ class Splits:
         self._task, self._hosts, self._clients = task, hosts, len(data.client_train)
 
     @cached_property
-    def validation(self) -> tuple[EvaluationBatches, np.ndarray, np.ndarray]:
-        """Batches of the validation split, then one a client of its own; the rows; each batch's host."""
-        count, size = num_rows(self._data.validation), self._config.eval.batch_size
+    def validation(self) -> tuple[Rows, Int[np.ndarray, " rows"]]:
+        """The rows of the validation split that are scored, and the document that each is of."""
+        data, count = self._data, num_rows(self._data.validation)
         rng = np.random.default_rng([self._config.seed, VALIDATION_STREAM])
         rows = rng.permutation(count)[: self._config.eval.max_examples or count]
-        parts = [pad_batches(take(self._data.validation, rows), size), holdout_batches(self._data, size)]
-        batch, weight = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-        num_validation = len(parts[0][1])
-        clients = np.concatenate([np.arange(num_validation) % self._clients, np.arange(self._clients)])
-        hosts = np.concatenate([np.arange(num_validation), np.arange(self._clients)])
-        batches = EvaluationBatches(batch, weight, clients.astype(np.int32))
-        return batches, rows, host_of(hosts, self._hosts)
+        return take(data.validation, rows), data.validation_document[rows]
+
+    @cached_property
+    def holdout(self) -> EvaluationBatches:
+        """A batch a client of its own held-out passages."""
+        batch, weight = holdout_batches(self._data, self._config.eval.batch_size)
+        return EvaluationBatches(batch, weight, np.arange(self._clients, dtype=np.int32))
 
     def validate(self, model: Snapshot) -> tuple[Quality, np.ndarray]:
         """Returns the quality on the validation split, and each client's score [C] on its own passages."""
-        batches, rows, hosts = self.validation
-        scores = self._evaluator.scores(model, batches, hosts)
-        num_validation = len(batches.client) - self._clients
-        of_split = jax.tree.map(lambda x: x[:num_validation], scores)
-        document = self._data.validation_document[rows]
-        documents = score_documents(self._task, of_split, take(self._data.validation, rows), document)
-        own = jax.tree.map(lambda x: x[num_validation:], scores.scores[self._task.metric])
-        return summarize(of_split, documents), own.total / np.maximum(own.count, 1)
+        hosts = host_of(np.arange(self._clients), self._hosts)
+        own = self._evaluator.scores(model, self.holdout, hosts).scores[self._task.metric]
+        return self._quality(model, *self.validation), own.total / np.maximum(own.count, 1)
 
     def test(self, model: Snapshot) -> Quality:
         """Returns the quality on the test split."""
-        batch, weight = pad_batches(self._data.test, self._config.eval.batch_size)
-        clients = (np.arange(len(weight)) % self._clients).astype(np.int32)
-        hosts = host_of(np.arange(len(weight)), self._hosts)
-        scores = self._evaluator.scores(model, EvaluationBatches(batch, weight, clients), hosts)
-        return summarize(
-            scores, score_documents(self._task, scores, self._data.test, self._data.test_document)
-        )
+        return self._quality(model, self._data.test, self._data.test_document)
+
+    def _quality(self, model: Snapshot, rows: Rows, document: Int[np.ndarray, " rows"]) -> Quality:
+        """Returns the quality on rows, each of a document."""
+        by_length, scores = self._task.by_length or (lambda rows: [rows]), []
+        for part in by_length(rows):
+            batch, weight = pad_batches(part, self._config.eval.batch_size)
+            count = np.arange(len(weight))
+            batches = EvaluationBatches(batch, weight, (count % self._clients).astype(np.int32))
+            scores.append(self._evaluator.scores(model, batches, host_of(count, self._hosts)))
+        scores = jax.tree.map(lambda *parts: np.concatenate(parts), *scores)
+        return summarize(scores, score_documents(self._task, scores, rows, document))
 
 
 def ratio_mean(ratio: Ratio) -> float:

@@ -62,7 +62,7 @@ RANGES = {
     "model.load_balance": NOT_NEGATIVE,
     "fl.clients": size(10 * MILLION, 20),
     "fl.clients_per_round": size(10 * MILLION, 10),
-    "fl.rounds": size(BILLION, 40),
+    "fl.rounds": size(BILLION, 40, low=0),  # 0: the start is evaluated
     "fl.local_steps": size(MILLION, 8),
     "fl.batch_size": size(MILLION, 16),
     "fl.dropout_probability": Range(0, 1, 0.1, below_high=True),

@@ -13,15 +13,17 @@ Axes: N tokens, E experts, D model, F hidden, U units of an expert.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from hfedmoe_jax.arrays import AnyArray
+from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.registry import Registry
 
 CLUSTER_TURNS = 20
@@ -33,22 +35,29 @@ SHARPNESS = 10.0  # of a router whose rows are centroids on the unit sphere
 
 
 class Network(NamedTuple):
-    """A dense network of one layer, without the bias of its output.
+    """A dense network of one layer, without the bias of its output, or several on a leading axis E.
 
     Attributes:
-      in_df, bias_f, out_fd: float32 [D, F], [F], [F, D].
+      in_df, out_fd: float32 [D, F], [F, D].
+      bias_f: [F] of plain hidden units, gelu(x in + bias); None if they are gated.
+      gate_df: [D, F] of gated ones, silu(x gate) * (x in); None if they are plain.
     """
 
     in_df: np.ndarray
-    bias_f: np.ndarray
     out_fd: np.ndarray
+    bias_f: np.ndarray | None = None
+    gate_df: np.ndarray | None = None
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Returns those that there are, by name."""
+        return {name: part for name, part in self._asdict().items() if part is not None}
 
 
 class Mixture(NamedTuple):
     """The mixture that a network became.
 
     Attributes:
-      experts: the same arrays with a leading axis E; [E, D, U], [E, U], [E, U, D].
+      experts: a network each; [E, D, U], [E, U, D], and [E, U] or [E, D, U].
       router_de, router_e: kernel and bias of the router.
     """
 
@@ -68,15 +77,45 @@ upcyclings = Registry("model.upcycling")
 """Methods `(network, inputs [N, D], shape, rng) -> Mixture` by name."""
 
 
+def expert_size(config: ConfigDict, layers: int, hidden_units: int) -> tuple[int, float]:
+    """Returns the hidden units of an expert, and the scale of a token's renormalised weights.
+
+    Args:
+      config: the section `model`.
+      layers, hidden_units: of the dense checkpoint.
+
+    Raises:
+      InputError: an unknown method, more mixtures than layers, or units that cannot be cut into experts.
+    """
+    upcyclings[config.upcycling]  # refuses an unknown name
+    if config.num_layers > layers:
+        problem = f"above the checkpoint's {layers} layers"
+        raise InputError("model.num_layers", config.num_layers, problem, "make mixtures of the last few")
+    if config.upcycling != "split":
+        return hidden_units, 1.0
+    if hidden_units % config.num_experts:
+        problem = f"does not divide the checkpoint's {hidden_units} hidden units"
+        raise InputError("model.num_experts", config.num_experts, problem, "use a divisor")
+    return hidden_units // config.num_experts, float(config.top_k)
+
+
+def hidden(network: Network, x_nd: Float[AnyArray, "N D"]) -> Float[Array, "*E N F"]:
+    """Returns the hidden units; of each network, if they have a leading axis E."""
+    if network.gate_df is not None:
+        return jax.nn.silu(x_nd @ network.gate_df) * (x_nd @ network.in_df)
+    assert network.bias_f is not None
+    return jax.nn.gelu(x_nd @ network.in_df + network.bias_f[..., None, :], approximate=False)
+
+
 def output(network: Network, x_nd: Float[AnyArray, "N D"]) -> Float[Array, "N D"]:
     """Returns [N, D], without the bias."""
-    return jax.nn.gelu(x_nd @ network.in_df + network.bias_f, approximate=False) @ network.out_fd
+    return hidden(network, x_nd) @ network.out_fd
 
 
 @upcyclings.register("copy")
 def copy(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Generator) -> Mixture:
     """Returns identical experts and a random router: the function stays, whoever is chosen."""
-    experts = Network(*(np.repeat(part[None], shape.num_experts, 0) for part in network))
+    experts = jax.tree.map(lambda part: np.repeat(part[None], shape.num_experts, 0), network)
     router = rng.normal(0, 0.02, (inputs.shape[1], shape.num_experts)).astype(np.float32)
     return Mixture(experts, router, np.zeros(shape.num_experts, np.float32))
 
@@ -85,11 +124,14 @@ def copy(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Gene
 def split(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Generator) -> Mixture:
     """Returns experts of F / E units each, which learned with their router to stand in for the network."""
     sample = inputs[rng.permutation(len(inputs))[:4096]]
-    hidden = jax.nn.gelu(sample @ network.in_df + network.bias_f, approximate=False)
-    strength = np.asarray(hidden) * np.linalg.norm(network.out_fd, axis=1)
+    strength = np.asarray(hidden(network, sample)) * np.linalg.norm(network.out_fd, axis=1)
+    if network.gate_df is not None:  # gated units are active in either sign
+        strength = np.abs(strength)
     group = balanced_clusters(unit_rows(strength.T), shape.num_experts, rng)
     order = np.argsort(group, kind="stable").reshape(shape.num_experts, -1)
-    experts = Network(network.in_df.T[order].swapaxes(1, 2), network.bias_f[order], network.out_fd[order])
+    inwards, outwards = (network.in_df, network.bias_f, network.gate_df), network.out_fd[order]
+    in_edu, bias_eu, gate_edu = jax.tree.map(lambda part: np.moveaxis(part[..., order], -2, 0), inwards)
+    experts = Network(in_edu, outwards, bias_eu, gate_edu)
     # The router begins as the linear fit of how much each expert's units do.
     done = np.sqrt(np.stack([np.sum(strength[:, units] ** 2, 1) for units in order], 1))
     done = (done - done.mean()) / done.std()
@@ -104,7 +146,7 @@ def distill(
 ) -> Mixture:
     """Returns a mixture trained for `DISTILL_STEPS` of Adam to give the network's output."""
     rates = {"router": ROUTER_RATE, "experts": EXPERT_RATE}
-    labels = Mixture(Network(*(["experts"] * 3)), "router", "router")  # pyright: ignore[reportArgumentType]
+    labels: Any = Mixture("experts", "router", "router")  # pyright: ignore[reportArgumentType]
     optimizer = optax.multi_transform(
         {
             name: optax.adam(optax.cosine_decay_schedule(rate, max(DISTILL_STEPS, 1)))
@@ -120,8 +162,8 @@ def distill(
         updates, state = optimizer.update(jax.grad(loss)(mixture, x_nd), state)
         return optax.apply_updates(mixture, updates), state
 
-    mixture = jax.tree.map(jnp.asarray, mixture)
-    carry = (mixture, optimizer.init(mixture))
+    start: Any = jax.tree.map(jnp.asarray, mixture)
+    carry = (start, optimizer.init(start))
     for _ in range(DISTILL_STEPS):
         carry = learn(carry, inputs[rng.integers(0, len(inputs), DISTILL_BATCH)])
     return jax.tree.map(np.asarray, carry[0])
@@ -144,9 +186,8 @@ def mix(
     best, index = jax.lax.top_k(gates, top_k)
     best = scale * best / jnp.sum(best, axis=-1, keepdims=True)
     weight = jnp.sum(jax.nn.one_hot(index, gates.shape[-1]) * best[..., None], axis=-2)
-    hidden = jnp.einsum("nd,edu->neu", x_nd, mixture.experts.in_df) + mixture.experts.bias_f
-    hidden = jax.nn.gelu(hidden, approximate=False) * weight[..., None]
-    return jnp.einsum("neu,eud->nd", hidden, mixture.experts.out_fd), gates, weight
+    used_enu = hidden(mixture.experts, x_nd) * weight.T[..., None]
+    return jnp.einsum("enu,eud->nd", used_enu, mixture.experts.out_fd), gates, weight
 
 
 @upcyclings.register("cluster")
@@ -161,7 +202,7 @@ def cluster(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.G
         centre = unit_rows(mean)
     nearest = np.argmax(rows @ centre.T, 1)
     parts = [reduced(network, inputs[nearest == e]) for e in range(shape.num_experts)]
-    experts = Network(*(np.stack(each) for each in zip(*parts, strict=True)))
+    experts = jax.tree.map(lambda *each: np.stack(each), *parts)
     length = np.linalg.norm(inputs, axis=1).mean()  # a router reads inputs as they are
     return Mixture(experts, (SHARPNESS / length * centre.T).astype(np.float32),
                    np.zeros(shape.num_experts, np.float32))  # fmt: skip
@@ -171,8 +212,9 @@ def reduced(network: Network, inputs: np.ndarray) -> Network:
     """Returns the network with matrices of the least rank that keep `KEPT_ENERGY` of their products."""
     if not len(inputs):
         return network
-    hidden = np.asarray(jax.nn.gelu(inputs @ network.in_df + network.bias_f, approximate=False))
-    return Network(low_rank(network.in_df, inputs), network.bias_f, low_rank(network.out_fd, hidden))
+    inwards, units = (network.in_df, network.gate_df), np.asarray(hidden(network, inputs))
+    in_df, gate_df = jax.tree.map(lambda matrix: low_rank(matrix, inputs), inwards)
+    return Network(in_df, low_rank(network.out_fd, units), network.bias_f, gate_df)
 
 
 def low_rank(matrix: np.ndarray, inputs: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ def fields(config) -> set[str]:
 )
 def test_presets_are_valid_and_share_their_fields(module, preset, monkeypatch, tmp_path):
     tiny_bert.install_as_minilm(monkeypatch, tmp_path)
+    tiny_decoder.install_as_smollm2(monkeypatch, tmp_path)
     config = module.get_config(preset)
     if preset == "decoder":
         config.model.source = str(tiny_decoder.write_decoder(tmp_path / "decoder"))

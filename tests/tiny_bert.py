@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 import numpy as np
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from hfedmoe_jax.models.tensor_files import NewTensor, write_tensors
 from hfedmoe_jax.pretrained import PACKAGED
@@ -40,7 +40,8 @@ def write_bert(directory: pathlib.Path, prefix: str = "", **fields) -> pathlib.P
 def write_tokenizer(directory: pathlib.Path, words: list[str] = WORDS) -> None:
     """Writes a WordPiece tokenizer that puts [CLS] and [SEP] around a text, and pads and cuts by itself."""
     tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
+    other = normalizers.Replace(Regex(r"[^a-r\s]"), "e")  # so that no text is unknown
+    tokenizer.normalizer = normalizers.Sequence([normalizers.BertNormalizer(), other])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -54,6 +55,6 @@ def write_tokenizer(directory: pathlib.Path, words: list[str] = WORDS) -> None:
 def install_as_minilm(monkeypatch, directory: pathlib.Path) -> None:
     """Puts a package with a tiny BERT where `model.source=minilm` finds it, before an installed one."""
     package = directory / PACKAGED["minilm"].module
-    write_bert(package / PACKAGED["minilm"].folder)
+    write_bert(package / PACKAGED["minilm"].path)
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(directory)

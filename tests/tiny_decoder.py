@@ -8,6 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hfedmoe_jax.models.tensor_files import NewTensor, write_tensors
+from hfedmoe_jax.pretrained import PACKAGED
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 sys.path.append(str(PARITY))
@@ -33,3 +34,16 @@ def write_decoder(directory: pathlib.Path, case: str = "mixtral", **fields) -> p
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
+
+
+def install_as_smollm2(monkeypatch, directory: pathlib.Path) -> None:
+    """Puts a tiny Llama where `model.source=smollm2` finds one that was converted before."""
+    _, path = PACKAGED["smollm2"]
+    package = directory / PACKAGED["smollm2"].module
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.setenv("HFEDMOE_CACHE", str(directory / "cache"))
+    write_decoder(
+        directory / "cache" / "checkpoints" / pathlib.Path(path).stem, "llama", intermediate_size=24
+    )

@@ -7,24 +7,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.data.choices import read_choices
 from hfedmoe_jax.errors import InputError
 
 
 class Documents(NamedTuple):
-    """Labelled texts, and the client that owns each where the source says so."""
+    """Labelled texts.
+
+    Attributes:
+      texts, labels: of each; of a multiple-choice question the label is the number of the right choice.
+      clients: who owns each; None if the source does not say.
+      choices: the texts of each question's choices; None if they are no questions.
+    """
 
     texts: list[str]
     labels: list[str]
     clients: list[str] | None
+    choices: list[list[str]] | None = None
 
     def take(self, index: Sequence[int] | np.ndarray) -> "Documents":
         """Returns documents by index."""
-
-        def take(values: list[str]) -> list[str]:
-            return [values[place] for place in index]
-
-        clients = None if self.clients is None else take(self.clients)
-        return Documents(take(self.texts), take(self.labels), clients)
+        return Documents(*(values and [values[place] for place in index] for values in self))  # pyright: ignore[reportArgumentType]
 
 
 class Corpus(NamedTuple):
@@ -41,16 +44,16 @@ class Corpus(NamedTuple):
 
 
 Roles = dict[str, list[str]]
-"""Names of columns by their role: text (one or several), label and perhaps client."""
+"""Names of columns by their role: text (one or several), label, and perhaps client and choices."""
 
 
 def wanted_columns(names: Iterable[str], data_config: ConfigDict, with_clients: bool, where: str) -> Roles:
-    """Returns the columns to read by their role: text, label and, if asked for, client.
+    """Returns the columns to read by their role: text, label and, if asked for, client and choices.
 
     Args:
       names: the columns there are.
-      data_config: `text_column`, `label_column` and `client_column` name the columns; `text_column` may be
-        several, with commas between them, if it is not the name of one.
+      data_config: `text_column`, `label_column`, `client_column` and `choices_column` name the columns; that
+        of texts or choices may be several, with commas between them, if it is not the name of one.
       with_clients: whether a client column is read (a validation or test set needs none).
       where: the file or data set, for the message.
 
@@ -59,10 +62,15 @@ def wanted_columns(names: Iterable[str], data_config: ConfigDict, with_clients: 
     """
     names = list(names)
     text = data_config.text_column
-    several = [part.strip() for part in text.split(",")]
-    roles = {"text": [text] if text in names else several, "label": [data_config.label_column]}
+
+    def several(given: str) -> list[str]:
+        return [given] if given in names else [part.strip() for part in given.split(",")]
+
+    roles = {"text": several(text), "label": [data_config.label_column]}
     if with_clients and data_config.client_column:
         roles["client"] = [data_config.client_column]
+    if data_config.choices_column:
+        roles["choices"] = several(data_config.choices_column)
     for role, columns in roles.items():
         for column in columns:
             _check_column(column, names, f"data.{role}_column", where)
@@ -93,7 +101,7 @@ def to_documents(
     """Returns raw values as strings: a missing text is empty, a missing label or client is an error.
 
     Whole numbers lose their fraction (a label 1.0 is `'1'`), bytes are read as UTF-8. Several texts of a row
-    become one, a line each.
+    become one, a line each. Choices and their labels are read by `read_choices`.
 
     Args:
       columns: by name, all of one length.
@@ -107,6 +115,7 @@ def to_documents(
     strings = {
         role: [_to_strings(columns[name], role, name, where) for name in names]
         for role, names in roles.items()
+        if role != "choices"
     }
     texts, (labels,) = strings["text"], strings["label"]
     (clients,) = strings.get("client", [None])
@@ -120,7 +129,11 @@ def to_documents(
                 "fill it in or leave the row out",
             )
     joined = ["\n".join(part for part in row if part) for row in zip(*texts, strict=True)]
-    return Documents(joined, labels, clients)
+    if "choices" not in roles:
+        return Documents(joined, labels, clients)
+    fields = data_config.choices_column, data_config.label_column
+    choices, answers = read_choices([columns[name] for name in roles["choices"]], labels, fields, where)
+    return Documents(joined, answers, clients, choices)
 
 
 def no_rows(field: str, value: str) -> InputError:

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from hfedmoe_jax.data.columns import Corpus, ordered_names
+from hfedmoe_jax.data.columns import Corpus, Documents, ordered_names
 from hfedmoe_jax.data.splits import Splits
 from hfedmoe_jax.data.tokenizers import CHECKPOINT, encodings, specials_of, token_offset
 from hfedmoe_jax.errors import InputError
@@ -51,7 +51,7 @@ class Facts:
 def facts_of(corpus: Corpus, splits: Splits, unknown: float) -> Facts:
     """Returns the facts of a corpus and its splits; `unknown` is of `unknown_share`."""
     parts = (splits.train, splits.validation, splits.test)
-    pairs = [pair for part in parts for pair in zip(part.texts, part.labels, strict=True)]
+    pairs = [pair for part in parts for pair in zip(_whole_texts(part), part.labels, strict=True)]
     counts = Counter(label for _, label in pairs)
     labels_a_text = Counter(text for text, _ in set(pairs))
     return Facts(
@@ -65,6 +65,13 @@ def facts_of(corpus: Corpus, splits: Splits, unknown: float) -> Facts:
         unknown_share=unknown,
         notes=corpus.notes,
     )
+
+
+def _whole_texts(part: Documents) -> list[str]:
+    """Returns the texts, of questions with their choices."""
+    if part.choices is None:
+        return part.texts
+    return ["\n".join((text, *each)) for text, each in zip(part.texts, part.choices, strict=True)]
 
 
 def alike(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:

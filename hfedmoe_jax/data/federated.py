@@ -144,7 +144,7 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
 
     def encode(part: Documents) -> tuple[Rows, np.ndarray]:
         labels = _label_indices(part.labels, label_names)
-        return prepare(tokenizer, part.texts, labels, label_names, data_config)
+        return prepare(tokenizer, part, labels, label_names, data_config)
 
     train_rows, train_document = encode(splits.train)
     validation_rows, validation_document = encode(splits.validation)

@@ -39,10 +39,12 @@ def read_documents(data_config: ConfigDict, field: str) -> Documents:
     if not parts:
         raise no_rows(f"data.{field}", path)
     clients = [client for part in parts for client in part.clients or []]
+    choices = [each for part in parts for each in part.choices or []]
     return Documents(
         [text for part in parts for text in part.texts],
         [label for part in parts for label in part.labels],
         None if parts[0].clients is None else clients,
+        None if parts[0].choices is None else choices,
     )
 
 

@@ -45,7 +45,22 @@ def load_source(data_config: ConfigDict) -> Corpus:
     else:
         raise unknown_name("data.source", source, ["bbc_news", "file", "hub:NAME", "tfds:NAME"])
     check_labels(corpus, data_config)
-    return corpus
+    return pad_choices(corpus)
+
+
+def pad_choices(corpus: Corpus) -> Corpus:
+    """Returns a corpus whose questions have equally many choices, empty ones last."""
+    parts = [part for part in (corpus.train, corpus.test, corpus.validation) if part and part.choices]
+    most = max((len(each) for part in parts for each in part.choices or []), default=0)
+
+    def padded(part: Documents | None) -> Documents | None:
+        if part is None or part.choices is None:
+            return part
+        return part._replace(choices=[[*each, *[""] * (most - len(each))] for each in part.choices])
+
+    train, test, validation = map(padded, (corpus.train, corpus.test, corpus.validation))
+    assert train is not None
+    return corpus._replace(train=train, test=test, validation=validation)
 
 
 def check_labels(corpus: Corpus, data_config: ConfigDict) -> None:

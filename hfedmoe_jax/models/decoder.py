@@ -9,25 +9,29 @@ Axes: B batch, T tokens, N = B * T, L layers with experts, E experts, D model, F
 
 import functools
 import pathlib
+from dataclasses import field
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.decoder_attention import GroupedAttention, LatentAttention
 from hfedmoe_jax.models.decoder_names import UNUSED, decoder_names
 from hfedmoe_jax.models.decoder_sizes import DecoderSizes, read_sizes
-from hfedmoe_jax.models.family import ModelOutput, ModelSizes, families
+from hfedmoe_jax.models.family import FEATURES, ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.lora import lora_rule
-from hfedmoe_jax.models.names import Name, open_params, source_config
+from hfedmoe_jax.models.names import Name, StoredParam, open_params, source_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
-from hfedmoe_jax.models.routing import Routing, route
+from hfedmoe_jax.models.routing import RouterRule, Routing, route
+from hfedmoe_jax.upcycling import Mixture, Network, expert_size
 
 PAD_ID = 0
 NEVER = -1e9  # logit of what is no token
@@ -98,11 +102,11 @@ class DenseBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_btd: Float[Array, "batch tokens model"], mask_bt: Bool[Array, "batch tokens"]):
-        """Returns (x, None), the carry and the result of `nn.scan`."""
+        """Returns (x, what the network reads), the carry and the result of `nn.scan`."""
         attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
         x_btd, h_btd = attend(self.sizes, self.dtype, name="attend")(x_btd, mask_bt)
         network = GatedNetwork(self.sizes.hidden, self.sizes.width, self.dtype, name="network")
-        return x_btd + network(h_btd), None
+        return x_btd + network(h_btd), h_btd
 
 
 class MixtureBlock(nn.Module):
@@ -121,7 +125,7 @@ class MixtureBlock(nn.Module):
         attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
         x_btd, h_btd = attend(s, self.dtype, name="attend")(x_btd, mask_bt)
         h_nd, mask = h_btd.reshape(-1, s.width), mask_bt.reshape(-1)
-        router = nn.Dense(s.num_experts, use_bias=False, name="router", dtype=jnp.float32)
+        router = nn.Dense(s.num_experts, use_bias=s.router_bias, name="router", dtype=jnp.float32)
         y_nd, tape, permit, routing = route(
             router(h_nd), h_nd, mask, s.router, self.capacity_factor, self.expert, experts, layer, tape
         )
@@ -191,11 +195,13 @@ class Decoder(nn.Module):
         """Returns logits [B, T, vocabulary] in float32, the tape, the permits and the routing."""
         s, mask_bt = self.shape, self.mask(batch)
         table = self.param("embed", INIT, (s.vocab_size, s.width))
-        x_btd = table[jnp.maximum(batch["tokens"] - self.sizes.offset, 0)].astype(self.dtype)
-        if s.dense_layers:
-            x_btd, _ = self.stack(DenseBlock, s.dense_layers, nn.broadcast)(
-                s, self.remat, self.dtype, name="dense"
-            )(x_btd, mask_bt)
+        if FEATURES in batch:
+            x_btd = batch[FEATURES]
+        else:
+            x_btd = table[jnp.maximum(batch["tokens"] - self.sizes.offset, 0)].astype(self.dtype)
+            if s.dense_layers:
+                x_btd, _ = self.dense_stack("dense")(x_btd, mask_bt)
+        x_btd = jax.lax.optimization_barrier(x_btd)  # cached or not, what follows is compiled alike
         tape, permit, routing = (), jnp.zeros((0, 0)), no_routing(mask_bt.size)
         if self.num_layers:
             if budget is None:
@@ -216,6 +222,26 @@ class Decoder(nn.Module):
         if self.sizes.offset:
             logits = jnp.pad(logits, [(0, 0), (0, 0), (self.sizes.offset, 0)], constant_values=NEVER)
         return ModelOutput(logits, tape, permit, routing)
+
+    @nn.nowrap
+    def dense_stack(self, name: str | None = None) -> Any:
+        """Returns the layers without experts."""
+        blocks = self.stack(DenseBlock, self.shape.dense_layers, nn.broadcast)
+        return blocks(self.shape, self.remat, self.dtype, name=name)
+
+    @nn.nowrap
+    def features(self, frozen: dict, tokens_bt: AnyArray) -> Array:
+        """Returns what enters the first layer with experts [B, T, D]."""
+        x_btd = frozen["embed"][jnp.maximum(tokens_bt - self.sizes.offset, 0)].astype(self.dtype)
+        if not self.shape.dense_layers:
+            return x_btd
+        x_btd, _ = self.dense_stack().apply({"params": frozen["dense"]}, x_btd, tokens_bt != PAD_ID)
+        return x_btd
+
+    @property
+    def trunk_params(self) -> tuple[str, ...]:
+        """Names of what `features` reads."""
+        return ("embed", "dense") if self.shape.dense_layers else ("embed",)
 
     @nn.nowrap
     def names(self) -> list[Name]:
@@ -248,22 +274,107 @@ class Decoder(nn.Module):
         )
 
 
+class UpcycledDecoder(Decoder):
+    """A dense Llama whose last networks became mixtures (see `hfedmoe_jax.upcycling`).
+
+    Attributes:
+      dense: sizes of the checkpoint; `shape` has the mixtures.
+    """
+
+    dense: DecoderSizes = field(kw_only=True)
+
+    names = None  # pyright: ignore[reportAssignmentType]  # the hub has no such architecture
+
+    @property
+    def rule(self) -> RouterRule:
+        return self.shape.router
+
+    @nn.nowrap
+    def read(self, directory: pathlib.Path) -> dict:
+        """Returns the parameters of the dense checkpoint, read when they are placed."""
+        whole = Decoder(self.sizes, self.dense, 1.0, 1.0)
+        return whole.read(directory)
+
+    @nn.nowrap
+    def networks(self, params: dict) -> list[Network]:
+        """Returns the dense networks of the layers with experts."""
+        _, above = self.cut(params["dense"])
+        gate, up, down = (np.asarray(above["network"][part]["kernel"]) for part in ("gate", "up", "down"))
+        return [Network(up[i], down[i], gate_df=gate[i]) for i in range(self.num_layers)]
+
+    @nn.nowrap
+    def inputs(self, params: dict, tokens_bt: AnyArray) -> Array:
+        """Returns what enters the networks of the layers with experts [L, B, T, D], of the dense model."""
+        return run_dense(self, jax.tree.map(np.asarray, params, is_leaf=is_stored), tokens_bt)
+
+    @nn.nowrap
+    def cut(self, stack: dict) -> tuple[dict, dict]:
+        """Returns the layers below the mixtures and those that become mixtures, of a stack of parameters."""
+        first, end = self.shape.dense_layers, self.dense.num_layers
+
+        def part(begin: int, end: int) -> dict:
+            def of(x: Any) -> Any:
+                return x.rows(begin, end) if is_stored(x) else x[begin:end]
+
+            return jax.tree.map(of, stack, is_leaf=is_stored)
+
+        return part(0, first), part(first, end)
+
+    @nn.nowrap
+    def assemble(self, params: dict, mixtures: Mixture) -> dict:
+        """Returns this module's parameters: a dense model's, with mixtures [L, ...]."""
+        below, above = self.cut(params["dense"])
+        experts = mixtures.experts
+        blocks = {"attend": above["attend"]}
+        blocks |= {"router": {"kernel": mixtures.router_de, "bias": mixtures.router_e}}
+        made = {"blocks": blocks}
+        made |= {"experts": dict(gate_df=experts.gate_df, up_df=experts.in_df, down_fd=experts.out_fd)}
+        return params | {"dense": below} | made
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_dense(module: UpcycledDecoder, params: dict, tokens_bt: AnyArray) -> Array:
+    """Returns what enters the networks of the last L layers [L, B, T, D] of a dense model."""
+    mask_bt, inputs_lbtd, plain = tokens_bt != PAD_ID, None, module.dense._replace(lora=None)
+    x_btd = params["embed"][jnp.maximum(tokens_bt - module.sizes.offset, 0)]
+    for stack in module.cut(params["dense"]):
+        length = len(stack["network"]["up"]["kernel"])
+        if length:
+            blocks = module.stack(DenseBlock, length, nn.broadcast)(plain, False, jnp.float32)
+            x_btd, inputs_lbtd = blocks.apply({"params": stack}, x_btd, mask_bt)
+    return inputs_lbtd
+
+
+def is_stored(x: Any) -> bool:
+    """Says whether it is a parameter that lies in files."""
+    return isinstance(x, StoredParam)
+
+
 @families.register("decoder")
 def decoder(config: ConfigDict, sizes: ModelSizes) -> Decoder:
     """Returns the decoder of `model.source`; all sizes are the checkpoint's, capacities the config's.
 
+    Of a dense checkpoint the config says how many of the last layers become mixtures, of what and how.
+
     Raises:
-      InputError: no checkpoint, one without experts, or of a family or variant that is not supported.
+      InputError: no checkpoint, one of a family or variant that is not supported, or mixtures that cannot be
+        made of it.
     """
     shape = read_sizes(source_config(config.source))._replace(lora=lora_rule(config))
-    if shape.dense_layers == shape.num_layers:
-        problem = f"is of type {shape.family!r}, which has no experts"
-        raise InputError("model.source", config.source, problem, "use a mixture of experts")
-    return Decoder(
-        sizes,
-        shape,
+    settings = (
         config.capacity_factor,
         config.eval_capacity_factor,
         PRECISIONS[config.precision],
         config.remat,
     )
+    if shape.dense_layers < shape.num_layers:
+        return Decoder(sizes, shape, *settings)
+    hidden, scale = expert_size(config, shape.num_layers, shape.hidden)
+    upcycled = shape._replace(
+        dense_layers=shape.num_layers - config.num_layers,
+        num_experts=config.num_experts,
+        expert_hidden=hidden,
+        router=RouterRule(config.top_k, renormalise=True, scale=scale),
+        router_bias=True,
+    )
+    return UpcycledDecoder(sizes, upcycled, *settings, dense=shape)

@@ -48,7 +48,7 @@ class DecoderSizes(NamedTuple):
 
     Attributes:
       family: `model_type` of the hub.
-      vocab_size, width, num_layers: of the model.
+      vocab_size, positions, width, num_layers: of the model.
       dense_layers: the first layers, which have no experts; all of them in a dense model.
       num_heads, num_key_heads, head_size: of attention.
       hidden: units of a dense layer's network.
@@ -56,6 +56,7 @@ class DecoderSizes(NamedTuple):
       shared_hidden: units of the experts that serve every token, together; 0: none.
       shared_gate: whether a sigmoid of the token scales them.
       router: how tokens are sent to experts.
+      router_bias: whether its logits have a bias.
       rotary: see there.
       latent: see there; None: keys and values have heads of their own.
       query_bias, output_bias: whether attention's projections have a bias.
@@ -68,6 +69,7 @@ class DecoderSizes(NamedTuple):
 
     family: str
     vocab_size: int
+    positions: int
     width: int
     num_layers: int
     dense_layers: int
@@ -80,6 +82,7 @@ class DecoderSizes(NamedTuple):
     shared_hidden: int
     shared_gate: bool
     router: RouterRule
+    router_bias: bool
     rotary: Rotary
     latent: Latent | None
     query_bias: bool
@@ -136,6 +139,7 @@ def read_sizes(config: Mapping[str, Any]) -> DecoderSizes:
     sizes = DecoderSizes(
         family=family,
         vocab_size=field("vocab_size"),
+        positions=field("max_position_embeddings"),
         width=width,
         num_layers=layers,
         dense_layers=layers if dense else field("first_k_dense_replace", default=0) if deepseek else 0,
@@ -148,6 +152,7 @@ def read_sizes(config: Mapping[str, Any]) -> DecoderSizes:
         shared_hidden=_shared_hidden(family, field, expert_hidden),
         shared_gate=family == "qwen2_moe",
         router=RouterRule(1) if dense else _router(family, field),
+        router_bias=False,
         rotary=_rotary(config, family, field("qk_rope_head_dim") if latent else head_size),
         latent=latent,
         query_bias=bool(field("qkv_bias", default=True))

@@ -30,7 +30,7 @@ from hfedmoe_jax.models.routing import RouterRule, route
 from hfedmoe_jax.models.switch import Head
 from hfedmoe_jax.models.tensor_files import find_tensors
 from hfedmoe_jax.pretrained import find_source
-from hfedmoe_jax.upcycling import Mixture, Network, upcyclings
+from hfedmoe_jax.upcycling import Mixture, Network, expert_size
 
 PAD_ID = 0
 INIT = nn.initializers.normal(0.02)
@@ -280,8 +280,8 @@ class Encoder(nn.Module):
         return [
             Network(
                 stack["network_in"]["kernel"][i],
-                stack["network_in"]["bias"][i],
                 stack["network_out"]["kernel"][i],
+                stack["network_in"]["bias"][i],
             )
             for i in range(self.shape.layers - self.num_layers, self.shape.layers)
         ]
@@ -299,7 +299,7 @@ class Encoder(nn.Module):
         blocks |= {"router": {"kernel": mixtures.router_de, "bias": mixtures.router_e}}
         return {
             "trunk": trunk | ({"dense": below} if first else {}), "blocks": blocks,
-            "experts": mixtures.experts._asdict(),
+            "experts": mixtures.experts.arrays(),
         }  # fmt: skip
 
     @property
@@ -381,19 +381,10 @@ def bert(config: ConfigDict, sizes: ModelSizes) -> Encoder:
         cut into, or texts longer than its positions.
     """
     shape = read_encoder_sizes(str(find_source(config.source)))._replace(lora=lora_rule(config))
-    if config.num_layers > shape.layers:
-        problem = f"above the checkpoint's {shape.layers} layers"
-        raise InputError("model.num_layers", config.num_layers, problem, "make mixtures of the last few")
     if sizes.seq_len > shape.positions:
         raise InputError("data.seq_len", sizes.seq_len, f"above the checkpoint's {shape.positions} positions",
                          "use shorter passages")  # fmt: skip
-    upcyclings[config.upcycling]  # refuses an unknown name
-    hidden, scale = shape.hidden, 1.0
-    if config.upcycling == "split":
-        if shape.hidden % config.num_experts:
-            problem = f"does not divide the checkpoint's {shape.hidden} hidden units"
-            raise InputError("model.num_experts", config.num_experts, problem, "use a divisor")
-        hidden, scale = shape.hidden // config.num_experts, float(config.top_k)
+    hidden, scale = expert_size(config, shape.layers, shape.hidden)
     return Encoder(
         sizes, shape, config.num_layers, config.num_experts, hidden,
         RouterRule(config.top_k, renormalise=True, scale=scale),

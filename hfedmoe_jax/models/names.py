@@ -62,6 +62,15 @@ class StoredParam(NamedTuple):
         """Returns it on devices; each reads its part and no more."""
         return jax.make_array_from_callback(self.shape, sharding, self.read)
 
+    def rows(self, first: int, end: int) -> "StoredParam":
+        """Returns a part of it by its first axis."""
+
+        def read(index: Any) -> np.ndarray:
+            inside = range(first, end)[index[0]]
+            return self.read((slice(inside.start, inside.stop), *index[1:]))
+
+        return StoredParam((end - first, *self.shape[1:]), read)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Returns all of it."""
         return np.asarray(self.read((slice(None),) * len(self.shape)), dtype)

@@ -11,19 +11,20 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.data.tokenizers import encode_passages
 from hfedmoe_jax.tasks.task import Batch, DocumentScores, Ratio, Task, tasks
 
 
 def prepare(
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    documents: Documents,
     labels: Int[np.ndarray, " documents"],
     label_names: Sequence[str],
     data: ConfigDict,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns passages: `tokens` [N, T] ([PAD]=0, [CLS] first), `labels` [N], and each one's document."""
-    tokens, document = encode_passages(tokenizer, texts, data.seq_len, data.long_text)
+    tokens, document = encode_passages(tokenizer, documents.texts, data.seq_len, data.long_text)
     return {"tokens": tokens, "labels": np.asarray(labels, np.int32)[document]}, document
 
 

@@ -13,19 +13,20 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.data.tokenizers import encode_passages
 from hfedmoe_jax.tasks.task import Batch, Ratio, Task, tasks
 
 
 def prepare(
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    documents: Documents,
     labels: Any,
     label_names: Sequence[str],
     data: ConfigDict,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Returns passages: `tokens` [N, T], and each one's document; labels only partition the texts."""
-    tokens, document = encode_passages(tokenizer, texts, data.seq_len, data.long_text)
+    tokens, document = encode_passages(tokenizer, documents.texts, data.seq_len, data.long_text)
     return {"tokens": tokens}, document
 
 

@@ -41,8 +41,8 @@ class Task(NamedTuple):
     """A task as pure functions.
 
     Attributes:
-      prepare: (tokenizer, texts, labels int [D], label names, data config) -> (rows, a tree of arrays
-        [N, ...]; the index of each one's document [N]). Each text has at least one row, in their order.
+      prepare: (tokenizer, `Documents`, labels int [D], label names, data config) -> (rows, a tree of arrays
+        [N, ...]; the index of each one's document [N]). Each document has at least one row, in their order.
       output: what the model returns a vector for: each "text", [B, O], or each "token", [B, T, O]; or
         `models.answers.Answers`, for "answer".
       num_outputs: (label names, vocabulary size) -> outputs of the model's head.
@@ -56,6 +56,9 @@ class Task(NamedTuple):
       evidence: (output, batch) -> what documents are scored from, float [B, ...]; None if they are not.
       score_documents: (evidence [N, ...], rows, document [N]) -> `DocumentScores`, on the host.
       document_scores: names of its scores.
+      asked: batch -> the batch that the model reads to be scored, of which `score` gets the output; None: it
+        reads what it trains on, so that training passes are scored, too.
+      by_length: rows -> parts of them, cut to the tokens that they have, to be scored; None: all as they are.
     """
 
     prepare: Callable[..., tuple[Batch, Any]]
@@ -70,6 +73,13 @@ class Task(NamedTuple):
     evidence: Callable[[Any, Batch], Array] | None = None
     score_documents: Callable[[np.ndarray, Batch, np.ndarray], DocumentScores] | None = None
     document_scores: tuple[str, ...] = ()
+    asked: Callable[[Batch], Batch] | None = None
+    by_length: Callable[[Batch], list[Batch]] | None = None
+
+    @property
+    def train_scores(self) -> tuple[str, ...]:
+        """Names of the scores of training passes, beside their loss."""
+        return self.scores if self.asked is None else ()
 
     @property
     def unit(self) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.data.tokenizers import encode_passages, specials_of
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models.answers import Answers, token_log_probs
@@ -24,7 +25,7 @@ from hfedmoe_jax.tasks.task import Batch, Ratio, Task, tasks
 
 def prepare(
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    documents: Documents,
     labels: Int[np.ndarray, " documents"],
     label_names: Sequence[str],
     data: ConfigDict,
@@ -37,7 +38,7 @@ def prepare(
     Raises:
       InputError: two classes have names of the same tokens.
     """
-    tokens, document = encode_passages(tokenizer, texts, data.seq_len, data.long_text)
+    tokens, document = encode_passages(tokenizer, documents.texts, data.seq_len, data.long_text)
     names_ca = encode_answers(tokenizer, label_names)
     label = np.asarray(labels, np.int32)[document]
     choices = np.broadcast_to(names_ca, (len(tokens), *names_ca.shape))

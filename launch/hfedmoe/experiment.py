@@ -110,9 +110,9 @@ def run_process(
 
 
 def check_trained(state: RunState) -> None:
-    """Raises a `NothingTrainedError` if no client's update counted in any round."""
+    """Raises a `NothingTrainedError` if there were rounds, and no client's update counted in any."""
     counts = np.asarray(state.ledger.status_counts)
-    if not counts[OK]:
+    if state.round and not counts[OK]:
         raise NothingTrainedError(f"{int(state.round)} rounds trained nothing: {failed_clients(counts)}")
 
 
@@ -139,7 +139,7 @@ def write_results(experiment: Experiment, saved: "Saved", outcome: Outcome, work
     check_workdir(workdir)
     rows = parse_metrics(saved.metrics)
     summary = summarize(experiment, state, outcome)
-    figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures")
+    figures = write_figures(rows, record(experiment, state, outcome), workdir / "figures") if rows else []
     write_rows(workdir / "clients.csv", client_rows(experiment, state, outcome))
     write_report(
         workdir / "report.html",
@@ -202,7 +202,7 @@ def train(experiment: Experiment, workdir: pathlib.Path, digests: dict[str, str]
         if restored:
             state, kept = restored[1]
         first = int(state.round)
-        if first == config.fl.rounds:
+        if restored and first == config.fl.rounds:
             print("this run is finished: its results are written again; another --workdir starts a new one")
         elif restored:
             print(f"continuing after round {first} of {config.fl.rounds}")
@@ -246,7 +246,8 @@ def describe(experiment: Experiment, workdir: pathlib.Path) -> None:
     if is_first_process():
         print_data_notes(data.facts, len(data.client_train), config)
     print_hints(experiment)
-    print("compiling the first round ...", flush=True)
+    if config.fl.rounds:
+        print("compiling the first round ...", flush=True)
 
 
 def budget_by_class(experiment: Experiment) -> dict[str, int]:

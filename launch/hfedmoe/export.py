@@ -23,7 +23,7 @@ COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 
 def can_export(experiment: Experiment) -> bool:
     """Whether the hub has the model's architecture, and all clients share one model."""
-    return hasattr(experiment.model.module, "names") and not experiment.algorithm.personal
+    return getattr(experiment.model.module, "names", None) is not None and not experiment.algorithm.personal
 
 
 def export_model(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:

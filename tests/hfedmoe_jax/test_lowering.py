@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from test_experiment import build
 
-from hfedmoe_jax.evaluation import EvaluationBatches
 from hfedmoe_jax.population import put_members
 
 
@@ -57,9 +56,8 @@ def test_every_program_of_a_run_is_lowered_and_can_be_compiled():
     experiment = build(budget__fraction=0.5)
     lowered = {name: lower() for name, lower in experiment.lower()}
     assert set(lowered) == {"tier 4", "open", "settle", "finish", "evaluate", "usage"}
-    batches, _, _ = experiment.splits.validation
     model = experiment.algorithm.snapshot(experiment.init().server)
-    block = jax.tree.map(lambda x: np.zeros((16, *x.shape[1:]), x.dtype), EvaluationBatches(*batches))
+    block = jax.tree.map(lambda x: np.zeros((16, *x.shape[1:]), x.dtype), experiment.splits.holdout)
     count = np.ones(1, np.int32)
     members = put_members(experiment.mesh, ((block, ()), count))
     _, score = lowered["evaluate"].compile()((), (model, experiment.frozen), *members)

@@ -159,9 +159,9 @@ def test_what_the_report_says_is_what_a_loop_finds():
     rng = np.random.default_rng(0)
     count, width, hidden, top_k = 8, 5, 6, 2
     network = Network(
-        *(rng.normal(size=s).astype(np.float32) for s in ((width, hidden), (hidden,), (hidden, width)))
+        *(rng.normal(size=s).astype(np.float32) for s in ((width, hidden), (hidden, width), (hidden,)))
     )
-    experts = Network(*(rng.normal(size=(count, *part.shape)).astype(np.float32) for part in network))
+    experts = jax.tree.map(lambda part: rng.normal(size=(count, *part.shape)).astype(np.float32), network)
     mixture = Mixture(
         experts, rng.normal(size=(width, count)).astype(np.float32), np.zeros(count, np.float32)
     )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from configs.hfedmoe import get_config
 from hfedmoe_jax.data import train_tokenizer
+from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.tasks import classification, tasks
 
 score, loss = jax.jit(classification.score), jax.jit(classification.loss)
@@ -60,7 +61,8 @@ def test_a_text_becomes_passages_with_its_label():
     texts = ["a b a b a b a", "b", ""]
     tokenizer = train_tokenizer(texts, config.tokenizer, config.vocab_size)
     names = ("x", "y", "z")
-    rows, document = classification.prepare(tokenizer, texts, np.int64([2, 0, 1]), names, config)
+    documents = Documents(texts, ["z", "x", "y"], None)
+    rows, document = classification.prepare(tokenizer, documents, np.int64([2, 0, 1]), names, config)
     assert document.tolist() == sorted(document.tolist()) and set(document.tolist()) == {0, 1, 2}
     assert rows["labels"].dtype == np.int32 and rows["labels"].tolist() == [(2, 0, 1)[d] for d in document]
     assert rows["tokens"].shape == (len(document), 4)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from configs.hfedmoe import get_config
 from hfedmoe_jax.data import train_tokenizer
+from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models.answers import Answers
 from hfedmoe_jax.tasks import tasks, text_to_text
@@ -59,7 +60,9 @@ def test_a_text_has_the_names_of_all_classes_as_answers():
     config.seq_len = 4
     names, texts = ("good day", "bad"), ["bad good day bad good", "day"]
     tokenizer = train_tokenizer([*names, *texts], config.tokenizer, config.vocab_size)
-    rows, document = text_to_text.prepare(tokenizer, texts, np.int64([1, 0]), names, config)
+    rows, document = text_to_text.prepare(
+        tokenizer, Documents(texts, ["bad", "good day"], None), np.int64([1, 0]), names, config
+    )
     assert rows["choices"].shape == (len(document), 2, rows["answers"].shape[1])
     for label, answer, choices in zip(rows["labels"], rows["answers"], rows["choices"], strict=True):
         np.testing.assert_array_equal(answer, choices[label])
@@ -72,4 +75,4 @@ def test_classes_that_no_answer_tells_apart_are_refused():
     config = get_config().data
     tokenizer = train_tokenizer(["a b c"], config.tokenizer, config.vocab_size)
     with pytest.raises(InputError, match="'@': has the same tokens as '%'"):
-        text_to_text.prepare(tokenizer, ["a"], np.int64([0]), ("%", "@"), config)
+        text_to_text.prepare(tokenizer, Documents(["a"], ["%"], None), np.int64([0]), ("%", "@"), config)

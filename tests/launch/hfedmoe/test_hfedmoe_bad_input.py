@@ -44,7 +44,7 @@ def refusal(folder, tmp_path, extra=(), **fields) -> str:
         ("fl.clients", 500, "=500: there are only 18 training documents; use at most 18 clients"),
         ("fl.clients_per_round", 5, "=5: above fl.clients=4; sample at most all clients"),
         ("fl.dropout_probability", 1.5, "=1.5: must be at least 0 and below 1; use"),
-        ("fl.rounds", 0, "=0: must be at least 1 and at most 1,000,000,000; use e.g. 40"),
+        ("fl.rounds", -1, "=-1: must be at least 0 and at most 1,000,000,000; use e.g. 40"),
         ("fl.score", "frequncy", "='frequncy': unknown name; did you mean 'frequency'?"),
         ("seed", -1, "=-1: must be at least 0 and at most 4,294,967,295; "),
         ("importance.lam", 2.0, "=2.0: must be at least 0 and at most 1; "),
