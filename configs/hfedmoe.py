@@ -173,8 +173,8 @@ def decoder(config: ConfigDict) -> ConfigDict:
 def switch_base_64(config: ConfigDict) -> ConfigDict:
     """Switch-Base with 64 experts a layer (3.8 billion parameters): the name of a text's class is the answer.
 
-    Adapters of rank 8 over an nf4 base learn (QLoRA; `pip install qwix`), a quarter of the experts for
-    everyone. As it is it serves --dry_run, in half a minute and without weights; to train add
+    Adapters of rank 8 over an nf4 base learn (QLoRA, `pip install qwix`), a quarter of the experts each.
+    As it is it serves --dry_run, in half a minute and without weights; to train add
     --config.model.source=DIRECTORY.
     """
     config.model.update(family="switch_t5", source="switch_base_64", train="lora", base="nf4")
@@ -189,8 +189,8 @@ def switch_base_64(config: ConfigDict) -> ConfigDict:
 def deepseek_moe_16b(config: ConfigDict) -> ConfigDict:
     """DeepSeekMoE 16B (64 experts a layer and 2 for every token): next tokens of BBC News.
 
-    Adapters of rank 8 over an nf4 base learn (QLoRA; `pip install qwix`), a quarter of the experts for
-    everyone. As it is it serves --dry_run, in half a minute and without weights; to train add
+    Adapters of rank 8 over an nf4 base learn (QLoRA, `pip install qwix`), a quarter of the experts each.
+    As it is it serves --dry_run, in half a minute and without weights; to train add
     --config.model.source=DIRECTORY.
     """
     config = decoder(config)
