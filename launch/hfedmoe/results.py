@@ -80,7 +80,7 @@ def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[s
             "{mean:.4f} mean by {unit}, {std:.4f} std, {worst10:.4f} worst 10%".format(unit=unit, **spread),
         ),
         ("expert budget", f"{budgets} of {summary['experts']}"),
-        ("client rounds", ", ".join(f"{k} {v}" for k, v in summary["client_rounds"].items() if v)),
+        ("client rounds", ", ".join(f"{k} {v}" for k, v in summary["client_rounds"].items() if v) or "none"),
         ("sent", f"{summary['bytes_up'] / 1e6:,.1f} MB up, {summary['bytes_down'] / 1e6:,.1f} MB down"),
         *([("privacy spent", privacy_text(summary["privacy"]))] if "privacy" in summary else []),
         ("simulated time", format_seconds(summary["simulated_time_s"])),
