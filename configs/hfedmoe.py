@@ -199,15 +199,26 @@ def deepseek_moe_16b(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def banking_minilm(config: ConfigDict) -> ConfigDict:
+    """BANKING77 (77 intents of a bank's customers) as `agnews_minilm`; texts of the hub, shorter.
+
+    After `make pretrained`. Without a network add --config.data.source=file, --config.data.train_path=... and
+    --config.data.test_path=..., files with the columns text and label.
+    """
+    config = agnews_minilm(config)
+    config.data.update(source="hub:PolyAI/banking77", text_column="text", seq_len=32)
+    return config
+
+
 def smollm2_mcq(config: ConfigDict) -> ConfigDict:
-    """Multiple choice with SmolLM2-135M, mixtures of 8 experts in its last two layers; the trunk is frozen.
+    """Multiple choice with SmolLM2-135M, mixtures of 8 experts in its last two layers, by LoRA of rank 8.
 
     After `make pretrained`; add --config.data.train_path=... and --config.data.test_path=... with the
     columns question, choices and answer (ARC, OpenBookQA, CommonsenseQA, MMLU). A quarter of the experts for
     everyone.
     """
     config.model.update(family="decoder", source="smollm2", upcycling="split", num_experts=8, top_k=2)
-    config.model.update(train="router", cache_trunk=True)
+    config.model.train = "lora"
     config.task.name = "multiple_choice"
     config.data.update(source="file", text_column="question", choices_column="choices", label_column="answer")
     config.data.update(tokenizer="checkpoint", seq_len=128)
@@ -223,8 +234,8 @@ PRESETS = {
     preset.__name__: preset
     for preset in (
         default, smoke, gradient, active, literal, unreliable, agnews, pod,
-        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, decoder, smollm2_mcq,
-        switch_base_64, deepseek_moe_16b,
+        scaffold, private, compressed, fedmoe, frozen, agnews_minilm, banking_minilm, decoder,
+        smollm2_mcq, switch_base_64, deepseek_moe_16b,
     )
 }  # fmt: skip
 

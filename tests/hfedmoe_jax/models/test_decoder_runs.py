@@ -11,7 +11,9 @@ from tiny_decoder import LETTERS, write_decoder
 from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.adapter_files import open_adapters
 from hfedmoe_jax.models.decoder import Decoder
+from hfedmoe_jax.models.lora import LoraRule
 from hfedmoe_jax.models.tensor_files import find_tensors
 from launch.hfedmoe.export import can_export, export_adapters, export_model
 
@@ -92,10 +94,7 @@ def test_adapters_go_back_as_such_and_merged(case, base, tmp_path):
     """W + scale * A B of the checkpoint's own W, and A and B themselves as PEFT names and lays them."""
     source = write_decoder(tmp_path / "source", case)
     experiment = build(source, train="lora", lora_rank=2, lora_alpha=6.0, base=base)
-    state, _, failures = experiment.step(experiment.init())
-    experiment.close()
-    assert failures == []
-    params = experiment.algorithm.snapshot(state.server).params
+    params = moved(experiment.init().server.params)
     export_model(experiment, params, tmp_path / "model")
     export_adapters(experiment, params, tmp_path / "adapters")
     (tmp_path / "adapters" / "adapter_model.safetensors").rename(tmp_path / "adapters" / "model.safetensors")
@@ -140,16 +139,22 @@ def test_a_run_starts_from_adapters_of_its_base_alone(tmp_path):
     other = write_decoder(tmp_path / "other")
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    for directory, changed, problem in (
-        (source, dict(lora_rank=3), r"has r=2, the run 3; set model\.lora_rank"),
-        (source, dict(lora_alpha=2.0), r"has lora_alpha=6\.0, the run 2\.0"),
-        (other, {}, "belongs to another base"),
-        (source, dict(train="router"), "reads none"),
-        (source, dict(adapters=str(tmp_path)), "has no adapter_config.json"),
-        (write_decoder(tmp_path / "olmoe", "olmoe"), {}, "another base"),
+    for directory, train, problem in ((other, "lora", "another base"), (source, "router", "reads none")):
+        with pytest.raises(InputError, match=r"model\.adapters=.*" + problem):
+            build(directory, **fields | dict(adapters=str(adapters), train=train))
+
+    right = LoraRule(2, 3.0)
+
+    def opened(directory=adapters, rule=right):
+        return open_adapters(directory, first.model.module.names(), params, rule, first.start.digest)
+
+    for arguments, problem in (
+        (dict(rule=LoraRule(3, 2.0)), r"has r=2, the run 3; set model\.lora_rank"),
+        (dict(rule=LoraRule(2, 1.0)), r"has lora_alpha=6\.0, the run 2\.0"),
+        (dict(directory=tmp_path), "has no adapter_config.json"),
     ):
         with pytest.raises(InputError, match=r"model\.adapters=.*" + problem):
-            build(directory, **{"adapters": str(adapters), **fields, **changed})
+            opened(**arguments)
     content = json.loads((adapters / "adapter_config.json").read_text())
     (adapters / "adapter_config.json").write_text(json.dumps({**content, "hfedmoe_base": None}))
     stored = adapters / "adapter_model.safetensors"
@@ -160,7 +165,7 @@ def test_a_run_starts_from_adapters_of_its_base_alone(tmp_path):
     ):
         stored.write_bytes(broken)
         with pytest.raises(InputError, match=r"model\.adapters=.*" + problem):
-            build(source, adapters=str(adapters), **fields)
+            opened()
 
 
 def flat(tree):

@@ -57,7 +57,7 @@ def test_experts_learn_under_budgets_and_the_model_goes_back(tmp_path):
 def check_likelihoods(experiment, state):
     """A class is as likely as the tokens of its name, each text and each class on its own."""
     quality, _ = experiment.splits.validate(experiment.algorithm.snapshot(state.server))
-    _, rows, _ = experiment.splits.validation
+    rows, _ = experiment.splits.validation
     module = experiment.model.module.clone(capacity_factor=4.0)  # none is dropped
     params = module.read(pathlib.Path(experiment.config.model.source))
     params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params, is_leaf=lambda x: hasattr(x, "place"))
@@ -72,10 +72,10 @@ def check_likelihoods(experiment, state):
 
     each = []
     for answer in answers:
-        tokens = experiment.data.validation["tokens"][rows]
+        tokens = rows["tokens"]
         log_probs = jax.nn.log_softmax(logits(tokens, np.tile(answer, (len(tokens), 1))))
         each.append([sum(float(text[i, t]) for i, t in enumerate(answer) if t) for text in log_probs])
-    labels = experiment.data.validation["labels"][rows]
+    labels = rows["labels"]
     assert quality.scores["accuracy"] == pytest.approx(np.mean(np.argmax(each, axis=0) == labels))
     right = sum(each[label][text] for text, label in enumerate(labels))
     count = np.sum(answers[labels] != 0)

@@ -130,6 +130,25 @@ def test_clients_learn_to_answer_and_nobody_trains_the_trunk(tmp_path):
     assert "embed" in experiment.frozen and "dense" in experiment.frozen
 
 
+def test_adapters_begin_as_the_mixtures_and_learn(tmp_path):
+    """Of attention in all layers, the dense ones too; outputs are at first those without adapters."""
+    fields = dict(upcycling="cluster", eval_capacity_factor=4.0)
+    plain = build(run_config(tmp_path, **fields))
+    adapted = build(run_config(tmp_path, train="lora", lora_rank=2, **fields))
+    start = adapted.init()
+    scores = [e.splits.validate(e.algorithm.snapshot(e.init().server))[0].scores for e in (plain, adapted)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    paths = [
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(start.server.params.shared)
+    ]
+    assert {"dense", "blocks"} == {path.split("'")[1] for path in paths} and len(paths) == 16
+    state, _, failures = adapted.step(start)
+    adapted.close()
+    moved = jax.tree.map(lambda x: bool(np.any(x)), state.server.params)
+    assert failures == [] and all(jax.tree.leaves(moved.shared))
+
+
 def test_a_run_of_no_round_tells_how_good_the_start_is(tmp_path, monkeypatch):
     """Scores are those of whole rows, whatever length they are cut to."""
     config = run_config(tmp_path, upcycling="copy", eval_capacity_factor=4.0)
