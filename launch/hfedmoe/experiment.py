@@ -24,7 +24,7 @@ from launch.hfedmoe.data_notes import print_data_notes
 from launch.hfedmoe.export import can_export, export_adapters, export_model
 from launch.hfedmoe.figures import write_figures
 from launch.hfedmoe.results import class_tables, introduction, readable, summary_rows
-from launch.hfedmoe.run_notes import mixture_line, print_hints, run_line
+from launch.hfedmoe.run_notes import mixture_line, print_hints, run_line, waiting_line
 from launch.hosts.devices import configure_devices, use_compilation_cache
 from launch.hosts.distributed import (
     SINGLE_PROCESS,
@@ -91,6 +91,8 @@ def run_process(
       The state after the last round.
     """
     check_same_config(config)
+    if line := waiting_line(config):
+        print(line, flush=True)
     experiment = Experiment(config, make_mesh(experts=config.mesh.experts))
     check_same_data(experiment)
     belongs_to = fingerprints(experiment, source)

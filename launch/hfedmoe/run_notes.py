@@ -39,6 +39,19 @@ def mixture_line(experiment: Experiment) -> str:
     )
 
 
+def waiting_line(config: ConfigDict) -> str:
+    """Returns what takes minutes before the first round; "" if nothing does.
+
+    >>> from configs.hfedmoe import get_config
+    >>> waiting_line(get_config("agnews_minilm"))
+    'reading minilm; then its frozen layers read every passage once (model.cache_trunk), which takes minutes'
+    """
+    if not config.model.source:
+        return ""
+    cached = "; then its frozen layers read every passage once (model.cache_trunk), which takes minutes"
+    return f"reading {config.model.source}{cached if config.model.cache_trunk else ''}"
+
+
 def print_hints(experiment: Experiment) -> None:
     """Prints where the config asks for something that has no effect here."""
     fraction = experiment.config.budget.fraction
