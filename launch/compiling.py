@@ -25,7 +25,7 @@ class Compiled(NamedTuple):
       arguments, temporaries, outputs: bytes on a chip; outputs without those that reuse arguments.
       flop, moved: FLOP, and bytes between chip and memory, of one execution as XLA counts them: the body of a
         loop once.
-      collectives: how many of each kind its text has.
+      collectives: how many of each kind its text has; None where XLA cannot print it.
       seconds: that lowering and compiling took.
     """
 
@@ -34,7 +34,7 @@ class Compiled(NamedTuple):
     outputs: int
     flop: float
     moved: float
-    collectives: Counter[str]
+    collectives: Counter[str] | None
     seconds: float
 
     @property
@@ -64,9 +64,17 @@ def compile_program(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         cost.get("flops", 0.0),
         cost.get("bytes accessed", 0.0),
-        Counter(COLLECTIVE.findall(compiled.as_text() or "")),
+        count_collectives(compiled),
         seconds,
     )
+
+
+def count_collectives(compiled: jax.stages.Compiled) -> Counter[str] | None:
+    """Returns a program's collectives; None where XLA cannot print it (libtpu 0.0.50, some programs)."""
+    try:
+        return Counter(COLLECTIVE.findall(compiled.as_text() or ""))
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def compile_programs(
@@ -87,6 +95,17 @@ def compile_programs(
                 raise
             found[name] = str(error)
     return found
+
+
+def collective_text(collectives: Counter[str] | None) -> str:
+    """Returns collectives as a cell of a table.
+
+    >>> collective_text(Counter(["all-reduce"])), collective_text(Counter()), collective_text(None)
+    ('1 all-reduce', '-', 'unknown')
+    """
+    if collectives is None:
+        return "unknown"
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(collectives.items())) or "-"
 
 
 def program_table(programs: dict[str, Compiled | str], chip: Chip) -> Table:
@@ -113,7 +132,7 @@ def compiled_cells(found: Compiled, chip: Chip) -> list[str]:
     return [
         *map(megabytes, (found.arguments, found.temporaries, found.outputs, found.total)),
         f"{megabytes(abs(room))} {'free' if room >= 0 else 'too much'}",
-        ", ".join(f"{count} {kind}" for kind, count in sorted(found.collectives.items())) or "-",
+        collective_text(found.collectives),
         format_seconds(found.seconds),
     ]
 
