@@ -46,10 +46,10 @@ def waiting_line(config: ConfigDict) -> str:
     >>> waiting_line(get_config("agnews_minilm"))
     'reading minilm; then its frozen layers read every passage once (model.cache_trunk), which takes minutes'
     """
-    if not config.model.source:
+    if not config.model.cache_trunk:
         return ""
-    cached = "; then its frozen layers read every passage once (model.cache_trunk), which takes minutes"
-    return f"reading {config.model.source}{cached if config.model.cache_trunk else ''}"
+    reads = "then its frozen layers read every passage once (model.cache_trunk), which takes minutes"
+    return f"reading {config.model.source}; {reads}"
 
 
 def print_hints(experiment: Experiment) -> None:
