@@ -49,6 +49,7 @@ def run_both(directory):
     assert cached.cost.shared_flop < plain.cost.shared_flop
 
 
+@pytest.mark.slow
 def test_cached_features_change_no_bit_of_a_run(tmp_path):
     """Compiled as a run compiles it, not as quickly as the tests do."""
     as_usual = "import jax; jax.config.update('jax_disable_most_optimizations', False)"

@@ -64,7 +64,9 @@ class AllReal(Decoder):
         return jnp.ones_like(batch["tokens"], bool)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "deepseek_v2_lite"])
+@pytest.mark.parametrize(
+    "case", ["mixtral", "qwen2_moe", pytest.param("deepseek_v2_lite", marks=pytest.mark.slow)]
+)
 def test_experts_learn_under_budgets_and_the_model_goes_back(case, tmp_path):
     source = write_decoder(tmp_path / "source", case)
     experiment = build(source, train="router")
@@ -89,7 +91,10 @@ def test_experts_learn_under_budgets_and_the_model_goes_back(case, tmp_path):
     assert changed and all("experts." in name or "gate." in name for name in changed)
 
 
-@pytest.mark.parametrize(("case", "base"), [("mixtral", "nf4"), ("deepseek_v2_lite", "float32")])
+@pytest.mark.parametrize(
+    ("case", "base"),
+    [("mixtral", "nf4"), pytest.param("deepseek_v2_lite", "float32", marks=pytest.mark.slow)],
+)
 def test_adapters_go_back_as_such_and_merged(case, base, tmp_path):
     """W + scale * A B of the checkpoint's own W, and A and B themselves as PEFT names and lays them."""
     source = write_decoder(tmp_path / "source", case)
