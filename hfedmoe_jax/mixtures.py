@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.data.sources import bbc_news
 from hfedmoe_jax.data.tokenizers import encode_passages, load_tokenizer
-from hfedmoe_jax.models.base import place_leaf
+from hfedmoe_jax.models.frozen import place_leaf
 from hfedmoe_jax.models.names import StoredParam
 from hfedmoe_jax.models.params import Params
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
@@ -186,7 +186,7 @@ def replace_leaves(tree: Any, start: dict, prefix: str = "", base: str = "float3
 
     Args:
       prefix: of the leaves' paths in the start.
-      base: how they are kept, see `models.base`; the tree is consumed unless this is float32.
+      base: how they are kept, see `models.frozen`; the tree is consumed unless this is float32.
     """
     wanted = traverse_util.flatten_dict(start, sep="/")
     leaves: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, flat
-from hfedmoe_jax.models.base import check_base, keep_frozen
+from hfedmoe_jax.models.frozen import check_base, keep_frozen
 from hfedmoe_jax.models.lora import adapt, init_factors, join, lora_rule
 from hfedmoe_jax.models.params import Params, merge_params, split_params
 from hfedmoe_jax.models.precision import PRECISIONS

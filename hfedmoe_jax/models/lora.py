@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.experts import Budget, row_of
-from hfedmoe_jax.models.base import as_floats
 
 LORA = "lora"
 """Of `model.train`."""
@@ -48,7 +47,7 @@ class Adapted:
     """A matrix with its adapter, W + scale * A B; `precision.matmul` multiplies by it.
 
     Attributes:
-      base: W [D, F], frozen, see `models.base`.
+      base: W [D, F], frozen, see `models.frozen`.
       a_dr, b_rf: A [D, R], B [R, F].
       scale: see `LoraRule`.
     """
@@ -132,26 +131,6 @@ def adapter_pairs(tree: dict) -> dict[tuple[str, ...], tuple[Any, Any]]:
         path[:-1]: (a, leaves[(*path[:-1], FACTORS[1])])
         for path, a in leaves.items() if path[-1] == FACTORS[0]
     }  # fmt: skip
-
-
-def merge_experts(weights: dict) -> dict:
-    """Returns what `join` returned with plain matrices, W + scale * A B."""
-
-    def merged(leaf):
-        if not isinstance(leaf, Adapted):
-            return leaf
-        return as_floats(leaf.base) + leaf.scale * (leaf.a_dr @ leaf.b_rf)
-
-    return jax.tree.map(merged, weights, is_leaf=lambda x: isinstance(x, Adapted))
-
-
-def merge_dense(variables: dict, scale: float) -> dict:
-    """Returns parameters in which every `Dense` is without an adapter, its kernel W + scale * A B."""
-    leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(variables))
-    merged = {path: leaf for path, leaf in leaves.items() if path[-1] not in FACTORS}
-    for module, (a, b) in adapter_pairs(variables).items():
-        merged[(*module, "kernel")] += scale * (a @ b)
-    return traverse_util.unflatten_dict(merged)
 
 
 class Dense(nn.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hfedmoe_jax.models.base import as_floats
+from hfedmoe_jax.models.frozen import as_floats
 from hfedmoe_jax.models.lora import Adapted
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

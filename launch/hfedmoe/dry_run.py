@@ -14,7 +14,7 @@ from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.data import FederatedData, load_federated
 from hfedmoe_jax.devices import memory_needed, round_cost
 from hfedmoe_jax.models import tree_bytes
-from hfedmoe_jax.models.base import as_floats
+from hfedmoe_jax.models.frozen import as_floats
 from hfedmoe_jax.published import PUBLISHED
 from hfedmoe_jax.tasks import tasks
 from launch.compiling import Table, compile_programs, megabytes, program_table

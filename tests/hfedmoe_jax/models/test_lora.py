@@ -7,6 +7,7 @@ import pytest
 import tiny_bert
 import tiny_decoder
 from dense_switch import Controls, dense_switch
+from flax import traverse_util
 from selected_pass import make_pass
 from tiny import tiny_batches, tiny_config, tiny_frozen, tiny_model, tiny_params
 
@@ -15,12 +16,32 @@ from hfedmoe_jax import Experiment, make_mesh, mixtures
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import open_budget
 from hfedmoe_jax.models import ModelSizes, Params, build_model, load_balancing_loss, merge_params, tree_bytes
-from hfedmoe_jax.models.base import as_floats, keep_frozen
-from hfedmoe_jax.models.lora import FACTORS, join, merge_dense, merge_experts
+from hfedmoe_jax.models.frozen import as_floats, keep_frozen
+from hfedmoe_jax.models.lora import FACTORS, Adapted, adapter_pairs, join
 from hfedmoe_jax.tasks import tasks
 
 LORA = {"model__train": "lora", "model__lora_rank": 2, "model__lora_alpha": 6.0}
 SCALE = 3.0
+
+
+def merge_experts(weights: dict) -> dict:
+    """Returns what `join` returned with plain matrices, W + scale * A B."""
+
+    def merged(leaf):
+        if not isinstance(leaf, Adapted):
+            return leaf
+        return as_floats(leaf.base) + leaf.scale * (leaf.a_dr @ leaf.b_rf)
+
+    return jax.tree.map(merged, weights, is_leaf=lambda x: isinstance(x, Adapted))
+
+
+def merge_dense(variables: dict, scale: float) -> dict:
+    """Returns parameters in which every `Dense` is without an adapter, its kernel W + scale * A B."""
+    leaves = traverse_util.flatten_dict(variables)
+    merged = {path: leaf for path, leaf in leaves.items() if path[-1] not in FACTORS}
+    for module, (a, b) in adapter_pairs(variables).items():
+        merged[(*module, "kernel")] += scale * (a @ b)
+    return traverse_util.unflatten_dict(merged)
 
 
 def moved(tree, seed=1):
