@@ -46,7 +46,6 @@ from hfedmoe_jax.metrics import metric_columns, round_row
 from hfedmoe_jax.mixtures import load_start, replace_leaves, replace_params
 from hfedmoe_jax.models import ModelSizes, build_model, frozen_specs, tree_bytes
 from hfedmoe_jax.models.adapter_files import open_adapters
-from hfedmoe_jax.models.family import FEATURES
 from hfedmoe_jax.models.lora import lora_rule
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
@@ -55,7 +54,7 @@ from hfedmoe_jax.ranges import check_batch, check_evaluation, check_local_steps,
 from hfedmoe_jax.reports import NONFINITE, OK, STATUS_NAMES, failed_clients
 from hfedmoe_jax.schedule import NOBODY, Block, block_size, chunk_size, empty_places
 from hfedmoe_jax.tasks import tasks
-from hfedmoe_jax.trunk import cache_features, check_trunk, feature_shape, no_features
+from hfedmoe_jax.trunk import cache_features, feature_shape, find_cut, no_features
 
 COHORT_STREAM, DEVICE_STREAM = 101, 102  # the host's random streams, apart from those of the data
 
@@ -155,9 +154,10 @@ class Experiment:
         )  # fmt: skip
         self.model = build_model(config.model, sizes, batch)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0))
+        cut = None
         if config.model.cache_trunk:
-            check_trunk(self.model, shapes[1])
-            batch[FEATURES] = feature_shape(self.model, batch["tokens"])
+            cut = find_cut(self.model)
+            batch[cut.name] = feature_shape(self.model, batch["tokens"])
         check_memory(tree_bytes(shapes), memory_bytes and memory_bytes * mesh.shape[EXPERTS])
         self.init_key, self.round_key = jax.random.split(jax.random.key(config.seed))
         optimizer = build_optimizer(config.client, config.client.optimizer, "client")
@@ -197,10 +197,10 @@ class Experiment:
                 stored = open_adapters(config.model.adapters, names, shapes[0], rule, self.start.digest)
                 self.start = self.start._replace(adapters=stored)
         self.frozen = self._frozen()
-        if config.model.cache_trunk and self.shapes_only:
-            self.data = no_features(self.data, self.model)
-        elif config.model.cache_trunk:
-            self.data = cache_features(self.data, self.model, self.frozen, config)
+        if cut and self.shapes_only:
+            self.data = no_features(self.data, self.model, cut)
+        elif cut:
+            self.data = cache_features(self.data, self.model, self.frozen, config, cut)
         setting = Setting(
             config, self.model, self.task, self.frozen, self.budgets, table_rows, mesh, self.chunk
         )

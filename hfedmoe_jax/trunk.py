@@ -1,46 +1,63 @@
 """What the frozen layers below the first trainable one make of each passage, computed once a run.
 
-A module that allows it has `trunk_params`, the names of those parameters at its top, and a method
-`features(frozen, tokens)`; it reads batch["features"] where a batch has them. Features lie in an unnamed file
-of the cache directory, so the operating system keeps in memory what fits.
+A module that allows it has `trunk_cuts`, pairs (name, paths of parameters), the deepest first, and a method
+`features(frozen, tokens, name)` that computes what these parameters make of tokens; where a batch has an
+array of that name the module reads it instead. Features lie in an unnamed file of the cache directory, so
+the operating system keeps in memory what fits.
 
 Axes: N passages, B batch, T tokens, D model.
 """
 
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.data import FederatedData, Rows, num_rows
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.mixtures import cache_dir
 from hfedmoe_jax.models import MoeModel
-from hfedmoe_jax.models.family import FEATURES
 
 SPLITS = ("train", "validation", "test")
 
 
-def check_trunk(model: MoeModel, frozen: Any) -> None:
-    """Raises InputError if a model has no trunk, or part of it is trained."""
-    names = getattr(model.module, "trunk_params", ())
-    if not names:
-        problem, remedy = "this family has no layers without experts", "set it to False"
-    elif loose := [name for name in names if not _is_whole(model, frozen, name)]:
-        problem, remedy = f"{', '.join(loose)} is trained", "use e.g. model.train=experts_router_head"
-    else:
-        return
-    raise InputError("model.cache_trunk", True, problem, remedy)
+class Cut(NamedTuple):
+    """Where the trunk ends.
+
+    Attributes:
+      name: of the features in a batch.
+      paths: of the parameters that they are computed from, all of them frozen.
+    """
+
+    name: str
+    paths: tuple[str, ...]
 
 
-def _is_whole(model: MoeModel, frozen: Any, name: str) -> bool:
+def find_cut(model: MoeModel) -> Cut:
+    """Returns the deepest cut of a model's trunk below which everything is frozen.
+
+    Raises:
+      InputError: the model has no trunk, or part of it is trained.
+    """
+    cuts = [Cut(*cut) for cut in getattr(model.module, "trunk_cuts", ())]
+    if not cuts:
+        problem = "this family has no layers without experts"
+        raise InputError("model.cache_trunk", True, problem, "set it to False")
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
-    return name in frozen and name not in params.shared
+    trained = traverse_util.flatten_dict(params.shared, sep="/")
+    for cut in cuts:
+        loose = [path for path in cut.paths if any(is_below(name, path) for name in trained)]
+        if not loose:
+            return cut
+    problem, remedy = f"{', '.join(loose)} is trained", "use e.g. model.train=experts_router_head"
+    raise InputError("model.cache_trunk", True, problem, remedy)
 
 
 def feature_shape(model: MoeModel, tokens: Any) -> jax.ShapeDtypeStruct:
@@ -48,17 +65,19 @@ def feature_shape(model: MoeModel, tokens: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*tokens.shape, model.module.width), model.module.dtype)
 
 
-def no_features(data: FederatedData, model: MoeModel) -> FederatedData:
+def no_features(data: FederatedData, model: MoeModel, cut: Cut) -> FederatedData:
     """Returns data with features that take no memory, for programs that are only compiled."""
 
     def empty(tokens: np.ndarray) -> np.ndarray:
         shape = feature_shape(model, tokens)
         return np.broadcast_to(np.zeros((), shape.dtype), shape.shape)
 
-    return _with_features(data, empty)
+    return _with_features(data, cut, empty)
 
 
-def cache_features(data: FederatedData, model: MoeModel, frozen: Any, config: ConfigDict) -> FederatedData:
+def cache_features(
+    data: FederatedData, model: MoeModel, frozen: Any, config: ConfigDict, cut: Cut
+) -> FederatedData:
     """Returns data whose passages have features.
 
     They are computed in batches of the size that reads them, a step's or an evaluation's: on a CPU they then
@@ -68,6 +87,7 @@ def cache_features(data: FederatedData, model: MoeModel, frozen: Any, config: Co
       data: of this process.
       frozen: the trunk's parameters among them, on the mesh.
       config: `fl.batch_size` and `eval.batch_size` are read.
+      cut: see `find_cut`.
 
     Raises:
       InputError: the disk has no room.
@@ -81,9 +101,8 @@ def cache_features(data: FederatedData, model: MoeModel, frozen: Any, config: Co
         problem = f"needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
         remedy = "set HFEDMOE_CACHE to a folder of a larger disk, or this to False"
         raise InputError("model.cache_trunk", True, problem, remedy)
-    own = {name: frozen[name] for name in model.module.trunk_params}
-    own = jax.tree.map(lambda x: x.addressable_data(0), own)
-    compute = jax.jit(model.module.features)
+    own = jax.tree.map(lambda x: x.addressable_data(0), below(frozen, cut))
+    compute = jax.jit(functools.partial(model.module.features, cut=cut.name))
 
     def room(tokens: np.ndarray) -> np.ndarray:
         shape = feature_shape(model, tokens)
@@ -95,9 +114,9 @@ def cache_features(data: FederatedData, model: MoeModel, frozen: Any, config: Co
     def fill(part: Rows, rows: np.ndarray, size: int) -> None:
         for some in np.array_split(rows, range(size, len(rows), size)):
             padded = np.pad(part["tokens"][some], [(0, size - len(some)), (0, 0)])
-            part[FEATURES][some] = np.asarray(compute(own, padded))[: len(some)]
+            part[cut.name][some] = np.asarray(compute(own, padded))[: len(some)]
 
-    data = _with_features(data, room)
+    data = _with_features(data, cut, room)
     trained = np.unique(np.concatenate(data.client_train))
     fill(data.train, trained, config.fl.batch_size)
     fill(data.train, np.setdiff1d(np.arange(num_rows(data.train)), trained), config.eval.batch_size)
@@ -106,8 +125,22 @@ def cache_features(data: FederatedData, model: MoeModel, frozen: Any, config: Co
     return data
 
 
-def _with_features(data: FederatedData, features_of: Callable[[np.ndarray], np.ndarray]) -> FederatedData:
+def below(frozen: dict, cut: Cut) -> dict:
+    """Returns the frozen parameters below a cut, as nested dicts."""
+    leaves = traverse_util.flatten_dict(frozen, sep="/")
+    own = {name: leaf for name, leaf in leaves.items() if any(is_below(name, path) for path in cut.paths)}
+    return traverse_util.unflatten_dict(own, sep="/")
+
+
+def is_below(name: str, path: str) -> bool:
+    """Says whether a parameter is one of a path's."""
+    return f"{name}/".startswith(f"{path}/")
+
+
+def _with_features(
+    data: FederatedData, cut: Cut, features_of: Callable[[np.ndarray], np.ndarray]
+) -> FederatedData:
     rows = {split: getattr(data, split) for split in SPLITS}
     return replace(
-        data, **{name: part | {FEATURES: features_of(part["tokens"])} for name, part in rows.items()}
+        data, **{name: part | {cut.name: features_of(part["tokens"])} for name, part in rows.items()}
     )

@@ -230,8 +230,8 @@ class Decoder(nn.Module):
         return blocks(self.shape, self.remat, self.dtype, name=name)
 
     @nn.nowrap
-    def features(self, frozen: dict, tokens_bt: AnyArray) -> Array:
-        """Returns what enters the first layer with experts [B, T, D]."""
+    def features(self, frozen: dict, tokens_bt: AnyArray, cut: str) -> Array:
+        """Returns what enters the first layer with experts [B, T, D], the only one of `trunk_cuts`."""
         x_btd = frozen["embed"][jnp.maximum(tokens_bt - self.sizes.offset, 0)].astype(self.dtype)
         if not self.shape.dense_layers:
             return x_btd
@@ -239,9 +239,9 @@ class Decoder(nn.Module):
         return x_btd
 
     @property
-    def trunk_params(self) -> tuple[str, ...]:
-        """Names of what `features` reads."""
-        return ("embed", "dense") if self.shape.dense_layers else ("embed",)
+    def trunk_cuts(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Says behind which frozen parameters features can be cached, see `hfedmoe_jax.trunk`."""
+        return ((FEATURES, ("embed", "dense") if self.shape.dense_layers else ("embed",)),)
 
     @nn.nowrap
     def names(self) -> list[Name]:

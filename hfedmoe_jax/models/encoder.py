@@ -22,7 +22,7 @@ from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.attention import masked_attention
-from hfedmoe_jax.models.family import FEATURES, ModelOutput, ModelSizes, families
+from hfedmoe_jax.models.family import ATTENDED, FEATURES, ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.lora import Dense, LoraRule, lora_rule
 from hfedmoe_jax.models.names import Name, import_params, read_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
@@ -159,13 +159,19 @@ class MixtureBlock(nn.Module):
     remat: bool
     dtype: Any
     expert: Expert
+    attended: bool = False
 
     @nn.compact
     def __call__(self, carry, mask_bt, experts, layer: LayerBudget):
-        """Returns ((x, tape), (permit, routing)), the carry and the result of `nn.scan`."""
-        x_btd, tape = carry
-        attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
-        h_btd = attend(self.sizes, self.dtype, name="attend")(x_btd, mask_bt)
+        """Returns ((x, tape), (permit, routing)), the carry and the result of `nn.scan`.
+
+        With `attended` the x that it is given has passed its attention.
+        """
+        h_btd, tape = carry
+        if not self.attended:
+            attend = nn.remat(Attend, prevent_cse=False) if self.remat else Attend
+            h_btd = attend(self.sizes, self.dtype, name="attend")(h_btd, mask_bt)
+        h_btd = jax.lax.optimization_barrier(h_btd)  # cached or not, what follows is compiled alike
         h_nd, mask = h_btd.reshape(-1, self.sizes.width), mask_bt.reshape(-1)
         router = nn.Dense(self.num_experts, name="router", dtype=jnp.float32)
         y_nd, tape, permit, routing = route(
@@ -174,6 +180,52 @@ class MixtureBlock(nn.Module):
         bias = self.param("network_bias", nn.initializers.zeros, (self.sizes.width,))
         x_btd = norm(self, "norm_network")(h_btd + (y_nd + bias.astype(y_nd.dtype)).reshape(h_btd.shape))
         return (x_btd, tape), (permit, routing)
+
+
+class Mixtures(nn.Module):
+    """The layers with experts, the first one apart: behind its attention features may be cached.
+
+    Attributes:
+      block: arguments of every `MixtureBlock`.
+      attended: of the first one.
+    """
+
+    block: tuple
+    attended: bool
+
+    @nn.compact
+    def __call__(self, carry, mask_bt, experts, layers: LayerBudget):
+        """Returns ((x, tape), (permit, routing)) of all layers."""
+
+        def part(rows: Any) -> LayerBudget:
+            return jax.tree.map(lambda x: x[rows], layers)
+
+        first = MixtureBlock(*self.block, attended=self.attended, name="first")
+        carry, reports = first(carry, mask_bt, experts, part(0))
+        reports, length = jax.tree.map(lambda x: x[None], reports), len(layers.layer) - 1
+        if length:
+            rest = nn.scan(
+                MixtureBlock, variable_axes={"params": 0}, split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+                length=length,
+            )  # fmt: skip
+            carry, others = rest(*self.block, name="rest")(carry, mask_bt, experts, part(slice(1, None)))
+            reports = jax.tree.map(lambda *x: jnp.concatenate(x), reports, others)
+        return carry, reports
+
+
+def cut_first(variables: dict) -> dict:
+    """Returns the parameters of `Mixtures` of stacked ones [L, ...]."""
+    stack = variables["params"]
+    first, rest = (jax.tree.map(part, stack) for part in (lambda x: x[0], lambda x: x[1:]))
+    return {"params": {"first": first, "rest": rest}}
+
+
+def stack_first(variables: dict) -> dict:
+    """Returns stacked parameters [L, ...] of those of `Mixtures`."""
+    first = jax.tree.map(lambda x: x[None], variables["params"]["first"])
+    rest = variables["params"].get("rest")
+    return {"params": first if rest is None else jax.tree.map(lambda *x: jnp.concatenate(x), first, rest)}
 
 
 class Trunk(nn.Module):
@@ -237,7 +289,7 @@ class Encoder(nn.Module):
     expert: Expert = gelu_expert
 
     table, output = None, "text"
-    trunk_params = ("trunk",)
+    trunk_cuts = ((ATTENDED, ("trunk", "blocks/attend")), (FEATURES, ("trunk",)))
 
     @nn.nowrap
     def read(self, directory: pathlib.Path) -> dict:
@@ -256,11 +308,16 @@ class Encoder(nn.Module):
         return import_params(directory, encoder_names(find_tensors(directory)), shapes, unused=UNUSED)
 
     @nn.nowrap
-    def features(self, frozen: dict, tokens_bt: AnyArray) -> Array:
-        """Returns what enters the first layer with experts [B, T, D]."""
-        layers = self.shape.layers - self.num_layers
+    def features(self, frozen: dict, tokens_bt: AnyArray, cut: str) -> Array:
+        """Returns what reaches one of `trunk_cuts` [B, T, D]."""
+        layers, mask_bt = self.shape.layers - self.num_layers, tokens_bt != PAD_ID
         trunk = Trunk(self.shape, layers, self.sizes.vocab_size, self.remat, self.dtype)
-        return trunk.apply({"params": frozen["trunk"]}, tokens_bt, tokens_bt != PAD_ID)[0]  # pyright: ignore
+        x_btd = trunk.apply({"params": frozen["trunk"]}, tokens_bt, mask_bt)[0]  # pyright: ignore
+        if cut == FEATURES:
+            return x_btd
+        attend = jax.tree.map(lambda x: x[0], frozen["blocks"]["attend"])
+        x_btd = jax.lax.optimization_barrier(x_btd)
+        return Attend(self.shape, self.dtype).apply({"params": attend}, x_btd, mask_bt)  # pyright: ignore
 
     @property
     def whole(self) -> Trunk:
@@ -320,25 +377,23 @@ class Encoder(nn.Module):
     ) -> ModelOutput:
         """Returns logits [B, classes], the tape, the permits and the routing."""
         s, mask_bt = self.shape, self.mask(batch)
-        dense = s.layers - self.num_layers
-        if FEATURES in batch:
+        if ATTENDED in batch:
+            x_btd = batch[ATTENDED]
+        elif FEATURES in batch:
             x_btd = batch[FEATURES]
         else:
+            dense = s.layers - self.num_layers
             trunk = Trunk(s, dense, self.sizes.vocab_size, self.remat, self.dtype, name="trunk")
             x_btd, _ = trunk(batch["tokens"], mask_bt)
         x_btd = jax.lax.optimization_barrier(x_btd)  # cached or not, what follows is compiled alike
         if budget is None:
             sizes = (self.num_layers, self.num_experts, s.width, self.hidden)
             budget = open_budget(self.param("experts", init_experts, *sizes), self.num_experts)
-        blocks = nn.scan(
-            MixtureBlock, variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
-            length=self.num_layers,
-        )(
-            s, self.num_experts, self.rule,
-            self.capacity_factor if training else self.eval_capacity_factor,
-            self.remat, self.dtype, self.expert, name="blocks",
-        )  # fmt: skip
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        new = self.is_initializing()
+        mixtures = nn.map_variables(Mixtures, "params", cut_first, stack_first, init=new, mutable=new)
+        block = (s, self.num_experts, self.rule, factor, self.remat, self.dtype, self.expert)
+        blocks = mixtures(block, ATTENDED in batch, name="blocks")
         carry, (permit, routing) = blocks((x_btd, budget.tape), mask_bt, budget.experts, budget.layers)
         logits = Head(self.sizes.num_outputs, name="head")(carry[0], mask_bt)
         return ModelOutput(logits, carry[1], permit, routing)

@@ -63,7 +63,10 @@ class ModelOutput(NamedTuple):
 
 
 FEATURES = "features"
-"""What a batch may have beside its tokens: [B, T, D], see `hfedmoe_jax.trunk`."""
+"""What a batch may have beside its tokens: what enters the first layer with experts [B, T, D], see
+`hfedmoe_jax.trunk`."""
+ATTENDED = "attended"
+"""Or what the network of this layer reads, behind its attention [B, T, D]."""
 
 families = Registry("model.family")
 """Functions `(config: ConfigDict, sizes: ModelSizes) -> nn.Module` by name."""
@@ -119,7 +122,8 @@ def build_model(config: ConfigDict, sizes: ModelSizes, example: Any) -> MoeModel
     check_base(config.base, rule is not None)
     module = families[config.family](config, sizes)
     # One text initialises as well as many.
-    one = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in example.items() if name != FEATURES}
+    inputs = {name: x for name, x in example.items() if name not in (FEATURES, ATTENDED)}
+    one = {name: jnp.zeros((1, *x.shape[1:]), x.dtype) for name, x in inputs.items()}
 
     def init(key: jax.Array) -> tuple[Params, dict]:
         params, frozen = split_params(module.init(key, one)["params"], config.train)

@@ -9,7 +9,7 @@ from tiny_bert import write_bert
 from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, make_mesh, mixtures
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models.family import FEATURES
+from hfedmoe_jax.models.family import ATTENDED
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def run_both(directory):
     for name in ("final", "best", "expert_load", "client_scores"):
         jax.tree.map(np.testing.assert_array_equal, *(getattr(end, name) for end in ends))
     plain, cached = runs
-    assert FEATURES not in plain.data.train and cached.data.train[FEATURES].shape[1:] == (12, 16)
+    assert ATTENDED not in plain.data.train and cached.data.train[ATTENDED].shape[1:] == (12, 16)
     assert cached.fingerprint == plain.fingerprint
     assert cached.cost.shared_flop < plain.cost.shared_flop
 
