@@ -1,5 +1,7 @@
 """The six question sets as files and as the hub publishes them give the same rows."""
 
+import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from hfedmoe_jax.data.sources import load_source
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.tasks.multiple_choice import prepare
 
+DOCS = (pathlib.Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
 LISTED = r"{}\n{choices}\nAnswer:"
 TEXT = datasets.Value("string")
 KEYED = dict(choices=datasets.Sequence({"text": TEXT, "label": TEXT}), answerKey=TEXT)
@@ -178,6 +181,19 @@ def test_rows_by_path_and_by_name_are_the_same(name, both):
         assert set(rows) == set(others) and len(rows["labels"])
         for column, values in rows.items():
             np.testing.assert_array_equal(values, others[column], err_msg=column)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_documented_fields_are_those_of_this_test(name):
+    (line,) = re.findall(rf"^\| {name} \|.*\|$", DOCS, re.MULTILINE | re.IGNORECASE)
+    _, _, both, columns, by_name, _ = line.split("|")
+    shared, named = (dict(re.findall(r"`data\.(\w+)='?(.*?)'?`", cell)) for cell in (both, by_name))
+    columns_used = {field: named.get(field, shared.get(field, ANSWERED[field])) for field in ANSWERED}
+    for field in ("prompt", "subset"):
+        assert SETS[name].hub_fields.get(field) == (shared | named).get(field)
+    assert {field: SETS[name].hub_fields[field] for field in ANSWERED} == columns_used
+    assert ANSWERED | shared | SETS[name].file_fields == ANSWERED | shared
+    assert set(SETS[name].of_file(0)) - {"subject"} == set(columns.strip().split(", "))
 
 
 @pytest.mark.parametrize("name", SETS)
