@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfedmoe_jax.data.choices import LETTERS, read_choices
+from hfedmoe_jax.data.federated import load_federated
 from hfedmoe_jax.data.files import read_documents
 from hfedmoe_jax.data.sources import load_source
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.tasks.multiple_choice import prepare
 
 COLUMNS = dict(text_column="question", choices_column="choices", label_column="answer")
 
@@ -61,10 +63,12 @@ def test_all_sets_are_filled_up_to_the_same_number_of_choices(make_config, write
 
 
 def test_places_that_training_never_has_right_are_no_error(make_config, write_rows):
-    train = write_rows([row(["a", "b"], 0), row(["a", "b"], 0, "How?")])
+    train = write_rows([row(["a", "b"], 0, f"Why {number}?") for number in range(20)])
     test = write_rows([row(["a", "b", "c"], 2)], "test.jsonl")
-    corpus = load_source(make_config(train_path=train, test_path=test, **COLUMNS).data)
-    assert corpus.train.labels == ["0", "0"] and corpus.test is not None and corpus.test.labels == ["2"]
+    fields = dict(train_path=train, test_path=test, tokenizer="bpe", partition={"name": "iid"})
+    data = load_federated(make_config(**fields, **COLUMNS), prepare)
+    assert data.label_names == ("0", "1", "2")
+    assert not data.train["labels"].any() and data.test["labels"].tolist() == [2]
 
 
 @given(data=st.data(), keys=st.lists(st.sampled_from([*"ABCDE1234567", "a"]), min_size=2, unique=True))
