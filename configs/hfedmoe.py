@@ -214,8 +214,8 @@ def smollm2_mcq(config: ConfigDict) -> ConfigDict:
     """Multiple choice with SmolLM2-135M, mixtures of 8 experts in its last two layers, by LoRA of rank 8.
 
     After `make pretrained`; add --config.data.train_path=... and --config.data.test_path=... with the
-    columns question, choices and answer (ARC, OpenBookQA, CommonsenseQA, MMLU). A quarter of the experts for
-    everyone.
+    columns question, choices and answer. docs/data.md has the flags of ARC, OpenBookQA, CommonsenseQA, MMLU,
+    PIQA and HellaSwag, by path and by name. A quarter of the experts for everyone.
     """
     config.model.update(family="decoder", source="smollm2", upcycling="split", num_experts=8, top_k=2)
     config.model.train = "lora"
@@ -257,10 +257,10 @@ def get_config(preset: str = "default") -> ConfigDict:
     data.train_split = "train"  # hub, tfds
     data.validation_split = ""  # hub, tfds; "": cut from the training split
     data.test_split = ""  # hub, tfds; "": the split "test" if it has labels, else cut
-    data.text_column = "text"  # several: with commas between them
+    data.text_column = "text"  # several: with commas between them, or "{title}: {description}"
     data.label_column = "label"
     data.choices_column = ""  # multiple_choice: of lists, or several with commas between them, a choice each
-    data.prompt = r"Question: {}\nAnswer:"  # multiple_choice: around the text; a space and a choice follow
+    data.prompt = r"Question: {}\nAnswer:"  # multiple_choice: {choices} lists them, for letters
     data.client_column = ""  # natural partition: the column that names a row's client
     data.cache_dir = ""  # hub, tfds: where prepared data sets lie
     data.validation_fraction = 0.15

@@ -42,7 +42,8 @@ def write_file(rng: random.Random, folder: pathlib.Path) -> tuple[pathlib.Path, 
     if rng.random() < 0.3:
         fields["client_column"] = "owner"
     if rng.random() < 0.1:
-        fields["text_column"] = rng.choice(["label", "owner", "text,owner", "txt", "", ",", "1"])
+        odd = ["label", "owner", "text,owner", "{text}: {owner}", "{txt", "txt", "", ",", "1"]
+        fields["text_column"] = rng.choice(odd)
     if kind == "parquet":
         content = parquet_bytes(rng, rows)
     else:

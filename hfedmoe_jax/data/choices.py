@@ -6,6 +6,9 @@ Axes: D questions, C choices of a question.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from hfedmoe_jax.data.values import to_string
 from hfedmoe_jax.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -19,7 +22,8 @@ def read_choices(
     Args:
       columns: several, each with a choice of every row (missing ones at the end: fewer choices), or one,
         whose values are lists, or have the fields `text` and `label`, as ARC, OpenBookQA and CommonsenseQA.
-      labels: of each row: a value of the field `label`, else a number from 0, or a letter from A.
+      labels: of each row: where there is a field `label`, one of its values, else a number from 0 or a
+        letter from A.
       fields: the values of data.choices_column and data.label_column, for the messages.
       where: the file or data set, for the messages.
 
@@ -32,21 +36,25 @@ def read_choices(
         if len(columns) == 1:
             values = values[0]
             if isinstance(values, dict) and {"text", "label"} <= set(values):
-                names, values = [str(name) for name in values["label"]], values["text"]
+                names, values = list(map(to_string, values["label"])), values["text"]
+            if isinstance(values, np.ndarray):
+                values = values.tolist()
             if isinstance(values, str) or not isinstance(values, Sequence):
                 problem = f"row {row} of {where} holds a {type(values).__name__}, not a list"
                 remedy = "name a column of lists, or several columns with commas between them"
                 raise InputError("data.choices_column", fields[0], problem, remedy)
-        texts = ["" if value is None or value != value else str(value) for value in values]
+        texts = list(map(to_string, values))
         while texts and not texts[-1].strip():
             texts.pop()
         if len(texts) < 2 or not all(text.strip() for text in texts):
             problem = f"row {row} of {where} has fewer than two choices, or an empty one"
             raise InputError("data.choices_column", fields[0], problem, "leave the row out")
-        answer = _answer(label, names)
+        answer = _answer(label.strip(), names)
         if not 0 <= answer < len(texts):
             problem = f"{label!r} in row {row} of {where} is none of its {len(texts)} choices"
             remedy = "give their numbers from 0, or letters from A"
+            if names:
+                remedy = f"give one of its labels, {', '.join(names[:20])}"
             raise InputError("data.label_column", fields[1], problem, remedy)
         questions.append(texts)
         answers.append(str(answer))
@@ -54,13 +62,13 @@ def read_choices(
 
 
 def _answer(label: str, names: Sequence[str]) -> int:
-    """Returns the number of the choice that a label names, -1 for none.
+    """Returns the number of the choice that a label names, -1 for none. The names of a row count alone.
 
-    >>> _answer("2", []), _answer("B", []), _answer("2", ["1", "2"]), _answer("x", [])
+    >>> _answer("2", []), _answer("B", []), _answer("2", ["1", "2"]), _answer("0", ["1", "2"])
     (2, 1, 1, -1)
     """
-    if label in names:
-        return names.index(label)
+    if names:
+        return names.index(label) if names.count(label) == 1 else -1
     if label.isascii() and label.isdigit() and len(label) < 10:
         return int(label)
     return LETTERS.find(label) if len(label) == 1 else -1

@@ -1,6 +1,7 @@
 """Columns of raw values to documents: the checks that every source shares."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.data.choices import read_choices
+from hfedmoe_jax.data.values import to_string
 from hfedmoe_jax.errors import InputError
+
+PLACE = re.compile(r"\{([^{}]*)\}")
+"""A column in the text of `data.text_column`."""
 
 
 class Documents(NamedTuple):
@@ -52,8 +57,9 @@ def wanted_columns(names: Iterable[str], data_config: ConfigDict, with_clients: 
 
     Args:
       names: the columns there are.
-      data_config: `text_column`, `label_column`, `client_column` and `choices_column` name the columns; that
-        of texts or choices may be several, with commas between them, if it is not the name of one.
+      data_config: `text_column`, `label_column`, `client_column` and `choices_column` name the columns. If
+        that of texts or choices is not the name of one, it is several with commas between them; that of texts
+        may be a text with columns in braces, too.
       with_clients: whether a client column is read (a validation or test set needs none).
       where: the file or data set, for the message.
 
@@ -66,7 +72,8 @@ def wanted_columns(names: Iterable[str], data_config: ConfigDict, with_clients: 
     def several(given: str) -> list[str]:
         return [given] if given in names else [part.strip() for part in given.split(",")]
 
-    roles = {"text": several(text), "label": [data_config.label_column]}
+    places = [] if text in names else list(dict.fromkeys(PLACE.findall(text)))
+    roles = {"text": places or several(text), "label": [data_config.label_column]}
     if with_clients and data_config.client_column:
         roles["client"] = [data_config.client_column]
     if data_config.choices_column:
@@ -98,10 +105,10 @@ def _check_column(column: str, names: list[str], field: str, where: str) -> None
 def to_documents(
     columns: Mapping[str, Sequence[Any]], roles: Roles, data_config: ConfigDict, where: str
 ) -> Documents:
-    """Returns raw values as strings: a missing text is empty, a missing label or client is an error.
+    """Returns raw values as strings (`to_string`): a missing label or client is an error.
 
-    Whole numbers lose their fraction (a label 1.0 is `'1'`), bytes are read as UTF-8. Several texts of a row
-    become one, a line each. Choices and their labels are read by `read_choices`.
+    Several texts of a row become one: a line each, or as `data.text_column` says. Choices and their labels
+    are read by `read_choices`.
 
     Args:
       columns: by name, all of one length.
@@ -119,6 +126,7 @@ def to_documents(
     }
     texts, (labels,) = strings["text"], strings["label"]
     (clients,) = strings.get("client", [None])
+    labels = [label if has_label(label, data_config) else "" for label in labels]
     for role, values in (("label", labels), ("client", clients or [])):
         missing = [row for row, value in enumerate(values, start=1) if not value]
         if missing:
@@ -128,12 +136,30 @@ def to_documents(
                 f"row {missing[0]} of {where} has no {role} ({len(missing)} such rows, counted from 1)",
                 "fill it in or leave the row out",
             )
-    joined = ["\n".join(part for part in row if part) for row in zip(*texts, strict=True)]
+    joined = [_joined(row, roles["text"], data_config.text_column) for row in zip(*texts, strict=True)]
     if "choices" not in roles:
         return Documents(joined, labels, clients)
     fields = data_config.choices_column, data_config.label_column
     choices, answers = read_choices([columns[name] for name in roles["choices"]], labels, fields, where)
     return Documents(joined, answers, clients, choices)
+
+
+def has_label(label: str, data_config: ConfigDict) -> bool:
+    """Returns whether a label is one: it is not empty, nor of a question -1, as in unlabelled test sets."""
+    return bool(label) and not (data_config.choices_column and label == "-1")
+
+
+def _joined(values: Sequence[str], columns: list[str], text_column: str) -> str:
+    """Returns the texts of a row as one.
+
+    >>> _joined(["a", "b"], ["x", "y"], "x,y"), _joined(["a", "b"], ["x", "y"], "{x}: {y}")
+    ('a\\nb', 'a: b')
+    """
+    if columns != [text_column] and PLACE.search(text_column):
+        value_of = dict(zip(columns, values, strict=True))
+        pattern = text_column.replace(r"\n", "\n")  # as it is written on a command line
+        return PLACE.sub(lambda place: value_of[place[1]], pattern)
+    return "\n".join(value for value in values if value)
 
 
 def no_rows(field: str, value: str) -> InputError:
@@ -160,8 +186,6 @@ def _is_whole(name: str) -> bool:
 def _to_strings(values: Sequence[Any], role: str, column: str, where: str) -> list[str]:
     strings = []
     for row, value in enumerate(values, start=1):
-        if isinstance(value, np.generic):
-            value = value.item()
         if isinstance(value, (list, tuple, dict, set, np.ndarray)):
             raise InputError(
                 f"data.{role}_column",
@@ -169,19 +193,8 @@ def _to_strings(values: Sequence[Any], role: str, column: str, where: str) -> li
                 f"row {row} of {where} holds a {type(value).__name__}",
                 "choose a column of texts or numbers",
             )
-        strings.append(_to_string(value))
+        strings.append(to_string(value))
     return strings
-
-
-def _to_string(value: Any) -> str:
-    if value is None or value != value:
-        return ""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    # JSON can smuggle in half a surrogate pair, which no tokenizer accepts.
-    return str(value).encode("utf-8", "replace").decode("utf-8")
 
 
 def _listed(names: list[str], limit: int = 20) -> str:

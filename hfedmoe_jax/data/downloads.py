@@ -9,7 +9,16 @@ from typing import Any
 import requests
 from ml_collections import ConfigDict
 
-from hfedmoe_jax.data.columns import Corpus, Documents, named, no_rows, to_documents, wanted_columns
+from hfedmoe_jax.data.columns import (
+    Corpus,
+    Documents,
+    has_label,
+    named,
+    no_rows,
+    to_documents,
+    wanted_columns,
+)
+from hfedmoe_jax.data.values import to_string
 from hfedmoe_jax.errors import InputError
 
 PROBE_TIMEOUT_S = 5.0
@@ -147,7 +156,7 @@ def _read_splits(data_config: ConfigDict, column_names, read, names_of) -> Corpu
         if label not in column_names[split]:
             return False
         values = _named(read(split, [label])[label], names_of(split, label))
-        return any(value is not None for value in values)
+        return any(has_label(to_string(value), data_config) for value in values)
 
     test_split, notes = data_config.test_split, ()
     if not test_split and "test" in column_names and data_config.train_split != "test":

@@ -126,7 +126,7 @@ def load_federated(config: ConfigDict, prepare: Callable[..., tuple[Rows, np.nda
     data_config = config.data
     corpus = load_source(data_config)
     splits = split_corpus(corpus, config, np.random.default_rng([config.seed, SPLIT_STREAM]))
-    label_names = ordered_names(splits.train.labels)
+    label_names = _label_names(splits.train)
     train_labels = _label_indices(splits.train.labels, label_names)
 
     owners = splits.train.clients
@@ -193,6 +193,13 @@ def _rows_of(parts: Sequence[np.ndarray], document: np.ndarray) -> tuple[np.ndar
     by_client = np.argsort(client_of_row, kind="stable")
     ends = np.cumsum(np.bincount(client_of_row, minlength=len(parts)))
     return tuple(np.split(by_client, ends)[: len(parts)])
+
+
+def _label_names(train: Documents) -> tuple[str, ...]:
+    """Returns the labels there may be; of questions the numbers of all choices, right ones or not."""
+    if train.choices is None:
+        return ordered_names(train.labels)
+    return tuple(map(str, range(len(train.choices[0]))))
 
 
 def _label_indices(labels: Sequence[str], names: Sequence[str]) -> Int32[np.ndarray, " D"]:

@@ -24,7 +24,7 @@ def load_source(data_config: ConfigDict) -> Corpus:
 
     Raises:
       InputError: an unknown source, a source that cannot be loaded, a missing column, a row without
-        a label, fewer than two labels, or a test label that training does not have.
+        a label, or of a classifier fewer than two labels or a test label that training does not have.
     """
     source = data_config.source
     kind, _, name = source.partition(":")
@@ -65,6 +65,8 @@ def pad_choices(corpus: Corpus) -> Corpus:
 
 def check_labels(corpus: Corpus, data_config: ConfigDict) -> None:
     """Raises InputError if a classifier cannot learn the labels of a corpus, or given sets have others."""
+    if corpus.train.choices is not None:
+        return
     known = ordered_names(corpus.train.labels)
     if len(known) < 2:
         raise InputError(

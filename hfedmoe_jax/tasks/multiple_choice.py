@@ -2,11 +2,12 @@
 
 Training is on the tokens of right answers after their questions. Scores are those of lm-evaluation-harness:
 `acc` takes the choice of the largest log-likelihood, `acc_norm` of the largest one over the characters of its
-text. The model reads one question and choice a row, and returns logits [B, T, vocabulary].
+answer. The model reads one question and choice a row, and returns logits [B, T, vocabulary].
 
 Axes: D questions, B batch of them, C choices, T tokens.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from hfedmoe_jax.arrays import AnyArray
+from hfedmoe_jax.data.choices import LETTERS
 from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.data.tokenizers import specials_of, token_offset
 from hfedmoe_jax.errors import InputError
@@ -26,6 +28,7 @@ from hfedmoe_jax.tasks.task import Batch, Ratio, Task, tasks
 
 SHORTEST = 32  # tokens that the rows of an evaluation are cut to at least
 NEVER = -1e30  # score of what is no choice
+TEXT, CHOICES = "{}", "{choices}"  # places in a prompt
 
 
 def prepare(
@@ -38,35 +41,34 @@ def prepare(
     """Returns a row a question, and its index.
 
     A text that is too long loses its beginning. The question is what `data.prompt` makes of the text; a space
-    and a choice follow.
+    and an answer follow: the text of a choice, or its letter if the prompt lists the choices.
 
     Returns:
       `choices` [D, C, T], the question with each of its choices, 0 for padding; `start` [D, C], where the
-      answer begins; `characters` [D, C], of its text, 0 for no choice; `labels` [D], the right choice;
+      answer begins; `characters` [D, C], of the answer, 0 for no choice; `labels` [D], the right choice;
       `tokens` [D, T] and `tokens_start` [D], those of the right one.
 
     Raises:
-      InputError: the source has no choices, `data.prompt` has no place for the text, or the arrays are too
-        large.
+      InputError: the source has no choices, `data.prompt` has no place for the text or an unknown one, there
+        are more choices than letters, or the arrays are too large.
     """
     if documents.choices is None:
         problem = "is empty, and task.name=multiple_choice asks for choices"
         raise InputError(
             "data.choices_column", data.choices_column, problem, "name the column of the choices"
         )
-    prompt = data.prompt.replace(r"\n", "\n")  # as it is written on a command line
-    if "{}" not in prompt:
-        raise InputError("data.prompt", data.prompt, "has no {}, the place of the question",
-                         r"use e.g. 'Question: {}\nAnswer:'")  # fmt: skip
     shape = len(documents.texts), max(map(len, documents.choices)), data.seq_len
+    check_prompt(data.prompt, shape[1])
     what = f"{shape[0]:,} questions of {shape[1]} choices are"
     check_bytes("data.seq_len", data.seq_len, what, 4.0 * np.prod(shape), "use fewer tokens a choice")
-    questions = [prompt.replace("{}", text).rstrip(" ") for text in documents.texts]
+    prompt = data.prompt.replace(r"\n", "\n")  # as it is written on a command line
+    pairs = [worded(prompt, *each) for each in zip(documents.texts, documents.choices, strict=True)]
+    questions, answers = [question for question, _ in pairs], [its_answers for _, its_answers in pairs]
     whole = [
-        f"{question} {choice}"
-        for question, choices in zip(questions, documents.choices, strict=True)
-        for choice in choices
-        if choice
+        f"{question} {answer}"
+        for question, its_answers in zip(questions, answers, strict=True)
+        for answer in its_answers
+        if answer
     ]
     alone, together = (
         [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -74,19 +76,48 @@ def prepare(
     )
     opening, offset = specials_of(tokenizer).opening, token_offset(tokenizer)
     choices, start = np.zeros(shape, np.int32), np.zeros(shape[:2], np.int32)
-    characters = np.array([[len(choice) for choice in each] for each in documents.choices], np.int32)
+    characters = np.array([[len(answer) for answer in each] for each in answers], np.int32)
     for (row, place), ids in zip(np.argwhere(characters > 0), together, strict=True):
         kept = ids[-(data.seq_len - len(opening)) :]
         tokens = [*opening, *(number + offset for number in kept)]
         choices[row, place, : len(tokens)] = tokens
         start[row, place] = max(len(tokens) - (len(ids) - len(alone[row])), 1)
-    answer = np.array(documents.labels, np.int32)
+    right = np.array(documents.labels, np.int32)
     every = np.arange(shape[0])
     rows = dict(
-        tokens=choices[every, answer], tokens_start=start[every, answer], choices=choices, start=start,
-        characters=characters, labels=answer,
+        tokens=choices[every, right], tokens_start=start[every, right], choices=choices, start=start,
+        characters=characters, labels=right,
     )  # fmt: skip
     return rows, every.astype(np.int32)
+
+
+def check_prompt(prompt: str, num_choices: int) -> None:
+    """Raises InputError for a prompt that no question can be put into."""
+    remedy = r"use e.g. 'Question: {}\nAnswer:'"
+    if TEXT not in prompt:
+        raise InputError("data.prompt", prompt, "has no {}, the place of the question", remedy)
+    unknown = set(re.findall(r"\{\w+\}", prompt)) - {CHOICES}
+    if unknown:
+        problem = f"has {min(unknown)}, and the places there are are {TEXT} and {CHOICES}"
+        raise InputError("data.prompt", prompt, problem, "name columns in data.text_column")
+    if CHOICES in prompt and num_choices > len(LETTERS):
+        problem = f"lists the choices by letter, and a question has {num_choices} of them"
+        raise InputError("data.prompt", prompt, problem, remedy)
+
+
+def worded(prompt: str, text: str, choices: Sequence[str]) -> tuple[str, list[str]]:
+    """Returns a question as the model reads it, and an answer a choice, empty where there is none.
+
+    >>> worded("{}", "One and one is", ["two", "three"])
+    ('One and one is', ['two', 'three'])
+    >>> worded("{}|{choices}|Answer:", "1 + 1?", ["2", "3", ""])
+    ('1 + 1?|A. 2\\nB. 3|Answer:', ['A', 'B', ''])
+    """
+    letters = [letter if choice else "" for letter, choice in zip(LETTERS, choices, strict=False)]
+    listed = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=False) if choice]
+    values = {TEXT: text.strip(), CHOICES: "\n".join(listed)}
+    question = re.sub(r"\{\}|\{choices\}", lambda place: values[place[0]], prompt)
+    return question.rstrip(" "), letters if CHOICES in prompt else list(choices)
 
 
 def num_outputs(label_names: tuple[str, ...], vocab_size: int) -> int:

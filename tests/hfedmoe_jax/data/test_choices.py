@@ -3,10 +3,15 @@
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hfedmoe_jax.data.choices import LETTERS, read_choices
+from hfedmoe_jax.data.federated import load_federated
 from hfedmoe_jax.data.files import read_documents
 from hfedmoe_jax.data.sources import load_source
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.tasks.multiple_choice import prepare
 
 COLUMNS = dict(text_column="question", choices_column="choices", label_column="answer")
 
@@ -57,6 +62,32 @@ def test_all_sets_are_filled_up_to_the_same_number_of_choices(make_config, write
     assert corpus.test is not None and corpus.test.choices == [["a", "b", "c"]]
 
 
+def test_places_that_training_never_has_right_are_no_error(make_config, write_rows):
+    train = write_rows([row(["a", "b"], 0, f"Why {number}?") for number in range(20)])
+    test = write_rows([row(["a", "b", "c"], 2)], "test.jsonl")
+    fields = dict(train_path=train, test_path=test, tokenizer="bpe", partition={"name": "iid"})
+    data = load_federated(make_config(**fields, **COLUMNS), prepare)
+    assert data.label_names == ("0", "1", "2")
+    assert not data.train["labels"].any() and data.test["labels"].tolist() == [2]
+
+
+@given(data=st.data(), keys=st.lists(st.sampled_from([*"ABCDE1234567", "a"]), min_size=2, unique=True))
+def test_a_label_finds_its_choice_by_name_number_or_letter(data, keys):
+    """Names of the row itself count alone, whatever numbers or letters they are."""
+    texts = [f"text {key}" for key in keys]
+    answer = data.draw(st.integers(0, len(keys) - 1))
+
+    def right(choices, label):
+        (each,), (number,) = read_choices([[choices]], [label], ("choices", "answer"), "a file")
+        return each[int(number)]
+
+    assert right({"text": texts, "label": keys}, keys[answer]) == texts[answer]
+    assert right(texts, str(answer)) == right(texts, LETTERS[answer]) == texts[answer]
+    strange = data.draw(st.sampled_from([*"ABCDE01234567", "a", ""]).filter(lambda key: key not in keys))
+    with pytest.raises(InputError, match="is none of its"):
+        right({"text": texts, "label": keys}, strange)
+
+
 @pytest.mark.parametrize(
     ("bad", "field", "problem"),
     [
@@ -64,6 +95,10 @@ def test_all_sets_are_filled_up_to_the_same_number_of_choices(make_config, write
         (row(["a"], 0), "data.choices_column", "fewer than two choices"),
         (row(["a", "", "b"], 0), "data.choices_column", "or an empty one"),
         (row(["a", "b"], 2), "data.label_column", "'2' in row 2 of .* is none of its 2 choices"),
+        (row({"text": ["a", "b"], "label": [1, 2]}, 0), "data.label_column", "row 2 .* its labels, 1, 2"),
+        (row({"text": ["a", "b"], "label": ["A", "A"]}, "A"), "data.label_column", "none of its 2 choices"),
+        (row({"text": ["a", "b"]}, 0), "data.choices_column", "holds a dict, not a list"),
+        (row(["a", "b"], -1), "data.label_column", r"row 2 of .* has no label \(1 such rows"),
         (row(["a", "b"], "right"), "data.label_column", "'right' in row 2 .* from 0, or letters from A"),
     ],
 )

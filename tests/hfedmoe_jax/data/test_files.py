@@ -151,7 +151,17 @@ def test_several_text_columns_become_one(make_config, tmp_path):
     assert error.field == "data.text_column" and error.value == "bodi" and "'body'" in str(error)
 
 
-@pytest.mark.parametrize("text_column", ["label", "text,label"])
+def test_a_text_is_made_of_columns_in_braces(make_config, tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("title,body,{odd},label\nA{body},b,x,1\n,c,y,2\n")
+    assert load(make_config, path, text_column=r"{title}:\n{body}").texts == ["A{body}:\nb", ":\nc"]
+    assert load(make_config, path, text_column="{body}{body}").texts == ["bb", "cc"]
+    assert load(make_config, path, text_column="{odd}").texts == ["x", "y"]
+    error = error_of(make_config, path, text_column="On {titel}")
+    assert error.field == "data.text_column" and "did you mean 'title'?" in str(error)
+
+
+@pytest.mark.parametrize("text_column", ["label", "text,label", "{text}: {label}"])
 def test_the_label_is_no_text(make_config, tmp_path, text_column):
     (tmp_path / "data.csv").write_bytes(separated(","))
     error = error_of(make_config, tmp_path / "data.csv", text_column=text_column)

@@ -61,11 +61,54 @@ def test_a_long_text_loses_its_beginning_and_a_space_before_the_answer_is_its_ow
     assert rows["start"][0].tolist()[0] == 1
 
 
+def test_a_prompt_with_the_choices_is_answered_by_letters():
+    rows, _ = prepare(["why {} "], [["a {choices}", "cc", ""]], [1], 64, r"{}\n{choices}\nA:")
+    assert rows["characters"].tolist() == [[1, 1, 0]]
+    asked = "why {}\nA. a {choices}\nB. cc\nA:"  # what stands in a text or a choice is no place
+    for place, letter in enumerate("AB"):
+        tokens = rows["choices"][0, place]
+        ids = letters_tokenizer().encode(f"{asked} {letter}").ids
+        assert (tokens[tokens != 0] - OFFSET).tolist() == ids
+        assert rows["start"][0, place] == len(ids) - 2
+    assert not rows["choices"][0, 2].any()
+    np.testing.assert_array_equal(rows["tokens"][0], rows["choices"][0, 1])
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 10_000))
+def test_letters_are_scored_as_by_hand(seed):
+    """The likeliest letter after the listed choices; divided by its one character it is the same."""
+    rng = np.random.default_rng(seed)
+    counts, length, vocabulary = rng.integers(2, 5, 4), 48, letters_tokenizer().get_vocab_size() + OFFSET
+    choices = [["abcd"[place] * 3 if place < count else "" for place in range(4)] for count in counts]
+    labels = rng.integers(counts)
+    rows, _ = prepare([f"q{row}" for row in range(4)], choices, labels, length, r"{}\n{choices}\nAnswer:")
+    logits = rng.normal(size=(16, length, vocabulary)).astype(np.float32)
+    right = 0
+    for row, count in enumerate(counts):
+        listed = "".join(f"{'ABCD'[place]}. {choices[row][place]}\n" for place in range(count))
+        found = []
+        for place in range(count):
+            ids = letters_tokenizer().encode(f"q{row}\n{listed}Answer: {'ABCD'[place]}").ids
+            total = 0.0
+            for t in (len(ids) - 2, len(ids) - 1):  # the space and the letter
+                before = logits[4 * row + place, t - 1].astype(np.float64)
+                total += before[ids[t] + OFFSET] - np.log(np.exp(before).sum())
+            found.append(total)
+        right += int(np.argmax(found)) == labels[row]
+    scores = multiple_choice.score(jnp.asarray(logits), rows, jnp.ones(4))
+    assert float(scores["acc"].total) == float(scores["acc_norm"].total) == right
+
+
 def test_without_choices_or_a_place_for_the_question_it_is_refused():
     with pytest.raises(InputError, match=r"data\.choices_column"):
         prepare(["a"], None, [0])
     with pytest.raises(InputError, match=r"data\.prompt.*has no \{\}"):
         prepare(["a"], [["a", "b"]], [0], prompt="Question:")
+    with pytest.raises(InputError, match=r"data\.prompt.*has \{ctx\}, .*data\.text_column"):
+        prepare(["a"], [["a", "b"]], [0], prompt="{} {ctx}")
+    with pytest.raises(InputError, match=r"data\.prompt.*by letter, and a question has 27"):
+        prepare(["a"], [["a"] * 27], [0], prompt="{} {choices}")
 
 
 def drawn(seed, questions=5, choices=4, length=9, vocabulary=7):
