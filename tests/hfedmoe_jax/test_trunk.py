@@ -1,6 +1,7 @@
 """Features of frozen layers, computed once: the same bits, and refused where nothing is frozen."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from own_process import run_python
@@ -9,7 +10,7 @@ from tiny_bert import write_bert
 from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, make_mesh, mixtures
 from hfedmoe_jax.errors import InputError
-from hfedmoe_jax.models.family import ATTENDED
+from hfedmoe_jax.models.family import ATTENDED, FEATURES
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +23,20 @@ def own_cache(monkeypatch, tmp_path):
 def build(directory, **fields):
     config = get_config("smoke")
     config.model.update(family="bert", source=str(directory), num_layers=1, num_experts=4, top_k=2)
-    config.model.update(train="experts_router_head", upcycling="copy", **fields)
+    config.model.update(dict(train="experts_router_head", upcycling="copy") | fields)
     config.data.update(tokenizer="checkpoint", seq_len=12)
     config.fl.rounds = 2
     return Experiment(config, make_mesh(jax.devices()[:1]))
 
 
-def run_both(directory):
+ATTENTION_TOO = "router|head|blocks/attend"
+
+
+def run_both(directory, train="experts_router_head", cut=ATTENDED):
     """Asserts that a run with cached features has the bits of one without, and counts less work."""
     ends, servers, runs = [], [], []
     for cached in (False, True):
-        experiment = build(directory, cache_trunk=cached)
+        experiment = build(directory, cache_trunk=cached, train=train, num_layers=2)
         state = experiment.init()
         for _ in range(2):
             state, _, failures = experiment.step(state)
@@ -44,7 +48,7 @@ def run_both(directory):
     for name in ("final", "best", "expert_load", "client_scores"):
         jax.tree.map(np.testing.assert_array_equal, *(getattr(end, name) for end in ends))
     plain, cached = runs
-    assert ATTENDED not in plain.data.train and cached.data.train[ATTENDED].shape[1:] == (12, 16)
+    assert cut not in plain.data.train and cached.data.train[cut].shape[1:] == (12, 16)
     assert cached.fingerprint == plain.fingerprint
     assert cached.cost.shared_flop < plain.cost.shared_flop
 
@@ -53,7 +57,17 @@ def run_both(directory):
 def test_cached_features_change_no_bit_of_a_run(tmp_path):
     """Compiled as a run compiles it, not as quickly as the tests do."""
     as_usual = "import jax; jax.config.update('jax_disable_most_optimizations', False)"
-    run_python(f"{as_usual}; import test_trunk; test_trunk.run_both({str(write_bert(tmp_path))!r})", 1)
+    directory = str(write_bert(tmp_path))
+    both = f"run_both({directory!r}); run_both({directory!r}, {ATTENTION_TOO!r}, {FEATURES!r})"
+    run_python(f"{as_usual}; from test_trunk import run_both; {both}", 1)
+
+
+@pytest.mark.parametrize(("train", "cut"), [("experts_router_head", ATTENDED), (ATTENTION_TOO, FEATURES)])
+def test_features_are_cached_as_deep_as_parameters_are_frozen(train, cut, tmp_path):
+    experiment = build(write_bert(tmp_path), cache_trunk=True, train=train)
+    tokens = jnp.asarray(experiment.data.test["tokens"][:4])
+    found = experiment.model.module.features(experiment.frozen, tokens, cut)
+    np.testing.assert_allclose(experiment.data.test[cut][:4], found, atol=1e-5)
 
 
 @pytest.mark.parametrize(
