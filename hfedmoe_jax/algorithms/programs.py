@@ -131,8 +131,8 @@ class RoundPrograms:
     def named(self) -> dict[str, Callable]:
         """Returns the programs by name."""
         tiers = {f"tier {tier}": program for tier, program in self.train.items()}
-        rest = {"add": add_each, "open": self.open, "settle": self.settle, "finish": self.finish}
-        return tiers | rest
+        add = {} if self._method.added(self._extra) is None else {"add": add_each}
+        return tiers | add | {"open": self.open, "settle": self.settle, "finish": self.finish}
 
     def arguments(self, data: ClientData) -> dict[str, tuple]:
         """Returns the shapes of the arguments of each program by name, with where they lie on the mesh.
