@@ -154,15 +154,13 @@ class RoundPrograms:
         frozen = shapes_on_mesh(mesh, frozen_specs(frozen), frozen)
         added = self._method.added(extra)
         train = (sums, Broadcast(params, frozen, extra, key), *block)
-        return (
-            {f"tier {tier}": train for tier in self.train}
-            | {
-                "open": (),
-                "settle": (sums,),
-                "finish": (sums, params, optimizer, extra, key),
-            }
-            | ({} if added is None else {"add": addends(frozen, added)})
-        )
+        add = {} if added is None else {"add": addends(frozen, added)}
+        tiers = {f"tier {tier}": train for tier in self.train}
+        return tiers | add | {
+            "open": (),
+            "settle": (sums,),
+            "finish": (sums, params, optimizer, extra, key),
+        }  # fmt: skip
 
     @property
     def _router_rows(self) -> bool:

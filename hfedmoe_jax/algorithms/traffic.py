@@ -60,20 +60,16 @@ def traffic_of(
     def sent(tree: Any) -> int:
         return sum(map(method.tensor_bytes, jax.tree.leaves(tree)))
 
-    def by_client(trees: list[Params]) -> tuple[Bytes, Bytes]:
-        """Returns the bytes besides experts, and those of an expert, [C]."""
-        rest = [sent((tree.router, tree.shared)) for tree in trees]
-        expert = [sent(jax.tree.map(one_expert, tree.experts)) for tree in trees]
-        return np.array(rest, np.int64)[kind], np.array(expert, np.int64)[kind]
+    def by_client(count: Callable[[Params], int], trees: list[Params]) -> Bytes:
+        return np.array([count(tree) for tree in trees], np.int64)[kind]
 
     def counted(trees: list[Params]) -> Callable[[Bytes, Bytes], Bytes]:
-        rest, expert = by_client(trees)
+        rest = by_client(lambda tree: sent((tree.router, tree.shared)), trees)
+        expert = by_client(lambda tree: sent(jax.tree.map(one_expert, tree.experts)), trees)
         return lambda sent, clients: rest[clients] + np.asarray(sent, np.int64) * expert[clients]
 
-    stacks = any(jax.tree.leaves(tree) for tree in sent_on)
-    model = np.array(
-        [tree_bytes(part) - tree_bytes(on) for part, on in zip(parts, sent_on, strict=True)], np.int64
-    )[kind]
+    model = by_client(tree_bytes, parts) - by_client(tree_bytes, sent_on)
+    stacks = any(map(jax.tree.leaves, sent_on))
 
     def down(missed: Bytes, clients: Bytes) -> Bytes:
         return model[clients] + (np.minimum(missed, extra) if stacks else extra)

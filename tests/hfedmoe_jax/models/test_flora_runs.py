@@ -4,12 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decoder_runs import run_config
+from flax import traverse_util
+from test_decoder_runs import SEQ_LEN, run_config
+from test_lora import section
 from tiny_decoder import write_decoder
+from tiny_run import ROOT, run_main
 
-from hfedmoe_jax import Experiment, make_mesh
+from configs.hfedmoe import get_config
+from hfedmoe_jax import Experiment, algorithms, make_mesh
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Snapshot
+from hfedmoe_jax.models import build_model
+from hfedmoe_jax.models.frozen import add_to_frozen
 from hfedmoe_jax.models.tensor_files import find_tensors
 from launch.hfedmoe.export import export_model
 from launch.run.checkpoints import Checkpoints
@@ -46,11 +52,9 @@ def test_two_rounds_go_on_from_a_checkpoint_and_out_as_one_model(source, tmp_pat
             state, row, failures = experiment.step(state)
             assert failures == []
             rows.append(row)
-        experiment.close()
-        again = Experiment(config_of(source), make_mesh(jax.devices()[:1]))
-        _, copy = checkpoints.restore(again.init())
-    copy, row, _ = again.step(copy)
-    again.close()
+        _, copy = checkpoints.restore(experiment.init())
+    copy, row, _ = experiment.step(copy)
+    experiment.close()
     jax.tree.map(np.testing.assert_array_equal, without_clock(copy), without_clock(state))
     # Nobody had missed anything in the first round: routers travel, then factors too.
     assert rows[0]["bytes_down"] < rows[1]["bytes_down"] == row["bytes_down"]
@@ -81,6 +85,7 @@ def test_two_rounds_go_on_from_a_checkpoint_and_out_as_one_model(source, tmp_pat
     assert np.any(stored[name].read() != out[name].read())
 
 
+@pytest.mark.slow
 def test_one_client_is_lora_whose_adapters_are_merged(source):
     """A cohort of one: what FLoRA adds to W is what the same round makes of the same client's adapters."""
     mean = {}
@@ -113,3 +118,43 @@ def test_bases_that_take_no_sums_are_refused(source):
         with pytest.raises(InputError) as error:
             Experiment(config_of(source, **fields), make_mesh(jax.devices()[:1]))
         assert error.value.field == field
+
+
+@pytest.mark.parametrize("family", ["bert", "mixtral", "deepseek_v2_lite"])
+def test_what_is_added_has_the_paths_and_shapes_of_the_matrices(family, tmp_path):
+    model, sizes = section(family, tmp_path)
+    model.update(train="lora", lora_rank=2)
+    built = build_model(model, sizes, {"tokens": jax.ShapeDtypeStruct((2, 6), jnp.int32)})
+    params, frozen = jax.eval_shape(built.init, jax.random.key(0))
+    config = get_config("smoke")
+    config.fl.update(algorithm="flora", base="fedavg")
+    config.model.update(model)
+    added = traverse_util.flatten_dict(jax.eval_shape(algorithms["flora"](config).extra, params))
+    kept = traverse_util.flatten_dict(frozen)
+    factors = [path for path in traverse_util.flatten_dict(params.shared) if path[-1] == "lora_a"]
+    assert len(added) == len(params.experts) + len(factors) > len(params.experts)
+    assert {path: x.shape for path, x in added.items()} == {path: kept[path].shape for path in added}
+
+
+def test_sums_have_the_type_that_a_base_is_kept_in():
+    rng = np.random.default_rng(0)
+    kept = {"experts": {"w": rng.normal(size=(2, 3)), "b": np.ones(3)}, "norm": {"scale": np.ones(2)}}
+    frozen = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), kept)
+    more = {"experts": {"w": jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)}}
+    found = add_to_frozen(frozen, more)
+    assert found["norm"]["scale"] is frozen["norm"]["scale"] and found["experts"]["b"].dtype == jnp.bfloat16
+    exact = np.asarray(frozen["experts"]["w"], np.float32) + np.asarray(more["experts"]["w"])
+    np.testing.assert_array_equal(found["experts"]["w"], jnp.asarray(exact).astype(jnp.bfloat16))
+    assert add_to_frozen(frozen, None) is frozen
+
+
+@pytest.mark.slow
+def test_a_finished_run_writes_the_merged_model_alone(source, tmp_path):
+    fields = {"model__family": "decoder", "model__source": source, "model__train": "lora"}
+    fields |= {"data__tokenizer": "checkpoint", "data__seq_len": SEQ_LEN, "task__name": "language_modeling"}
+    fields |= {"fl__algorithm": "flora", "fl__base": "fedavg", "fl__rounds": 1}
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    work = tmp_path / "work"
+    screen = run_main([f"--config={ROOT}/configs/hfedmoe.py:smoke", f"--workdir={work}", *flags])
+    assert screen.code == 0 and "no adapters/: flora adds to W" in screen.out
+    assert (work / "model" / "config.json").exists() and not (work / "adapters").exists()
