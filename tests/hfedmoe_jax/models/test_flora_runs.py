@@ -14,9 +14,12 @@ from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, algorithms, make_mesh
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Snapshot
-from hfedmoe_jax.models import build_model
+from hfedmoe_jax.models import build_model, tree_bytes
 from hfedmoe_jax.models.frozen import add_to_frozen
+from hfedmoe_jax.models.lora import adapter_pairs
 from hfedmoe_jax.models.tensor_files import find_tensors
+from launch.compiling import megabytes
+from launch.hfedmoe.dry_run import classes
 from launch.hfedmoe.export import export_model
 from launch.run.checkpoints import Checkpoints
 
@@ -107,6 +110,24 @@ def test_one_client_is_lora_whose_adapters_are_merged(source):
         scale = config.model.lora_alpha / 2
         np.testing.assert_allclose(matrix, scale * (a @ b), rtol=1e-5, atol=1e-6)
     assert mean["fedavg"][1] == pytest.approx(mean["flora"][1], rel=1e-5)
+
+
+def test_a_dry_run_tells_the_bytes_of_a_client_that_missed_a_round(source):
+    experiment = Experiment(config_of(source), make_mesh(jax.devices()[:1]), shapes_only=True)
+    params, _ = jax.eval_shape(experiment.model.init, jax.random.key(0))
+    pairs = adapter_pairs(params.shared | {"experts": params.experts}).values()
+    # Half of the experts' budget is one of two ranks, of all experts.
+    one = sum(tree_bytes(pair) for pair in pairs) // 2
+    dense = sum(4 * a.size // 2 * b.shape[-1] for a, b in pairs)
+    rest = tree_bytes((params.router, params.shared)) - sum(
+        tree_bytes(pair) for pair in adapter_pairs(params.shared).values()
+    )
+    _, header, rows = classes(experiment)
+    members = experiment.config.fl.clients_per_round
+    for row in rows:
+        found = dict(zip(header, row, strict=True))
+        assert found["MB up"] == megabytes(rest + one)
+        assert found["MB down"] == megabytes(rest + min(members * one, dense))
 
 
 def test_bases_that_take_no_sums_are_refused(source):
