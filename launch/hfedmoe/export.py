@@ -60,7 +60,7 @@ def merged(experiment: Experiment, model: Snapshot) -> dict[str, Any]:
     added = traverse_util.flatten_dict(model.added or {})
     for at, (a, b) in adapter_pairs(params.shared | {"experts": params.experts}).items():
         path = matrix_path(at)
-        more = np.asarray(added.get(path, 0))
+        more = np.broadcast_to(np.asarray(added.get(path, 0), np.float32), leaves[path].shape)
         leaves[path] = Sum(leaves[path], np.asarray(a), np.asarray(b), rule.scale, more)
     return traverse_util.unflatten_dict(leaves)
 
@@ -72,7 +72,7 @@ class Sum:
     Attributes:
       base: an array, or one that lies in a file.
       a, b, scale: see `LoraRule`.
-      added: what its algorithm added to it, an array like it or 0.
+      added: what its algorithm added to it, like it.
     """
 
     base: Any
@@ -87,8 +87,8 @@ class Sum:
 
     def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
         """Returns the matrix of one layer (and expert)."""
-        added = self.added[index] if self.added.ndim else self.added
-        return part_of(self.base, index) + added + np.float32(self.scale) * (self.a[index] @ self.b[index])
+        low = np.float32(self.scale) * (self.a[index] @ self.b[index])
+        return part_of(self.base, index) + self.added[index] + low
 
 
 def export_adapters(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:
