@@ -230,12 +230,19 @@ def smollm2_mcq(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def smollm2_flora(config: ConfigDict) -> ConfigDict:
+    """The same with FLoRA: what clients' adapters multiply to is added to the frozen matrices each round."""
+    config = smollm2_mcq(config)
+    config.fl.update(algorithm="flora", base="hfedmoe")
+    return config
+
+
 PRESETS = {
     preset.__name__: preset
     for preset in (
         default, smoke, gradient, active, literal, unreliable, agnews, pod,
         scaffold, private, compressed, fedmoe, frozen, agnews_minilm, banking_minilm, decoder,
-        smollm2_mcq, switch_base_64, deepseek_moe_16b,
+        smollm2_mcq, smollm2_flora, switch_base_64, deepseek_moe_16b,
     )
 }  # fmt: skip
 

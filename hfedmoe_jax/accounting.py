@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hfedmoe_jax.algorithms import FederatedAlgorithm, RoundMetrics
+from hfedmoe_jax.algorithms import RoundMetrics
 from hfedmoe_jax.cost import ModelCost
-from hfedmoe_jax.devices import DeviceProfile, round_cost
-from hfedmoe_jax.reports import DROPPED_OUT, OK, OVER_BUDGET, STATUS_NAMES
+from hfedmoe_jax.devices import DeviceProfile, ScoringPasses, compute_seconds, transfer_seconds
+from hfedmoe_jax.reports import DROPPED_OUT, OVER_BUDGET, STATUS_NAMES
 
 
 class Ledger(NamedTuple):
@@ -61,7 +61,7 @@ def account_round(
     profiles: Sequence[DeviceProfile],
     cost: ModelCost,
     steps: int,
-    algorithm: FederatedAlgorithm,
+    scoring: ScoringPasses,
 ) -> RoundAccount:
     """Returns the costs of a round.
 
@@ -73,36 +73,19 @@ def account_round(
       profiles: each member's device.
       cost: of the model.
       steps: local steps.
-      algorithm: what it sends and broadcasts, and what scoring costs it; a personal one sends nothing.
+      scoring: what it adds to a client's round.
     """
-    times, bytes_up, bytes_down = [], 0.0, 0.0
-    sent = algorithm.upload_bytes(metrics.uploaded.sum(axis=(1, 2)))
+    report, times = metrics.report, []
     for index, profile in enumerate(profiles):
-        report = metrics.report
-        one = round_cost(
-            profile,
-            cost,
-            steps,
-            float(report.assignments[index]),
-            float(report.trained_assignments[index]),
-            float(sent[index]),
-            algorithm.scoring,
-        )
-        extra = algorithm.broadcast_bytes
-        one = one._replace(
-            bytes_down=one.bytes_down + extra, time_s=one.time_s + 8 * extra / profile.downlink_bps
-        )
-        status = report.status[index]
-        if algorithm.personal:
-            one = one._replace(bytes_up=0.0, bytes_down=0.0, time_s=one.compute_s)
-        elif status != OK:  # what is not sent takes no time
-            one = one._replace(bytes_up=0.0, time_s=one.time_s - 8 * one.bytes_up / profile.uplink_bps)
-        bytes_down += one.bytes_down
-        bytes_up += one.bytes_up
-        if status not in (DROPPED_OUT, OVER_BUDGET):
-            times.append(one.time_s)
+        if report.status[index] in (DROPPED_OUT, OVER_BUDGET):
+            continue
+        served = float(report.assignments[index]), float(report.trained_assignments[index])
+        compute = compute_seconds(profile, cost, steps, *served, scoring)
+        travel = float(metrics.bytes_down[index]), float(metrics.bytes_up[index])
+        times.append(compute + transfer_seconds(profile, *travel))
     slowest = max(times, default=0.0)
     waiting = 1 - np.mean(times) / slowest if slowest else 0.0
+    bytes_up, bytes_down = (float(each.sum()) for each in (metrics.bytes_up, metrics.bytes_down))
     return RoundAccount(slowest, float(waiting), bytes_up, bytes_down)
 
 

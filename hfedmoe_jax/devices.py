@@ -51,15 +51,6 @@ class ScoringPasses(NamedTuple):
 NO_SCORING = ScoringPasses(0, 0, 0)
 
 
-class RoundCost(NamedTuple):
-    """What a round costs one client: bytes each way, seconds of compute and of everything."""
-
-    bytes_down: float
-    bytes_up: float
-    compute_s: float
-    time_s: float
-
-
 def read_profiles(classes: ConfigDict) -> tuple[list[DeviceProfile], list[float]]:
     """Returns the profiles of the section `devices` in order of name, and their shares of the population.
 
@@ -146,16 +137,15 @@ def fraction_budget(fraction: float, num_experts: int) -> int:
     return budget
 
 
-def round_cost(
+def compute_seconds(
     profile: DeviceProfile,
     cost: ModelCost,
     steps: int,
     assignments: float,
     trained_assignments: float,
-    bytes_up: float,
     scoring: ScoringPasses,
-) -> RoundCost:
-    """Returns what one round costs a client, a download of the whole model included.
+) -> float:
+    """Returns how long a client computes in a round.
 
     Forward FLOP count once, and each of the two backward products (for the weights and for
     the input) as much again; an expert's backward counts only where it was trained.
@@ -163,13 +153,14 @@ def round_cost(
     Args:
       steps: local steps.
       assignments, trained_assignments: token-expert pairs computed a step, all and of trained experts.
-      bytes_up: what it sends.
       scoring: passes beside the training steps.
     """
-    bytes_down = cost.shared_parameter_bytes + cost.all_experts * cost.expert_parameter_bytes
     expert_flop = assignments * cost.assignment_flop
     flop = steps * (3 * cost.shared_flop + expert_flop + 2 * trained_assignments * cost.assignment_flop)
     flop += scoring.count * (scoring.shared * cost.shared_flop + scoring.experts * expert_flop)
-    compute_s = flop / profile.flop_per_s
-    transfer_s = 8 * bytes_down / profile.downlink_bps + 8 * bytes_up / profile.uplink_bps
-    return RoundCost(bytes_down, bytes_up, compute_s, compute_s + transfer_s)
+    return flop / profile.flop_per_s
+
+
+def transfer_seconds(profile: DeviceProfile, bytes_down: float, bytes_up: float) -> float:
+    """Returns how long a client receives and sends."""
+    return 8 * bytes_down / profile.downlink_bps + 8 * bytes_up / profile.uplink_bps

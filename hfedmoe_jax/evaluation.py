@@ -16,6 +16,7 @@ from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.experts import open_budget
 from hfedmoe_jax.mesh import BY_CLIENT, CLIENTS, REPLICATED, Place, place_of, shapes_on_mesh
 from hfedmoe_jax.models import NO_PARAMS, ModelOutput, MoeModel, Params, frozen_specs, params_specs
+from hfedmoe_jax.models.frozen import add_to_frozen
 from hfedmoe_jax.population import StateStore, map_members, put_members, stack_members, stream
 from hfedmoe_jax.reports import gate_entropy
 from hfedmoe_jax.schedule import Block, plan_blocks
@@ -29,10 +30,12 @@ class Snapshot(NamedTuple):
     Attributes:
       params: a leading axis C if every client has its own.
       router_bias: float32 [L, E], added to the routers' logits; None for nothing.
+      added: to frozen parameters, a tree of some of them; None for nothing.
     """
 
     params: Params
     router_bias: Float[Array, "layers experts"] | None = None
+    added: dict | None = None
 
 
 class EvaluationBatches(NamedTuple):
@@ -129,14 +132,13 @@ class Evaluator:
 
     def _over(self, name: str, model: Snapshot, members: Iterable[tuple[Block, Any, np.ndarray]]) -> Any:
         """Runs a program over blocks of members, each with the number of the client whose model is meant."""
-        shared = model._replace(params=NO_PARAMS) if self._personal else model
 
         def placed():
             for block, each, owner in members:
                 own = self._store.gather(model.params, owner) if self._personal else ()
                 yield block, (put_members(self._mesh, each), own)
 
-        return map_members(self.programs[name], self._mesh, (shared, self._frozen), placed())
+        return map_members(self.programs[name], self._mesh, self._shared(model, self._frozen), placed())
 
     def arguments(self, model: Snapshot, batches: EvaluationBatches, clients: ClientData) -> dict[str, tuple]:
         """Returns the shapes of the arguments of each program by name, with where they lie on the mesh.
@@ -145,16 +147,21 @@ class Evaluator:
           model: shapes.
           batches, clients: shapes of a block of them, [D * B, ...].
         """
-        shared = model._replace(params=NO_PARAMS) if self._personal else model
+        common = jax.eval_shape(self._shared, model, self._frozen)
 
         def block(members: Any) -> tuple:
             rows = len(members.client)
             own = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), model.params)
             count = jax.ShapeDtypeStruct((self._mesh.shape[CLIENTS],), jnp.int32)
-            whole = ((shared, self._frozen), (members, own if self._personal else ()), count)
+            whole = (common, (members, own if self._personal else ()), count)
             return (), *shapes_on_mesh(self._mesh, self._specs, whole)
 
         return {"evaluate": block(batches), "usage": block(clients)}
+
+    def _shared(self, model: Snapshot, frozen: Any) -> tuple[Snapshot, Any]:
+        """Returns what all members use alike: a model, and its frozen parameters."""
+        frozen = add_to_frozen(frozen, model.added)
+        return model._replace(params=NO_PARAMS if self._personal else model.params, added=None), frozen
 
     def _apply(self, broadcast: Any, own: Any, batch: Batch, training: bool) -> ModelOutput:
         shared, frozen = broadcast
@@ -190,8 +197,9 @@ def predict(
 
     Args:
       snapshot: its experts [L, H, ...] of this device.
+      frozen: with what the snapshot adds to them.
       training: see `MoeModel.apply`.
     """
-    params, bias = snapshot
+    params, bias, _ = snapshot
     budget = open_budget(params.experts, model.num_experts, place, bias)
     return model.apply(params, frozen, batch, budget, training)

@@ -370,7 +370,7 @@ class Experiment:
         jax.block_until_ready(server.params)
         round_s = time.perf_counter() - began
         profiles = [self.profiles[c] for c in members]
-        account = account_round(metrics, profiles, self.cost, steps, self.algorithm)
+        account = account_round(metrics, profiles, self.cost, steps, self.algorithm.scoring)
         ledger = enter(state.ledger, account, metrics)
         if tiers <= self._compiled:
             ledger = ledger._replace(

@@ -6,6 +6,11 @@ client, mean(A) mean(B) differs from mean(A B).
 - `flexlora` (FlexLoRA, arXiv 2402.11505): the server averages the products A B and cuts the mean to rank r by
   a singular value decomposition, so the mean is exact but for what the rank cannot hold. Uploads are the
   factors; the sums are as large as the matrices.
+- `flora` (FLoRA, arXiv 2409.05976): the server stacks the factors, which is adding up the weighted products,
+  and adds scale * sum_c p_c A_c B_c to W, as exactly as float32 holds it. The next round begins with new
+  adapters: A drawn anew, B zero. Where `fl.base` spends no budgets on experts, ranks follow budgets as in
+  `hetlora`. Our decisions: p_c are `fl.base`'s weights, an expert at a time; all clients draw the same A, by
+  the round's key; an expert whose W did not change keeps its A.
 - `hetlora` (HetLoRA, arXiv 2401.06432): a client trains rank ceil(r * budget / experts), the first columns
   of A and rows of B; the server pads with zeros and weighs a client, besides `fl.base`'s weights, by the
   Frobenius norm of its products. Our decisions: one norm an expert, one for all shared adapters; ranks are
@@ -14,10 +19,13 @@ client, mean(A) mean(B) differs from mean(A B).
 Axes: L layers, E experts, D inputs, F outputs, R rank.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
@@ -31,48 +39,57 @@ from hfedmoe_jax.algorithms.parts import Change, Totals, Transformed
 from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import Params
-from hfedmoe_jax.models.lora import FACTORS, LORA, adapter_pairs
+from hfedmoe_jax.models.frozen import QUANTISED
+from hfedmoe_jax.models.lora import FACTORS, LORA, adapter_pairs, init_a, lora_rule, matrix_path
+
+RANK_AXES: dict[str, int] = dict(zip(FACTORS, (-1, -2), strict=True))
 
 
 @algorithms.register("flexlora")
 def flexlora(config: ConfigDict) -> Method:
     """Returns `fl.base` whose server averages products."""
-    method, aggregation = adapted(config), config.aggregation
-
-    def transform(update: Change) -> Transformed:
-        of_expert, of_rest = (
-            weight(update.upload, aggregation) for weight in (method.weights.experts, method.weights.shared)
-        )
-        after = optax.tree.add(update.start, update.change)
-
-        def sums(tree: Any, weight: Array) -> tuple[Array, list[Array]]:
-            products = [a @ b for a, b in adapter_pairs(tree).values()]
-            weighted = [jnp.where(w := widen(weight, x), w * x, 0) for x in products]
-            return weight, weighted
-
-        return Transformed(
-            update.change, summed=(sums(after.experts, of_expert), sums(after.shared, of_rest))
-        )
+    method = adapted(config)
 
     def step(totals: Totals, extra: Any) -> tuple[Params, Any]:
-        def refactored(change: dict, start: dict, summed: tuple[Array, list[Array]]) -> dict:
-            weight, products = summed
-            leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(change))
-            for (path, old), total in zip(adapter_pairs(start).items(), products, strict=True):
-                known = widen(weight, total) > 0
-                new = factorise(total / jnp.where(known, widen(weight, total), 1), old[0].shape[-1])
-                for name, after, before in zip(FACTORS, new, old, strict=True):
-                    leaves[(*path, name)] = jnp.where(known, after - before, 0)
-            return traverse_util.unflatten_dict(leaves)
+        means = mean_products(totals.summed)
+        new = {path: factorise(mean, config.model.lora_rank) for path, mean in means.items()}
+        return replace_factors(totals, new), extra
 
-        mean, start, (experts, shared) = totals.change, totals.start, totals.summed
-        change = mean._replace(
-            experts=refactored(mean.experts, start.experts, experts),
-            shared=refactored(mean.shared, start.shared, shared),
-        )
-        return change, extra
+    return method._replace(transform=sum_products(method, config), step=step)
 
-    return method._replace(transform=transform, step=step)
+
+@algorithms.register("flora")
+def flora(config: ConfigDict) -> Method:
+    """Returns `fl.base` whose server adds the mean product to the frozen matrices."""
+    method, rule = adapted(config), lora_rule(config.model)
+    assert rule is not None
+    if config.model.base in QUANTISED:
+        raise InputError("model.base", config.model.base, "flora adds to W, which quantised takes no sums",
+                         "use float32 or bfloat16")  # fmt: skip
+    if config.model.adapters:
+        raise InputError("model.adapters", config.model.adapters, "flora begins each round with new adapters",
+                         "leave it empty, and name a merged model as model.source")  # fmt: skip
+
+    def nothing(params: Params) -> dict:
+        products = {path: jnp.zeros_like(a @ b) for path, (a, b) in all_factors(params).items()}
+        return traverse_util.unflatten_dict(products)
+
+    def step(totals: Totals, added: Any) -> tuple[Params, Any]:
+        means = mean_products(totals.summed)
+        new = {}
+        for number, (path, (a, b)) in enumerate(sorted(all_factors(totals.start).items())):
+            key = jax.random.fold_in(totals.key, number)
+            new[path] = init_a(key, a.shape, a.dtype), jnp.zeros_like(b)
+        scaled = traverse_util.unflatten_dict({path: rule.scale * mean for path, mean in means.items()})
+        return replace_factors(totals, new), optax.tree.add(added, scaled)
+
+    if not method.rule.uses_budgets:
+        method = with_ranks(method, rule.rank)
+    return method._replace(
+        transform=sum_products(method, config), step=step, extra=nothing,
+        added=lambda extra: extra,
+        terms=lambda shapes: Params(*map(factors_alone, shapes)),
+    )  # fmt: skip
 
 
 @algorithms.register("hetlora")
@@ -104,8 +121,7 @@ def hetlora(config: ConfigDict) -> Method:
         )
         return change, extra
 
-    rule = method.rule._replace(start=truncate(config.model.lora_rank))
-    return method._replace(rule=rule, transform=transform, step=step)
+    return with_ranks(method, config.model.lora_rank)._replace(transform=transform, step=step)
 
 
 def adapted(config: ConfigDict) -> Method:
@@ -124,6 +140,57 @@ def adapted(config: ConfigDict) -> Method:
         problem = f"{config.fl.algorithm} replaces the adapters by their average"
         raise InputError("server.optimizer", name, problem, "use sgd with server.learning_rate=1")
     return method
+
+
+def sum_products(method: Method, config: ConfigDict) -> Callable[[Change], Transformed]:
+    """Returns a `Method.transform` that sums weighted products, each beside its weight, by matrix."""
+
+    def transform(update: Change) -> Transformed:
+        of_expert, of_rest = (
+            weight(update.upload, config.aggregation)
+            for weight in (method.weights.experts, method.weights.shared)
+        )
+
+        def weighted(path: tuple[str, ...], a: Array, b: Array) -> tuple[Array, Array]:
+            product, weight = a @ b, of_expert if path[0] == "experts" else of_rest
+            wide = widen(weight, product)
+            return jnp.where(wide > 0, wide * product, 0), weight
+
+        after = all_factors(optax.tree.add(update.start, update.change))
+        return Transformed(update.change, summed={path: weighted(path, *ab) for path, ab in after.items()})
+
+    return transform
+
+
+def mean_products(summed: Any) -> dict[tuple[str, ...], Array]:
+    """Returns by matrix what `sum_products` summed as a mean [..., D, F], zero where no client counts."""
+
+    def mean(total: Array, weight: Array) -> Array:
+        known = widen(weight, total) > 0
+        return jnp.where(known, total / jnp.where(known, widen(weight, total), 1), 0)
+
+    return {path: mean(*sums) for path, sums in summed.items()}
+
+
+def replace_factors(totals: Totals, new: dict[tuple[str, ...], tuple[Array, Array]]) -> Params:
+    """Returns the change that makes these the factors of the matrices for which some client counts."""
+    leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(one_tree(totals.change)))
+    for path, old in adapter_pairs(one_tree(totals.start)).items():
+        total, weight = totals.summed[matrix_path(path)]
+        for name, after, before in zip(FACTORS, new[matrix_path(path)], old, strict=True):
+            leaves[(*path, name)] = jnp.where(widen(weight, total) > 0, after - before, 0)
+    shared = traverse_util.unflatten_dict(leaves)
+    return totals.change._replace(experts=shared.pop("experts"), shared=shared)
+
+
+def one_tree(params: Params) -> dict:
+    """Returns the experts beside the shared parameters."""
+    return params.shared | {"experts": params.experts}
+
+
+def all_factors(params: Params) -> dict[tuple[str, ...], tuple[Array, Array]]:
+    """Returns the factors A, B by matrix."""
+    return {matrix_path(path): ab for path, ab in adapter_pairs(one_tree(params)).items()}
 
 
 def factorise(
@@ -153,12 +220,38 @@ def product_norm(tree: dict, kept: int) -> Array:
     return jnp.sqrt(sum((square(a, b) for a, b in adapter_pairs(tree).values()), jnp.float32(0)))
 
 
-def scale_adapters(tree: dict, scale: Array) -> dict:
-    """Returns a tree whose factors, and nothing else, are multiplied."""
+def map_factors(function: Callable[[str, Any], Any], tree: dict) -> dict:
+    """Returns a tree whose factors, and nothing else, are what a function makes of name and leaf."""
     leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(tree))
-    return traverse_util.unflatten_dict(
-        {path: leaf * scale if path[-1] in FACTORS else leaf for path, leaf in leaves.items()}
-    )
+    changed = {path: function(path[-1], leaf) for path, leaf in leaves.items() if path[-1] in FACTORS}
+    return traverse_util.unflatten_dict(leaves | changed)
+
+
+def scale_adapters(tree: dict, scale: Array) -> dict:
+    """Returns a tree whose factors are multiplied."""
+    return map_factors(lambda name, leaf: leaf * scale, tree)
+
+
+def factors_alone(tree: dict) -> dict:
+    """Returns the factors of a tree, and nothing else of it."""
+    leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(tree))
+    return traverse_util.unflatten_dict({path: x for path, x in leaves.items() if path[-1] in FACTORS})
+
+
+def with_ranks(method: Method, rank: int) -> Method:
+    """Returns a method whose clients train ranks of adapters by their budgets, and receive and send those."""
+
+    def own(name: str, leaf: jax.ShapeDtypeStruct, rank: int) -> jax.ShapeDtypeStruct:
+        shape = list(leaf.shape)
+        shape[RANK_AXES[name]] = rank
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+    def part(shapes: Params, share: Float[np.ndarray, ""]) -> Params:
+        cut = functools.partial(own, rank=int(client_rank(share, rank)))
+        experts, shared = (map_factors(cut, tree) for tree in (shapes.experts, shapes.shared))
+        return shapes._replace(experts=experts, shared=shared)
+
+    return method._replace(rule=method.rule._replace(start=truncate(rank)), part=part)
 
 
 def truncate(rank: int) -> Any:
@@ -170,16 +263,13 @@ def truncate(rank: int) -> Any:
     def start(params: Params, share: Float[Array, ""]) -> Params:
         own = client_rank(share, rank)
 
-        def cut(tree: dict) -> dict:
-            leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(tree))
-            for path, leaf in leaves.items():
-                if path[-1] in FACTORS:
-                    axis = -1 if path[-1] == FACTORS[0] else -2
-                    index = jnp.arange(leaf.shape[axis]).reshape((-1,) + (1,) * (-1 - axis))
-                    leaves[path] = jnp.where(index < own, leaf, 0)
-            return traverse_util.unflatten_dict(leaves)
+        def cut(name: str, leaf: Array) -> Array:
+            axis = RANK_AXES[name]
+            index = jnp.arange(leaf.shape[axis]).reshape((-1,) + (1,) * (-1 - axis))
+            return jnp.where(index < own, leaf, 0)
 
-        return params._replace(experts=cut(params.experts), shared=cut(params.shared))
+        experts, shared = (map_factors(cut, tree) for tree in (params.experts, params.shared))
+        return params._replace(experts=experts, shared=shared)
 
     return start
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
+from hfedmoe_jax.algorithms.traffic import Traffic
 from hfedmoe_jax.client import ClientData
 from hfedmoe_jax.devices import ScoringPasses
 from hfedmoe_jax.evaluation import Snapshot
@@ -57,7 +58,7 @@ class Setting(NamedTuple):
 
 
 class ClientRecords(NamedTuple):
-    """What the server remembers of every client between rounds, for figures.
+    """What the server remembers of every client between rounds, for figures and for what it sends.
 
     Attributes:
       usage: float32 [C, L, E], u_c of the client's last round; NaN if its update did not count.
@@ -66,12 +67,14 @@ class ClientRecords(NamedTuple):
       rounds_measured: int32 [C], rounds in which its batches were routed to the end: those whose
         update counted, and those that failed for the size of their union.
       union_total: float32 [C], sum over those rounds of the mean union size.
+      missed: int64 [C], bytes of `Traffic.terms` that were sent since the client last took part.
     """
 
     usage: Float[np.ndarray, "clients layers experts"]
     times_trained: Int[np.ndarray, "clients layers experts"]
     rounds_measured: Int[np.ndarray, " clients"]
     union_total: Float[np.ndarray, " clients"]
+    missed: Int[np.ndarray, " clients"]
 
 
 class ServerState(NamedTuple):
@@ -99,11 +102,14 @@ class RoundMetrics(NamedTuple):
       report: the clients' reports.
       uploaded: bool [M, L, E], the experts that each client sent and the server counted.
       consistency: float32 [M], routing consistency r(c) (18).
+      bytes_down, bytes_up: int64 [M], what each client received, and sent: 0 where its update does not count.
     """
 
     report: ClientReport
     uploaded: Bool[np.ndarray, "members layers experts"]
     consistency: Float[np.ndarray, " members"]
+    bytes_down: Int[np.ndarray, " members"]
+    bytes_up: Int[np.ndarray, " members"]
 
 
 class Portion(NamedTuple):
@@ -132,8 +138,7 @@ class FederatedAlgorithm(NamedTuple):
       personal: every client keeps a model of its own, and nothing is sent.
       selects: clients train the experts that fit their budget.
       scoring: what scoring adds to a client's round.
-      upload_bytes: (number of experts sent, int [M]) -> bytes that each client sends [M], exact.
-      broadcast_bytes: bytes of arrays of its own, which each client receives beside the model.
+      traffic: bytes that clients send and receive.
       summary: rounds done -> further entries of summary.json, e.g. the privacy spent.
       programs: the compiled functions by name: `tier K` for each tier, and those that open and end a round.
       arguments: shapes of a block's data [D * B, ...], without states -> shapes of the programs' arguments by
@@ -147,8 +152,7 @@ class FederatedAlgorithm(NamedTuple):
     personal: bool
     selects: bool
     scoring: ScoringPasses
-    upload_bytes: Callable[[np.ndarray], np.ndarray]
-    broadcast_bytes: int
+    traffic: Traffic
     summary: Callable[[int], dict[str, Any]]
     programs: dict[str, Callable]
     arguments: Callable[[ClientData], dict[str, tuple]]

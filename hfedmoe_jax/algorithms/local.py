@@ -21,6 +21,7 @@ from hfedmoe_jax.algorithms.algorithm import (
 )
 from hfedmoe_jax.algorithms.cohort import ClientReports, client_trains, place_update, train_cohort
 from hfedmoe_jax.algorithms.records import open_records, remember
+from hfedmoe_jax.algorithms.traffic import NO_TRAFFIC
 from hfedmoe_jax.client import Broadcast, ClientData, LocalRule
 from hfedmoe_jax.devices import NO_SCORING
 from hfedmoe_jax.errors import InputError
@@ -102,8 +103,9 @@ def train_alone(rule: LocalRule, score: str, setting: Setting) -> FederatedAlgor
         records = remember(state.records, reports, reports.upload.trained)
         # Routing consistency compares what is shared, and nothing is.
         consistency = np.full(len(reports.client), np.nan, np.float32)
+        nothing = np.zeros(len(reports.client), np.int64)
         return state._replace(params=params, records=records), RoundMetrics(
-            reports.report, reports.uploaded, consistency
+            reports.report, reports.uploaded, consistency, nothing, nothing
         )
 
     def arguments(data: ClientData) -> dict[str, tuple]:
@@ -122,8 +124,7 @@ def train_alone(rule: LocalRule, score: str, setting: Setting) -> FederatedAlgor
         personal=True,
         selects=rule.score is not None,
         scoring=scoring,
-        upload_bytes=lambda sent: np.zeros(len(sent), np.int64),
-        broadcast_bytes=0,
+        traffic=NO_TRAFFIC,
         summary=lambda rounds: {"parts": {"score": score}},
         programs={f"tier {tier}": program} | store.programs,
         arguments=arguments,

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.aggregation import dominant_set, routing_consistency
@@ -20,12 +19,14 @@ from hfedmoe_jax.algorithms.cohort import train_cohort
 from hfedmoe_jax.algorithms.parts import Change, Totals, Transformed, Weights
 from hfedmoe_jax.algorithms.programs import RoundPrograms
 from hfedmoe_jax.algorithms.records import open_records, remember
+from hfedmoe_jax.algorithms.traffic import traffic_of
 from hfedmoe_jax.client import Broadcast, LocalRule
 from hfedmoe_jax.devices import NO_SCORING
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.mesh import EXPERTS
-from hfedmoe_jax.models import Params, tree_bytes
+from hfedmoe_jax.models import NO_PARAMS, Params, tree_bytes
+from hfedmoe_jax.models.frozen import add_to_frozen
 from hfedmoe_jax.population import StateStore
 from hfedmoe_jax.reports import OK
 from hfedmoe_jax.schedule import plan_blocks, tier_of
@@ -49,6 +50,11 @@ class Method(NamedTuple):
       step: (Totals, extra) -> (change that the server optimizer takes, extra), at the end of a round.
       steps_always: the server steps, for every expert, even in a round in which no client counts.
       literal_gating: equation (21) as printed.
+      added: extra -> the part of it that is added to frozen parameters, by their names; None for nothing.
+      part: (shapes of the model, budget over all experts) -> shapes of what a client of that budget receives
+        and trains.
+      terms: shapes of a client's part -> of those, what the server does not average but adds up in `extra`.
+        A client then receives what was sent of them since it last took part, or `extra` if that is smaller.
       tensor_bytes: shape and type of a tensor of the model -> its bytes in an upload.
       summary: (rounds, C) -> further entries of summary.json.
     """
@@ -62,6 +68,9 @@ class Method(NamedTuple):
     step: Callable[[Totals, Any], tuple[Params, Any]] = keep
     steps_always: bool = False
     literal_gating: bool = False
+    added: Callable[[Any], dict | None] = lambda extra: None
+    part: Callable[[Params, np.ndarray], Params] = lambda shapes, share: shapes
+    terms: Callable[[Params], Params] = lambda shapes: NO_PARAMS
     tensor_bytes: Callable[[jax.ShapeDtypeStruct], int] = tree_bytes
     summary: Callable[[int, int], dict[str, Any]] = lambda rounds, population: {}
 
@@ -82,6 +91,7 @@ def federate(method: Method, setting: Setting) -> FederatedAlgorithm:
     params_shape, _ = jax.eval_shape(model.init, jax.random.key(0))
     programs = RoundPrograms(method, setting, params_shape)
     num_clients = len(setting.budget)
+    traffic = traffic_of(method, params_shape, setting.budget, model.all_experts)
     store = StateStore(mesh, num_clients)
     tiers, state = list(programs.train), jax.eval_shape(method.state, params_shape)
 
@@ -97,51 +107,40 @@ def federate(method: Method, setting: Setting) -> FederatedAlgorithm:
         return plan_blocks(tier_of(budgets, tiers), mesh, chunk, hosts)
 
     def round_function(state: ServerState, portions: Iterable[Portion], key: jax.Array):
-        broadcast = Broadcast(state.params, setting.frozen, state.extra, key)
+        frozen = add_to_frozen(setting.frozen, method.added(state.extra))
+        broadcast = Broadcast(state.params, frozen, state.extra, key)
         sums, clients, reports = train_cohort(
             programs.train, portions, programs.open(), programs.settle, broadcast, store, state.clients
         )
         params, optimizer, extra = programs.finish(sums, state.params, state.optimizer, state.extra, key)
         uploaded = reports.uploaded
-        records = remember(state.records, reports, uploaded & reports.upload.trained)
+        counts, cohort, missed = reports.report.status == OK, reports.client, state.records.missed
+        sent = uploaded.sum(axis=(1, 2))
+        down = traffic.down(missed[cohort], cohort)
+        up, terms = (np.where(counts, of(sent, cohort), 0) for of in (traffic.up, traffic.terms))
+        records = remember(state.records, reports, uploaded & reports.upload.trained, int(terms.sum()))
         dominant = dominant_set(reports.upload.usage, reports.upload.trained, config.aggregation.tau)
-        consistency = np.asarray(routing_consistency(dominant, reports.report.status == OK))
+        consistency = np.asarray(routing_consistency(dominant, counts))
         return (
             ServerState(params, optimizer, extra, clients, records),
-            RoundMetrics(reports.report, uploaded, consistency),
+            RoundMetrics(reports.report, uploaded, consistency, down, up),
         )
+
+    def snapshot(state: ServerState) -> Snapshot:
+        return Snapshot(state.params, bias(state.extra), method.added(state.extra))
 
     bias = jax.jit(method.rule.router_bias or (lambda extra: None))
     scoring = NO_SCORING if method.rule.score is None else method.rule.score.passes(config.fl.local_steps)
     return FederatedAlgorithm(
-        init, round_function, lambda state: Snapshot(state.params, bias(state.extra)), plan,
+        init, round_function, snapshot, plan,
         personal=False,
         selects=method.rule.score is not None,
         scoring=scoring,
-        upload_bytes=lambda sent: upload_bytes(params_shape, method.tensor_bytes, sent),
-        broadcast_bytes=tree_bytes(jax.eval_shape(method.extra, params_shape)),
+        traffic=traffic,
         summary=lambda rounds: method.summary(rounds, num_clients),
         programs=programs.named() | (store.programs if jax.tree.leaves(state) else {}),
         arguments=lambda data: programs.arguments(data) | store.arguments(state, len(data.client)),
     )  # fmt: skip
-
-
-def upload_bytes(
-    params: Params, tensor_bytes: Callable[[jax.ShapeDtypeStruct], int], sent: Int[np.ndarray, " members"]
-) -> Int[np.ndarray, " members"]:
-    """Returns the bytes that each client sends.
-
-    Args:
-      params: shapes.
-      tensor_bytes: see `Method`; an expert's tensors are its own.
-      sent: how many experts each client sends, beside routers and the shared part.
-    """
-
-    def total(tree: Any) -> int:
-        return sum(tensor_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-    expert = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), params.experts)
-    return total((params.router, params.shared)) + np.asarray(sent, np.int64) * total(expert)
 
 
 def refuse_spread_experts(method: Method, name: str, experts: int) -> None:

@@ -53,6 +53,7 @@ from hfedmoe_jax.mesh import (
     shapes_on_mesh,
 )
 from hfedmoe_jax.models import Params, frozen_specs, params_specs
+from hfedmoe_jax.models.frozen import add_each, addends
 from hfedmoe_jax.optimizers import PerExpertState, build_optimizer, per_expert
 from hfedmoe_jax.population import stream
 from hfedmoe_jax.reports import OK
@@ -130,7 +131,8 @@ class RoundPrograms:
     def named(self) -> dict[str, Callable]:
         """Returns the programs by name."""
         tiers = {f"tier {tier}": program for tier, program in self.train.items()}
-        return tiers | {"open": self.open, "settle": self.settle, "finish": self.finish}
+        add = {} if self._method.added(self._extra) is None else {"add": add_each}
+        return tiers | add | {"open": self.open, "settle": self.settle, "finish": self.finish}
 
     def arguments(self, data: ClientData) -> dict[str, tuple]:
         """Returns the shapes of the arguments of each program by name, with where they lie on the mesh.
@@ -150,12 +152,15 @@ class RoundPrograms:
         block = shapes_on_mesh(mesh, BY_CLIENT, (data._replace(state=state), count))
         frozen = self._setting.frozen
         frozen = shapes_on_mesh(mesh, frozen_specs(frozen), frozen)
+        added = self._method.added(extra)
         train = (sums, Broadcast(params, frozen, extra, key), *block)
-        return {f"tier {tier}": train for tier in self.train} | {
+        add = {} if added is None else {"add": addends(frozen, added)}
+        tiers = {f"tier {tier}": train for tier in self.train}
+        return tiers | add | {
             "open": (),
             "settle": (sums,),
             "finish": (sums, params, optimizer, extra, key),
-        }
+        }  # fmt: skip
 
     @property
     def _router_rows(self) -> bool:

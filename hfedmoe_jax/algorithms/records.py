@@ -18,15 +18,19 @@ def open_records(num_clients: int, num_layers: int, num_experts: int) -> ClientR
         times_trained=np.zeros(per_expert, np.int32),
         rounds_measured=np.zeros(num_clients, np.int32),
         union_total=np.zeros(num_clients, np.float32),
+        missed=np.zeros(num_clients, np.int64),
     )
 
 
-def remember(records: ClientRecords, reports: ClientReports, trained: np.ndarray) -> ClientRecords:
+def remember(
+    records: ClientRecords, reports: ClientReports, trained: np.ndarray, terms: int = 0
+) -> ClientRecords:
     """Returns the records after a round of these clients.
 
     Args:
       reports: host arrays [M, ...].
       trained: bool [M, L, E], experts that count as trained.
+      terms: bytes of `Traffic.terms` in the round; its own cohort received those before.
     """
     client, upload, report, _ = reports
     ok = report.status == OK
@@ -36,4 +40,5 @@ def remember(records: ClientRecords, reports: ClientReports, trained: np.ndarray
     records.times_trained[client] += trained & ok[:, None, None]
     records.rounds_measured[client] += measured
     records.union_total[client] += np.where(measured, report.union_size, 0)
-    return records
+    records.missed[client] = 0
+    return records._replace(missed=records.missed + terms)

@@ -63,6 +63,31 @@ def as_floats(kept: Any) -> Any:
     return qwix.dequantize(kept)
 
 
+@jax.jit
+def add_each(kept: dict, added: dict) -> dict:
+    """Returns the sums of arrays by name, in the types of the first."""
+    return jax.tree.map(lambda x, y: (x.astype(jnp.float32) + y).astype(x.dtype), kept, added)
+
+
+def add_to_frozen(frozen: dict, added: dict | None) -> dict:
+    """Returns frozen parameters with what is added to some of them, in the types that they are kept in.
+
+    Args:
+      frozen: as kept; those that are added to are not quantised.
+      added: a tree of some of them, float32; None for nothing.
+    """
+    if added is None:
+        return frozen
+    leaves = traverse_util.flatten_dict(frozen)
+    return traverse_util.unflatten_dict(leaves | add_each(*addends(frozen, added)))
+
+
+def addends(frozen: dict, added: dict) -> tuple[dict, dict]:
+    """Returns the arguments of `add_each`, by path."""
+    leaves, more = (traverse_util.flatten_dict(tree) for tree in (frozen, added))
+    return {path: leaves[path] for path in more}, more
+
+
 def place_leaf(path: tuple[str, ...], like: Any, value: Any, base: str) -> Any:
     """Returns what a start has for a frozen parameter, as it is kept and where `like` lies, layer by layer.
 

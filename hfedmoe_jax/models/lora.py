@@ -133,6 +133,11 @@ def adapter_pairs(tree: dict) -> dict[tuple[str, ...], tuple[Any, Any]]:
     }  # fmt: skip
 
 
+def matrix_path(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns where the matrix of factors that lie under a path is, among all parameters."""
+    return path if path[0] == "experts" else (*path, "kernel")
+
+
 class Dense(nn.Module):
     """A linear map as `nn.Dense`, with an adapter if there is a rule for one.
 

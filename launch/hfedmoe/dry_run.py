@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.checks import check_config
 from hfedmoe_jax.data import FederatedData, load_federated
-from hfedmoe_jax.devices import memory_needed, round_cost
+from hfedmoe_jax.devices import compute_seconds, memory_needed, transfer_seconds
 from hfedmoe_jax.models import tree_bytes
 from hfedmoe_jax.models.frozen import as_floats
 from hfedmoe_jax.published import PUBLISHED
@@ -93,18 +93,26 @@ def floats(tree: Any) -> Any:
 def classes(experiment: Experiment) -> Table:
     """Returns by device class: experts, memory, FLOP, bytes and simulated time of a round.
 
-    Tokens are taken to be spread evenly over the experts, and every assignment to be kept.
+    Tokens are taken to be spread evenly over the experts, and every assignment to be kept; clients to have
+    missed one round.
     """
     config, cost, algorithm = experiment.config, experiment.cost, experiment.algorithm
+    traffic, every = algorithm.traffic, np.arange(experiment.num_clients)
+    trains = experiment.budgets if algorithm.selects else np.full(len(every), cost.all_experts)
+    missed = round(config.fl.clients_per_round * traffic.terms(trains, every).mean())
     count = Counter(profile.name for profile in experiment.profiles)
-    budgets = {p.name: int(b) for p, b in zip(experiment.profiles, experiment.budgets, strict=True)}
+    client_of = {profile.name: client for client, profile in enumerate(experiment.profiles)}
     rows = []
     for profile in sorted(set(experiment.profiles)):
-        budget = budgets[profile.name]
-        assignments, trained = assignments_of(experiment, budget)
-        sent = float(algorithm.upload_bytes(np.array([budget]))[0])
-        one = round_cost(profile, cost, config.fl.local_steps, assignments, trained, sent, algorithm.scoring)
-        flop = step_flop(experiment, budget)
+        client = np.array([client_of[profile.name]])
+        budget = int(experiment.budgets[client[0]])
+        assignments, trained = assignments_of(experiment, int(trains[client[0]]))
+        up = float(traffic.up(trains[client], client)[0])
+        down = float(traffic.down(np.array([missed]), client)[0])
+        seconds = transfer_seconds(profile, down, up) + compute_seconds(
+            profile, cost, config.fl.local_steps, assignments, trained, algorithm.scoring
+        )
+        flop = step_flop(experiment, int(trains[client[0]]))
         rows.append(
             [
                 profile.name,
@@ -113,9 +121,9 @@ def classes(experiment: Experiment) -> Table:
                 megabytes(memory_needed(cost, budget, config.fl.forward)),
                 megabytes(profile.memory_bytes),
                 f"{flop / 1e9:,.3g}",
-                megabytes(0 if algorithm.personal else one.bytes_down + algorithm.broadcast_bytes),
-                megabytes(sent),
-                format_seconds(one.time_s),
+                megabytes(down),
+                megabytes(up),
+                format_seconds(seconds),
             ]
         )
     header = [

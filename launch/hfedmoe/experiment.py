@@ -153,8 +153,10 @@ def write_results(experiment: Experiment, saved: "Saved", outcome: Outcome, work
         command=f"python -m launch.main {shlex.join(sys.argv[1:])}",
     )
     if can_export(experiment):
-        export_model(experiment, state.best.params, workdir / "model")
-        if config.model.train == LORA:
+        export_model(experiment, state.best, workdir / "model")
+        if state.best.added is not None:
+            print(f"no adapters/: {config.fl.algorithm} adds to W in every round; model/ has the sums")
+        elif config.model.train == LORA:
             export_adapters(experiment, state.best.params, workdir / "adapters")
     write_json(workdir / "summary.json", summary)
     print_summary("Summary", summary_rows(summary, workdir))

@@ -9,9 +9,10 @@ import numpy as np
 from flax import traverse_util
 
 from hfedmoe_jax import Experiment
+from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.models import Params, merge_params
 from hfedmoe_jax.models.adapter_files import write_adapters
-from hfedmoe_jax.models.lora import FACTORS, adapter_pairs, lora_rule
+from hfedmoe_jax.models.lora import FACTORS, adapter_pairs, lora_rule, matrix_path
 from hfedmoe_jax.models.names import export_params, part_of, read_config
 from hfedmoe_jax.models.tensor_files import find_tensors
 from hfedmoe_jax.pretrained import find_source
@@ -26,27 +27,28 @@ def can_export(experiment: Experiment) -> bool:
     return getattr(experiment.model.module, "names", None) is not None and not experiment.algorithm.personal
 
 
-def export_model(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:
+def export_model(experiment: Experiment, model: Snapshot, directory: pathlib.Path) -> None:
     """Writes config, weights in the source's type, and the tokenizer; `transformers` loads the directory.
 
     Adapters are added to the checkpoint's own matrices, whatever `model.base` kept of them.
 
     Args:
-      params: of the model.
+      model: as it is used.
       directory: replaced, whole or not at all.
     """
     source = find_source(experiment.config.model.source)
     kind = next(iter(find_tensors(source).values())).dtype
     with Replacement(directory) as fresh:
         names, config = experiment.model.module.names(), read_config(source)
-        export_params(fresh, names, merged(experiment, params), config, np.dtype(kind))
+        export_params(fresh, names, merged(experiment, model), config, np.dtype(kind))
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, fresh / name)
 
 
-def merged(experiment: Experiment, params: Params) -> dict[str, Any]:
+def merged(experiment: Experiment, model: Snapshot) -> dict[str, Any]:
     """Returns the parameters of the module, arrays or what is read as one when it is written."""
+    params = model.params
     trained = merge_params(params.router, params.shared)
     rule = lora_rule(experiment.config.model)
     if rule is None:
@@ -55,15 +57,12 @@ def merged(experiment: Experiment, params: Params) -> dict[str, Any]:
     leaves: dict[Any, Any] = dict(traverse_util.flatten_dict(experiment.frozen))
     leaves |= {path: leaf for path, leaf in traverse_util.flatten_dict(start).items() if path in leaves}
     leaves |= {path: x for path, x in traverse_util.flatten_dict(trained).items() if path[-1] not in FACTORS}
-    for path, (a, b) in adapters(params).items():
-        leaves[path] = Sum(leaves[path], np.asarray(a), np.asarray(b), rule.scale)
+    added = traverse_util.flatten_dict(model.added or {})
+    for at, (a, b) in adapter_pairs(params.shared | {"experts": params.experts}).items():
+        path = matrix_path(at)
+        more = np.broadcast_to(np.asarray(added.get(path, 0), np.float32), leaves[path].shape)
+        leaves[path] = Sum(leaves[path], np.asarray(a), np.asarray(b), rule.scale, more)
     return traverse_util.unflatten_dict(leaves)
-
-
-def adapters(params: Params) -> dict[tuple[str, ...], tuple[Any, Any]]:
-    """Returns the factors A [..., D, R] and B [..., R, F] by the path of their matrix."""
-    experts = {("experts", *path): pair for path, pair in adapter_pairs(params.experts).items()}
-    return experts | {(*path, "kernel"): pair for path, pair in adapter_pairs(params.shared).items()}
 
 
 @dataclass
@@ -73,12 +72,14 @@ class Sum:
     Attributes:
       base: an array, or one that lies in a file.
       a, b, scale: see `LoraRule`.
+      added: what its algorithm added to it, like it.
     """
 
     base: Any
     a: np.ndarray
     b: np.ndarray
     scale: float
+    added: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,7 +87,8 @@ class Sum:
 
     def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
         """Returns the matrix of one layer (and expert)."""
-        return part_of(self.base, index) + np.float32(self.scale) * (self.a[index] @ self.b[index])
+        low = np.float32(self.scale) * (self.a[index] @ self.b[index])
+        return part_of(self.base, index) + self.added[index] + low
 
 
 def export_adapters(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:

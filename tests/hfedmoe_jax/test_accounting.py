@@ -1,12 +1,10 @@
 """What a round costs, against sums worked out by hand from the device profiles."""
 
-from unittest.mock import Mock
-
 import numpy as np
 import pytest
 
 from hfedmoe_jax.accounting import account_round, enter, open_ledger
-from hfedmoe_jax.algorithms import FederatedAlgorithm, RoundMetrics
+from hfedmoe_jax.algorithms import RoundMetrics
 from hfedmoe_jax.cost import ModelCost
 from hfedmoe_jax.devices import NO_SCORING, DeviceProfile, ScoringPasses
 from hfedmoe_jax.reports import DROPPED_OUT, NONFINITE, OK, OVER_BUDGET, ClientReport
@@ -28,7 +26,7 @@ FAST = DeviceProfile("fast", 1e9, flop_per_s=1000.0, uplink_bps=8000.0, downlink
 SLOW = DeviceProfile("slow", 1e9, flop_per_s=100.0, uplink_bps=800.0, downlink_bps=8000.0)
 
 
-def round_metrics(status, uploaded, assignments=20.0, trained=5.0):
+def round_metrics(status, uploaded, assignments=20.0, trained=5.0, down=MODEL_BYTES):
     """Returns metrics of a cohort with these statuses that sent the given numbers of experts."""
     members = len(status)
     zero = np.zeros(members, np.float32)
@@ -38,7 +36,8 @@ def round_metrics(status, uploaded, assignments=20.0, trained=5.0):
         trained_assignments=np.full(members, trained, np.float32),
     )
     sent = np.arange(EXPERTS).reshape(2, 2) < np.reshape(uploaded, (-1, 1, 1))
-    return RoundMetrics(report, sent, zero)
+    up = np.where(np.array(status) == OK, 1000 + 250 * np.array(uploaded), 0)
+    return RoundMetrics(report, sent, zero, np.full(members, down), up)
 
 
 def seconds(profile, experts_sent, sends=True):
@@ -50,15 +49,8 @@ def seconds(profile, experts_sent, sends=True):
     return down + compute + up
 
 
-def account(status, uploaded, profiles, scoring=NO_SCORING, personal=False, broadcast_bytes=0):
-    algorithm = Mock(
-        spec=FederatedAlgorithm,
-        scoring=scoring,
-        personal=personal,
-        upload_bytes=lambda sent: 1000 + 250 * np.asarray(sent),
-        broadcast_bytes=broadcast_bytes,
-    )
-    return account_round(round_metrics(status, uploaded), profiles, COST, STEPS, algorithm)
+def account(status, uploaded, profiles, scoring=NO_SCORING, down=MODEL_BYTES):
+    return account_round(round_metrics(status, uploaded, down=down), profiles, COST, STEPS, scoring)
 
 
 def test_the_slowest_client_decides_how_long_a_round_takes():
@@ -77,8 +69,8 @@ def test_a_client_sends_the_shared_part_and_the_experts_it_trained():
     assert result.bytes_down == 2 * MODEL_BYTES
 
 
-def test_arrays_that_an_algorithm_broadcasts_are_downloaded_beside_the_model():
-    result = account([OK, DROPPED_OUT], [1, 3], [SLOW, FAST], broadcast_bytes=600)
+def test_what_clients_download_takes_time():
+    result = account([OK, DROPPED_OUT], [1, 3], [SLOW, FAST], down=MODEL_BYTES + 600)
     assert result.bytes_down == 2 * (MODEL_BYTES + 600)
     assert result.bytes_up == 1000 + 250
     assert result.round_time_s == pytest.approx(seconds(SLOW, 1) + 8 * 600 / SLOW.downlink_bps)
@@ -112,8 +104,10 @@ def test_scoring_takes_time_too():
     assert (result.bytes_up, result.bytes_down) == (without.bytes_up, without.bytes_down)
 
 
-def test_personal_models_are_not_sent_and_only_compute_takes_time():
-    result = account([OK, OK], [0, 0], [SLOW, FAST], personal=True)
+def test_where_nothing_travels_only_compute_takes_time():
+    metrics, nothing = round_metrics([OK, OK], [0, 0]), np.zeros(2, np.int64)
+    metrics = metrics._replace(bytes_down=nothing, bytes_up=nothing)
+    result = account_round(metrics, [SLOW, FAST], COST, STEPS, NO_SCORING)
     assert (result.bytes_up, result.bytes_down) == (0, 0)
     assert result.round_time_s == pytest.approx(STEPS * (3 * 100 + 20 * 10 + 2 * 5 * 10) / 100)
 

@@ -308,7 +308,8 @@ def test_frozen_parameters_are_nobodys():
     assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (state.params, start)), strict=True))
     assert bits(frozen) == before
     _, _, whole_model = build()
-    spared = whole_model.upload_bytes(np.array([2])) - algorithm.upload_bytes(np.array([2]))
+    sent, client = np.array([2]), np.array([1])
+    spared = whole_model.traffic.up(sent, client) - algorithm.traffic.up(sent, client)
     assert spared.tolist() == [tree_bytes(frozen)]
 
 
@@ -316,9 +317,11 @@ def test_a_client_sends_routers_the_shared_part_and_its_experts():
     config, model, algorithm = build()
     params, one = tiny_params(**MODEL), 4 * 2 * 8 * 6  # an expert: two matrices of 8 x 6 numbers
     rest = 4 * sum(leaf.size for leaf in jax.tree.leaves((params.router, params.shared)))
-    assert algorithm.upload_bytes(np.array([0, 3])).tolist() == [rest, rest + 3 * one]
+    sent, clients = np.array([0, 3]), np.array([2, 0])
+    assert algorithm.traffic.up(sent, clients).tolist() == [rest, rest + 3 * one]
+    assert algorithm.traffic.down(np.zeros(2, int), clients).tolist() == [tree_bytes(params)] * 2
     _, _, local = build(fl__algorithm="local")
-    assert local.upload_bytes(np.array([0, 3])).tolist() == [0, 0]
+    assert all(travels(sent, clients).tolist() == [0, 0] for travels in local.traffic)
 
 
 def test_parts_named_in_the_config_replace_those_of_the_algorithm():

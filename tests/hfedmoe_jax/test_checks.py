@@ -130,7 +130,7 @@ def test_every_preset_is_accepted(preset, monkeypatch, tmp_path):
 def test_every_algorithm_is_accepted(name):
     config = config_with("fl.algorithm", name)
     config.client.optimizer = "sgd"  # which SCAFFOLD needs
-    if name in ("flexlora", "hetlora"):
+    if name in ("flexlora", "flora", "hetlora"):
         with pytest.raises(InputError, match=r"model\.train=all"):  # nothing else is wrong
             check_config(config)
         return

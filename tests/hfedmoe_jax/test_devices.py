@@ -60,16 +60,15 @@ def test_fractions_below_one_expert_or_outside_the_range_are_refused(fraction):
         d.fraction_budget(fraction, 16)
 
 
-def test_round_cost_adds_download_compute_and_upload():
-    counted = dict(assignments=100.0, trained_assignments=25.0, bytes_up=1300.0)
-    cost = d.round_cost(profile(1e9), COST, 5, **counted, scoring=d.NO_SCORING)
-    assert cost.bytes_down == 1000 + 1600
-    assert cost.bytes_up == 1300
+def test_seconds_of_compute_and_of_transfers():
+    counted = dict(assignments=100.0, trained_assignments=25.0)
     flop = 5 * (3 * 1e6 + (100 + 50) * 10)
-    np.testing.assert_allclose(cost.compute_s, flop / 1e9)
-    np.testing.assert_allclose(cost.time_s, 8 * 2600 / 16e6 + flop / 1e9 + 8 * 1300 / 8e6)
-    scored = d.round_cost(profile(1e9), COST, 5, **counted, scoring=d.ScoringPasses(5, shared=2, experts=3))
-    np.testing.assert_allclose(scored.compute_s, (flop + 5 * (2 * 1e6 + 3 * 100 * 10)) / 1e9)
+    seconds = d.compute_seconds(profile(1e9), COST, 5, **counted, scoring=d.NO_SCORING)
+    np.testing.assert_allclose(seconds, flop / 1e9)
+    passes = d.ScoringPasses(5, shared=2, experts=3)
+    seconds = d.compute_seconds(profile(1e9), COST, 5, **counted, scoring=passes)
+    np.testing.assert_allclose(seconds, (flop + 5 * (2 * 1e6 + 3 * 100 * 10)) / 1e9)
+    np.testing.assert_allclose(d.transfer_seconds(profile(1e9), 2600, 1300), 8 * 2600 / 16e6 + 8 * 1300 / 8e6)
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=5), st.integers(1, 50))

@@ -50,7 +50,10 @@ def test_a_method_transforms_updates_keeps_states_and_sums(monkeypatch):
     assert cut < 12_000
     assert state.extra == 1 + 2 * 3 + 2 * cut + 100 * 2
     rest, one = (len(jax.tree.leaves(tree)) for tree in ((params.router, params.shared), params.experts))
-    assert algorithm.upload_bytes(np.array([0, 3])).tolist() == [7 * rest, 7 * (rest + 3 * one)]
+    assert algorithm.traffic.up(np.array([0, 3]), np.array([1, 2])).tolist() == [
+        7 * rest,
+        7 * (rest + 3 * one),
+    ]
     # The second round reads what the first has left.
     extra = float(state.extra)
     data = cohort(config, (3,))

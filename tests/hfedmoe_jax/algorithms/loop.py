@@ -23,6 +23,7 @@ from hfedmoe_jax.aggregation import Upload
 from hfedmoe_jax.algorithms import compose
 from hfedmoe_jax.client import Broadcast, make_client
 from hfedmoe_jax.models import Params
+from hfedmoe_jax.models.frozen import add_to_frozen
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.tasks import tasks
 
@@ -67,7 +68,7 @@ class Member(NamedTuple):
 
 
 def trained_alone(config, rule=None, frozen_fields=MODEL):
-    """Returns `members(params, data, key, extra=()) -> list[Member]`, which leaves out who dropped out.
+    """Returns `members(params, data, key, extra=(), added=None) -> list[Member]` without who dropped out.
 
     Args:
       rule: how they train; default as the compositions do.
@@ -82,12 +83,12 @@ def trained_alone(config, rule=None, frozen_fields=MODEL):
         )
     )  # fmt: skip
 
-    def members(params, data, key, extra=()):
-        found = []
+    def members(params, data, key, extra=(), added=None):
+        found, frozen = [], add_to_frozen(tiny_frozen(**frozen_fields), added)
         for row in range(len(data.client)):
             one = jax.tree.map(lambda x, row=row: x[row], data)
             if one.available:
-                update = train(Broadcast(params, tiny_frozen(**frozen_fields), extra, key), one)
+                update = train(Broadcast(params, frozen, extra, key), one)
                 upload = jax.tree.map(np.asarray, update.upload)
                 found.append(Member(int(one.client), change_of(update, params), upload))
         return found

@@ -107,7 +107,7 @@ def test_a_client_has_a_rank_of_one_to_all(budget, rank, experts):
     assert own == rank or budget < experts
 
 
-@pytest.mark.parametrize("name", ["flexlora", "hetlora"])
+@pytest.mark.parametrize("name", ["flexlora", "flora", "hetlora"])
 def test_what_has_no_adapters_is_refused(name):
     config = get_config("smoke")
     config.fl.algorithm = name

@@ -25,6 +25,7 @@ from loop import (
 from tiny import run_round
 
 from hfedmoe_jax.algorithms.compression import keep_largest, round_to_levels
+from hfedmoe_jax.models import tree_bytes
 
 FRACTION = 0.1
 
@@ -108,8 +109,10 @@ def test_bytes_are_those_of_every_tensor_sent(name):
     params = start()
     rest = sum(size(leaf.size) for leaf in jax.tree.leaves((params.router, params.shared)))
     one = sum(size(math.prod(leaf.shape[2:])) for leaf in jax.tree.leaves(params.experts))
-    assert algorithm.upload_bytes(np.array([0, 1, 5])).tolist() == [rest, rest + one, rest + 5 * one]
-    assert algorithm.broadcast_bytes == 0
+    clients = np.array([3, 0, 1])
+    up = algorithm.traffic.up(np.array([0, 1, 5]), clients)
+    assert up.tolist() == [rest, rest + one, rest + 5 * one]
+    assert algorithm.traffic.down(np.zeros(3, int), clients).tolist() == [tree_bytes(params)] * 3
 
 
 tensors = arrays.arrays(np.float32, (3, 4), elements=st.floats(-100, 100, width=32))

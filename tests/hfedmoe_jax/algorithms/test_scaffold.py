@@ -132,5 +132,7 @@ def test_the_servers_variate_is_the_mean_of_the_clients_whatever_they_send(tmp_p
 def test_control_variates_double_what_travels():
     sparse = algorithm_of(config_of(fl__algorithm="fedavg"))
     algorithm, sent = algorithm_of(config_of(fl__algorithm="scaffold")), np.array([0, 3, 6])
-    np.testing.assert_array_equal(algorithm.upload_bytes(sent), 2 * sparse.upload_bytes(sent))
-    assert algorithm.broadcast_bytes == tree_bytes(start())
+    clients, missed = np.array([4, 0, 2]), np.zeros(3, int)
+    twice = 2 * sparse.traffic.up(sent, clients)
+    np.testing.assert_array_equal(algorithm.traffic.up(sent, clients), twice)
+    assert algorithm.traffic.down(missed, clients).tolist() == [2 * tree_bytes(start())] * 3

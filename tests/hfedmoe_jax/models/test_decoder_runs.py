@@ -11,6 +11,7 @@ from tiny_decoder import LETTERS, write_decoder
 from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.models.adapter_files import open_adapters
 from hfedmoe_jax.models.decoder import Decoder
 from hfedmoe_jax.models.lora import LoraRule
@@ -72,14 +73,14 @@ def test_experts_learn_under_budgets_and_the_model_goes_back(case, tmp_path):
     experiment = build(source, train="router")
     state = experiment.init()
     assert can_export(experiment)
-    export_model(experiment, state.server.params, tmp_path / "before")
+    export_model(experiment, experiment.algorithm.snapshot(state.server), tmp_path / "before")
     losses = []
     for _ in range(2):
         state, row, failures = experiment.step(state)
         losses.append(row["train_loss"])
         assert failures == [] and 0 < row["trained_share"] <= 0.5
     experiment.close()
-    export_model(experiment, experiment.algorithm.snapshot(state.server).params, tmp_path / "after")
+    export_model(experiment, experiment.algorithm.snapshot(state.server), tmp_path / "after")
     original, before, after = (find_tensors(tmp_path / name) for name in ("source", "before", "after"))
     assert (tmp_path / "after" / "config.json").read_text() and (
         tmp_path / "after" / "tokenizer.json"
@@ -100,7 +101,7 @@ def test_adapters_go_back_as_such_and_merged(case, base, tmp_path):
     source = write_decoder(tmp_path / "source", case)
     experiment = build(source, train="lora", lora_rank=2, lora_alpha=6.0, base=base)
     params = moved(experiment.init().server.params)
-    export_model(experiment, params, tmp_path / "model")
+    export_model(experiment, Snapshot(params), tmp_path / "model")
     export_adapters(experiment, params, tmp_path / "adapters")
     (tmp_path / "adapters" / "adapter_model.safetensors").rename(tmp_path / "adapters" / "model.safetensors")
     stored, after, factors = (find_tensors(tmp_path / name) for name in ("source", "model", "adapters"))

@@ -170,7 +170,7 @@ def test_clients_train_and_send_factors_alone(tmp_path, monkeypatch):
     assert experiment.cost.expert_parameter_bytes == 4 * one
     assert experiment.cost.frozen_bytes == tree_bytes(experiment.frozen)
     sent = tree_bytes((state.server.params.router, state.server.params.shared)) + 4 * one * 2
-    assert experiment.algorithm.upload_bytes(np.array([2])).tolist() == [sent]
+    assert experiment.algorithm.traffic.up(np.array([2]), np.array([0])).tolist() == [sent]
     assert {
         path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.server.params.experts)
     } == set(FACTORS)

@@ -38,12 +38,12 @@ def test_experts_learn_under_budgets_and_the_model_goes_back(tmp_path):
     state = experiment.init()
     check_likelihoods(experiment, state)
     assert can_export(experiment)
-    export_model(experiment, state.server.params, tmp_path / "before")
+    export_model(experiment, experiment.algorithm.snapshot(state.server), tmp_path / "before")
     for _ in range(2):
         state, row, failures = experiment.step(state)
         assert failures == [] and 0 < row["trained_share"] <= 0.5 and np.isfinite(row["train_loss"])
     experiment.close()
-    export_model(experiment, experiment.algorithm.snapshot(state.server).params, tmp_path / "after")
+    export_model(experiment, experiment.algorithm.snapshot(state.server), tmp_path / "after")
     original, before, after = (find_tensors(tmp_path / name) for name in ("source", "before", "after"))
     assert set(original) == set(before) == set(after)
     for name in original:
