@@ -123,6 +123,9 @@ def check_task(config: ConfigDict) -> None:
             f"reads an output a {task.output}; model.family={config.model.family} has one a {module.output}",
             f"use one of {', '.join(fitting)}" if fitting else "use another family",
         )
+    if task.labelled and not config.data.label_column:
+        problem = f"is empty, and task.name={config.task.name} asks for labels"
+        raise InputError("data.label_column", "", problem, "name the column of the labels")
 
 
 def divisors(number: int) -> list[int]:

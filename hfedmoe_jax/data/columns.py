@@ -12,6 +12,8 @@ from hfedmoe_jax.data.choices import read_choices
 from hfedmoe_jax.data.values import to_string
 from hfedmoe_jax.errors import InputError
 
+UNLABELLED = "text"
+"""The label of every document where `data.label_column` is empty."""
 PLACE = re.compile(r"\{([^{}]*)\}")
 """A column in the text of `data.text_column`."""
 
@@ -49,11 +51,11 @@ class Corpus(NamedTuple):
 
 
 Roles = dict[str, list[str]]
-"""Names of columns by their role: text (one or several), label, and perhaps client and choices."""
+"""Names of columns by their role: text (one or several), and perhaps label, client and choices."""
 
 
 def wanted_columns(names: Iterable[str], data_config: ConfigDict, with_clients: bool, where: str) -> Roles:
-    """Returns the columns to read by their role: text, label and, if asked for, client and choices.
+    """Returns the columns to read by their role: text and, if asked for, label, client and choices.
 
     Args:
       names: the columns there are.
@@ -73,7 +75,9 @@ def wanted_columns(names: Iterable[str], data_config: ConfigDict, with_clients: 
         return [given] if given in names else [part.strip() for part in given.split(",")]
 
     places = [] if text in names else list(dict.fromkeys(PLACE.findall(text)))
-    roles = {"text": places or several(text), "label": [data_config.label_column]}
+    roles = {"text": places or several(text)}
+    if data_config.label_column:
+        roles["label"] = [data_config.label_column]
     if with_clients and data_config.client_column:
         roles["client"] = [data_config.client_column]
     if data_config.choices_column:
@@ -124,8 +128,8 @@ def to_documents(
         for role, names in roles.items()
         if role != "choices"
     }
-    texts, (labels,) = strings["text"], strings["label"]
-    (clients,) = strings.get("client", [None])
+    texts, (clients,) = strings["text"], strings.get("client", [None])
+    (labels,) = strings.get("label", [[UNLABELLED] * len(texts[0])])
     labels = [label if has_label(label, data_config) else "" for label in labels]
     for role, values in (("label", labels), ("client", clients or [])):
         missing = [row for row, value in enumerate(values, start=1) if not value]

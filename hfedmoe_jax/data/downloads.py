@@ -147,14 +147,14 @@ def _read_splits(data_config: ConfigDict, column_names, read, names_of) -> Corpu
         columns = {
             name: _named(values, names_of(split, name)) for name, values in read(split, named(roles)).items()
         }
-        if not len(columns[data_config.label_column]):
+        if not len(columns[roles["text"][0]]):
             raise no_rows(f"data.{role}_split", split)
         return to_documents(columns, roles, data_config, where)
 
     def is_labelled(split: str) -> bool:
         label = data_config.label_column
         if label not in column_names[split]:
-            return False
+            return not label
         values = _named(read(split, [label])[label], names_of(split, label))
         return any(has_label(to_string(value), data_config) for value in values)
 

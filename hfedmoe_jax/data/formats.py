@@ -74,7 +74,7 @@ def _to_columns(reader: Any, first: list[str], roles: Roles, data_config: Config
     position = {column: names.index(column) for column in named(roles)}
     columns = {column: [row[place] for row in rows] for column, place in position.items()}
     # pandas writes whole numbers beside a missing one as 1.0; parquet gives such labels as '1' too.
-    for column in roles["label"]:
+    for column in roles.get("label", ()):
         columns[column] = [re.sub(r"^(-?\d+)\.0+$", r"\1", label) for label in columns[column]]
     return columns
 

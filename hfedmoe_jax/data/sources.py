@@ -65,7 +65,7 @@ def pad_choices(corpus: Corpus) -> Corpus:
 
 def check_labels(corpus: Corpus, data_config: ConfigDict) -> None:
     """Raises InputError if a classifier cannot learn the labels of a corpus, or given sets have others."""
-    if corpus.train.choices is not None:
+    if corpus.train.choices is not None or not data_config.label_column:
         return
     known = ordered_names(corpus.train.labels)
     if len(known) < 2:

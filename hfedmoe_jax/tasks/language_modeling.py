@@ -1,6 +1,6 @@
 """Language modelling: logits [B, T, vocabulary], each against the next token of the text.
 
-The loss is the mean over real next tokens in nats; its exponential is the perplexity.
+The loss is the mean over real next tokens in nats; its exponential over a whole split is the perplexity.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from hfedmoe_jax.data.columns import Documents
 from hfedmoe_jax.data.tokenizers import encode_passages
-from hfedmoe_jax.tasks.task import Batch, Ratio, Task, tasks
+from hfedmoe_jax.tasks.task import Batch, DocumentScores, Ratio, Task, tasks
 
 
 def prepare(
@@ -65,6 +65,22 @@ def score(
     }
 
 
+def token_sums(
+    logits: Float[Array, "batch tokens vocabulary"], batch: Batch
+) -> Float[Array, "batch 2"]:
+    """Returns the sum of a passage's cross-entropies, and over how many tokens."""
+    each, _, real = each_token(logits, batch)
+    return jnp.stack([jnp.sum(each * real, axis=-1), jnp.sum(real, axis=-1, dtype=jnp.float32)], axis=-1)
+
+
+def perplexity(
+    sums: Float[np.ndarray, "passages 2"], rows: Batch, document: Int[np.ndarray, " passages"]
+) -> DocumentScores:
+    """Returns the perplexity a token, of all passages together."""
+    total, count = np.sum(sums, axis=0, dtype=np.float64)
+    return DocumentScores({"perplexity": float(np.exp(total / max(count, 1)))}, {})
+
+
 def most_frequent(train: dict[str, Any], test: dict[str, Any]) -> float:
     """Returns the test accuracy of always answering the most frequent training token."""
     seen, asked = (rows["tokens"][:, 1:] for rows in (train, test))
@@ -75,5 +91,9 @@ def most_frequent(train: dict[str, Any], test: dict[str, Any]) -> float:
 language_modeling = Task(
     prepare, "token", num_outputs, loss, score, ("accuracy",), "accuracy", most_frequent,
     baseline_name="most frequent token",
+    evidence=token_sums,
+    score_documents=perplexity,
+    document_scores=("perplexity",),
+    labelled=False,
 )  # fmt: skip
 tasks.register("language_modeling")(language_modeling)

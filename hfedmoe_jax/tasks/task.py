@@ -23,7 +23,7 @@ class Ratio(NamedTuple):
 
 
 class DocumentScores(NamedTuple):
-    """How well whole documents are answered, each from all of its passages.
+    """How well whole documents are answered, each from all of its passages; or a split as a whole.
 
     Attributes:
       scores: by name.
@@ -56,6 +56,7 @@ class Task(NamedTuple):
       evidence: (output, batch) -> what documents are scored from, float [B, ...]; None if they are not.
       score_documents: (evidence [N, ...], rows, document [N]) -> `DocumentScores`, on the host.
       document_scores: names of its scores.
+      labelled: whether documents need a label.
       asked: batch -> the batch that the model reads to be scored, of which `score` gets the output; None: it
         reads what it trains on, so that training passes are scored, too.
       by_length: rows -> parts of them, cut to the tokens that they have, to be scored; None: all as they are.
@@ -73,6 +74,7 @@ class Task(NamedTuple):
     evidence: Callable[[Any, Batch], Array] | None = None
     score_documents: Callable[[np.ndarray, Batch, np.ndarray], DocumentScores] | None = None
     document_scores: tuple[str, ...] = ()
+    labelled: bool = True
     asked: Callable[[Batch], Batch] | None = None
     by_length: Callable[[Batch], list[Batch]] | None = None
 

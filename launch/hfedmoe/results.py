@@ -74,6 +74,7 @@ def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[s
     return [
         (f"test {metric}", f"{score_text(summary, 'final')} after the last round"),
         ("", f"{score_text(summary, 'best')} of round {best}, the best on validation"),
+        *perplexity_rows(summary),
         (summary["baseline"], f"{summary[f'baseline_{metric}']:.4f} by {unit}, the best constant answer"),
         (
             "clients' own data",
@@ -88,6 +89,14 @@ def summary_rows(summary: dict[str, Any], workdir: pathlib.Path) -> list[tuple[s
         ("report", workdir / "report.html"),
         ("everything", workdir),
     ]
+
+
+def perplexity_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the lines of the test perplexity, of tasks that have one."""
+    if "test_perplexity_final" not in summary:
+        return []
+    last, best = (summary[f"test_perplexity_{model}"] for model in ("final", "best"))
+    return [("test perplexity", f"{last:.4g} by token after the last round, {best:.4g} of the best")]
 
 
 def score_text(summary: dict[str, Any], model: str) -> str:

@@ -56,6 +56,22 @@ def test_a_run_begins_where_the_checkpoint_is(tmp_path):
         total -= np.sum(logits[np.arange(len(text) - 1), text[1:]])
         count += len(text) - 1
     assert quality.scores["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert quality.scores["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-4)
+
+
+def test_texts_without_labels_are_a_corpus(tmp_path):
+    source, text = write_decoder(tmp_path / "source"), tmp_path / "text.csv"
+    text.write_text("text\n" + "".join(f"{'abcde' * 4}{LETTERS[i]}{LETTERS[-i]}\n" for i in range(20)))
+    config = run_config(source)
+    config.data.update(source="file", train_path=str(text), label_column="")
+    config.partition.name = "iid"
+    data = Experiment(config, make_mesh(jax.devices()[:1])).data
+    assert data.label_names == ("text",)
+    assert sum(map(len, data.client_train)) + sum(map(len, data.client_holdout)) == len(data.train["tokens"])
+    with pytest.raises(InputError, match=r"data\.label_column=''.*task\.name=classification asks for labels"):
+        config = get_config("smoke")
+        config.data.label_column = ""
+        Experiment(config, make_mesh(jax.devices()[:1]))
 
 
 class AllReal(Decoder):
