@@ -3,6 +3,7 @@
 The loss is the mean over real next tokens in nats; its exponential over a whole split is the perplexity.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,9 +66,7 @@ def score(
     }
 
 
-def token_sums(
-    logits: Float[Array, "batch tokens vocabulary"], batch: Batch
-) -> Float[Array, "batch 2"]:
+def token_sums(logits: Float[Array, "batch tokens vocabulary"], batch: Batch) -> Float[Array, "batch 2"]:
     """Returns the sum of a passage's cross-entropies, and over how many tokens."""
     each, _, real = each_token(logits, batch)
     return jnp.stack([jnp.sum(each * real, axis=-1), jnp.sum(real, axis=-1, dtype=jnp.float32)], axis=-1)
@@ -77,8 +76,8 @@ def perplexity(
     sums: Float[np.ndarray, "passages 2"], rows: Batch, document: Int[np.ndarray, " passages"]
 ) -> DocumentScores:
     """Returns the perplexity a token, of all passages together."""
-    total, count = np.sum(sums, axis=0, dtype=np.float64)
-    return DocumentScores({"perplexity": float(np.exp(total / max(count, 1)))}, {})
+    total, count = (float(np.sum(part, dtype=np.float64)) for part in sums.T)
+    return DocumentScores({"perplexity": math.exp(total / max(count, 1))}, {})
 
 
 def most_frequent(train: dict[str, Any], test: dict[str, Any]) -> float:
