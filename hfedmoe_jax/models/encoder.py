@@ -34,6 +34,7 @@ from hfedmoe_jax.upcycling import Mixture, Network, expert_size
 
 PAD_ID = 0
 INIT = nn.initializers.normal(0.02)
+SIMILARITY_SCALE = 20.0
 UNUSED = r"position_ids$|^(bert\.)?pooler\.|^cls\."
 """Tensors of a checkpoint that the classifier has no use for."""
 
@@ -204,12 +205,6 @@ class Trunk(nn.Module):
         return stack(s, self.remat, self.dtype, name="dense")(x_btd, mask_bt)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run_trunk(trunk: Trunk, params: dict, tokens_bt: AnyArray) -> Array:
-    """Returns what enters the network of each layer [layers, B, T, D]."""
-    return trunk.apply({"params": params}, tokens_bt, tokens_bt != PAD_ID)[1]  # pyright: ignore[reportIndexIssue]
-
-
 class Encoder(nn.Module):
     """Text to class logits.
 
@@ -238,6 +233,7 @@ class Encoder(nn.Module):
 
     table, output = None, "text"
     trunk_params = ("trunk",)
+    text_parts, step_texts = 2, 16  # of the loss by which experts are made of a dense model
 
     @nn.nowrap
     def read(self, directory: pathlib.Path) -> dict:
@@ -269,9 +265,55 @@ class Encoder(nn.Module):
         return Trunk(plain, plain.layers, plain.vocab_size, False, jnp.float32)
 
     @nn.nowrap
-    def inputs(self, params: dict, tokens_bt: AnyArray) -> Array:
-        """Returns what enters the networks of the layers with experts [L, B, T, D], of the dense model."""
-        return run_trunk(self.whole, params, tokens_bt)[-self.num_layers :]
+    def cut(self, params: dict) -> tuple[dict, dict]:
+        """Returns the parameters of the trunk below the mixtures, and of the layers that become mixtures."""
+        first = self.shape.layers - self.num_layers
+        below, above = (
+            jax.tree.map(part, params["dense"]) for part in (lambda x: x[:first], lambda x: x[first:])
+        )
+        trunk = {name: value for name, value in params.items() if name != "dense"}
+        return trunk | ({"dense": below} if first else {}), above
+
+    @nn.nowrap
+    def inputs(self, params: dict, tokens_bt: AnyArray) -> tuple[Array, Array]:
+        """Returns what enters the first layer with experts [B, T, D], and their networks [L, B, T, D].
+
+        Of the dense model.
+        """
+        return run_dense(self, params, tokens_bt)
+
+    @nn.nowrap
+    def run_above(self, params: dict, networks: Network, x_btd: Array, mask_bt: Array) -> tuple[Array, Array]:
+        """Returns the states, and what the networks read [L, B, T, D], of dense networks [L, ...]."""
+        _, stack = self.cut(params)
+        bias = stack["network_out"]["bias"]
+        stack = stack | {"network_in": {"kernel": networks.in_df, "bias": networks.bias_f}}
+        stack |= {"network_out": {"kernel": networks.out_fd, "bias": bias}}
+        blocks = nn.scan(
+            DenseBlock, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=nn.broadcast, length=self.num_layers,  # pyright: ignore[reportArgumentType]
+        )(self.shape._replace(lora=None), False, jnp.float32)  # fmt: skip
+        return blocks.apply({"params": stack}, x_btd, mask_bt)  # pyright: ignore[reportReturnType]
+
+    @nn.nowrap
+    def network_loss(self, params: dict, networks: Network, x_btd: Array, tokens_bt: Array) -> Array:
+        """Returns `contrastive_loss` of dense networks [L, ...], from what enters their first layer."""
+        mask_bt = tokens_bt != PAD_ID
+        return contrastive_loss(self.run_above(params, networks, x_btd, mask_bt)[0], mask_bt)
+
+    @nn.nowrap
+    def mixture_loss(
+        self, params: dict, mixtures: Mixture, x_btd: Array, tokens_bt: Array, capacity_factor: float
+    ) -> tuple[Array, Array]:
+        """Returns `contrastive_loss` of mixtures [L, ...] by this module's forward pass, and their balance."""
+        plain = self.clone(
+            sizes=self.sizes._replace(num_outputs=0), shape=self.shape._replace(lora=None),
+            dtype=jnp.float32, eval_capacity_factor=capacity_factor,
+        )  # fmt: skip
+        batch = {"tokens": tokens_bt, FEATURES: x_btd}
+        out = plain.apply({"params": self.assemble(params, mixtures)}, batch, None, False)
+        assert isinstance(out, ModelOutput)
+        return contrastive_loss(out.output, tokens_bt != PAD_ID), jnp.mean(out.routing.balance)
 
     @nn.nowrap
     def networks(self, params: dict) -> list[Network]:
@@ -289,17 +331,12 @@ class Encoder(nn.Module):
     @nn.nowrap
     def assemble(self, params: dict, mixtures: Mixture) -> dict:
         """Returns this module's parameters, without the head: a dense model's, with mixtures [L, ...]."""
-        first = self.shape.layers - self.num_layers
-        below, above = (
-            jax.tree.map(part, params["dense"]) for part in (lambda x: x[:first], lambda x: x[first:])
-        )
-        trunk = {name: value for name, value in params.items() if name != "dense"}
+        trunk, above = self.cut(params)
         blocks = {name: above[name] for name in ("attend", "norm_network")}
         blocks |= {"network_bias": above["network_out"]["bias"]}
         blocks |= {"router": {"kernel": mixtures.router_de, "bias": mixtures.router_e}}
         return {
-            "trunk": trunk | ({"dense": below} if first else {}), "blocks": blocks,
-            "experts": mixtures.experts.arrays(),
+            "trunk": trunk, "blocks": blocks, "experts": mixtures.experts.arrays(),
         }  # fmt: skip
 
     @property
@@ -318,7 +355,10 @@ class Encoder(nn.Module):
     def __call__(
         self, batch: dict[str, Array], budget: Budget | None = None, training: bool = True
     ) -> ModelOutput:
-        """Returns logits [B, classes], the tape, the permits and the routing."""
+        """Returns logits [B, classes], the tape, the permits and the routing.
+
+        Without classes (`sizes.num_outputs` 0) the output is the states [B, T, D].
+        """
         s, mask_bt = self.shape, self.mask(batch)
         dense = s.layers - self.num_layers
         if FEATURES in batch:
@@ -340,8 +380,35 @@ class Encoder(nn.Module):
             self.remat, self.dtype, self.expert, name="blocks",
         )  # fmt: skip
         carry, (permit, routing) = blocks((x_btd, budget.tape), mask_bt, budget.experts, budget.layers)
-        logits = Head(self.sizes.num_outputs, name="head")(carry[0], mask_bt)
-        return ModelOutput(logits, carry[1], permit, routing)
+        output = carry[0]
+        if self.sizes.num_outputs:
+            output = Head(self.sizes.num_outputs, name="head")(output, mask_bt)
+        return ModelOutput(output, carry[1], permit, routing)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_dense(module: Encoder, params: dict, tokens_bt: AnyArray) -> tuple[Array, Array]:
+    """Returns what enters the first layer with experts, and the networks of all of them, see `inputs`."""
+    s, mask_bt, networks = module.shape, tokens_bt != PAD_ID, module.networks(params)
+    trunk = Trunk(s._replace(lora=None), s.layers - module.num_layers, s.vocab_size, False, jnp.float32)
+    x_btd: Any = trunk.apply({"params": module.cut(params)[0]}, tokens_bt, mask_bt)[0]  # pyright: ignore
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *networks)
+    return x_btd, module.run_above(params, stacked, x_btd, mask_bt)[1]
+
+
+def contrastive_loss(
+    x_btd: Float[Array, "batch tokens model"], mask_bt: Bool[Array, "batch tokens"]
+) -> Float[Array, ""]:
+    """Returns the mean cross-entropy of finding a text's second half among those of all texts of a batch.
+
+    Rows 2 i and 2 i + 1 are the halves of text i. Logits are the cosine similarities of mean-pooled states,
+    by `SIMILARITY_SCALE`; this is how sentence encoders learn (arXiv 1705.00652, multiple negatives).
+    """
+    real = mask_bt[..., None]
+    pooled = jnp.sum(x_btd * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+    unit = pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=1, keepdims=True), 1e-9)
+    logits = SIMILARITY_SCALE * unit[::2] @ unit[1::2].T
+    return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits)))
 
 
 def encoder_names(stored: Any) -> list[Name]:
