@@ -16,7 +16,15 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
-from hfedmoe_jax.upcycling import DenseModel, Mixture, Network, balanced_clusters, stack, unit_rows, upcyclings
+from hfedmoe_jax.upcycling import (
+    DenseModel,
+    Mixture,
+    Network,
+    balanced_clusters,
+    stack,
+    unit_rows,
+    upcyclings,
+)
 
 EXPERT_STEPS, EXPERT_RATE = 16, 1e-4
 ROUTER_STEPS, ROUTER_RATE = 24, 1e-3
@@ -93,8 +101,8 @@ def discriminant(
 ) -> tuple[Float[np.ndarray, "D E"], Float[np.ndarray, " E"]]:
     """Returns kernel and bias of a router that gives each domain's probability, if vectors were Gaussian.
 
-    That is Fisher's linear discriminant: W = S^-1 M, b = -diag(M' S^-1 M) / 2, with M the domains' means and S
-    the covariance within domains, to which `RIDGE` is added.
+    That is Fisher's linear discriminant: W = S^-1 M, b = -diag(M' S^-1 M) / 2, with M the domains' means and
+    S the covariance within domains, to which `RIDGE` is added.
     """
     mean = np.stack([inputs[domain == e].mean(0) for e in range(count)]).astype(np.float64)
     known = domain >= 0
@@ -110,7 +118,7 @@ def discriminant(
 
 def train_routers(dense: DenseModel, mixtures: Mixture) -> Mixture:
     """Returns mixtures whose routers, and nothing else, learned on all texts for `ROUTER_STEPS`."""
-    optimizer = optax.adam(optax.cosine_decay_schedule(ROUTER_RATE, ROUTER_STEPS))
+    optimizer = optax.adam(optax.cosine_decay_schedule(ROUTER_RATE, max(ROUTER_STEPS, 1)))
 
     def objective(routers: Any, params: dict, experts: Network, features_rtd: Any, tokens_rt: Any) -> Any:
         loss, balance = dense.module.mixture_loss(

@@ -11,8 +11,8 @@ DEEPSEEK = dict(
 )
 """Least and largest of the tasks, or pairs of tasks, in DeepSeek-V2-Lite's recorded routing, as `by_kind`.
 
-Each is a mean over 26 layers of 64 experts, of which a token takes 6. Source: the routing of four tasks that was
-published with ESFT, arXiv 2407.01906.
+Each is a mean over 26 layers of 64 experts, of which a token takes 6. Source: the routing of four tasks that
+was published with ESFT, arXiv 2407.01906.
 """
 
 
@@ -32,7 +32,7 @@ def gate_mass(
 
 
 def by_kind(mass_qe: Float[np.ndarray, "Q E"]) -> dict[str, np.ndarray]:
-    """Returns figures of each kind [Q] and, as `overlap`, of each pair of kinds, in the order of `figures`."""
+    """Returns the `figures` of each kind [Q], and as `overlap` that of each pair of kinds."""
     share_qe = mass_qe / mass_qe.sum(1, keepdims=True)
     count = share_qe.shape[1]
     quarter = max(1, count // 4)

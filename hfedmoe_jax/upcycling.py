@@ -1,7 +1,7 @@
 """Mixtures of experts from the dense networks of a pretrained model, by name.
 
-A method sees a dense model and public text, and returns experts and routers, nothing else. Most methods see one
-layer at a time (`by_layer`): its network, and vectors that enter it. What several methods share is here.
+A method sees a dense model and public text, and returns experts and routers, nothing else. Most methods see
+one layer at a time (`by_layer`): its network, and vectors that enter it. What several methods share is here.
 
     copy      every expert is the network (sparse upcycling, arXiv 2212.05055): identical experts, the control
     split     hidden units that are active together become an expert (MoEfication, arXiv 2110.01786), then

@@ -28,6 +28,7 @@ from hfedmoe_jax.models.decoder_names import UNUSED, decoder_names
 from hfedmoe_jax.models.decoder_sizes import DecoderSizes, read_sizes
 from hfedmoe_jax.models.family import FEATURES, ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.lora import lora_rule
+from hfedmoe_jax.models.losses import next_token_loss
 from hfedmoe_jax.models.names import Name, is_stored, open_params, source_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import RouterRule, Routing, route
@@ -313,7 +314,7 @@ class UpcycledDecoder(Decoder):
 
     @nn.nowrap
     def network_loss(self, params: dict, networks: Network, x_btd: Array, tokens_bt: Array) -> Array:
-        """Returns the mean loss of the next token of dense networks [L, ...], from what enters their layers."""
+        """Returns `next_token_loss` of dense networks [L, ...], from what enters their first layer."""
         stack = self.cut(params["dense"])[1]
         parts = dict(gate=networks.gate_df, up=networks.in_df, down=networks.out_fd)
         stack = stack | {"network": {name: {"kernel": part} for name, part in parts.items()}}
@@ -328,7 +329,7 @@ class UpcycledDecoder(Decoder):
     def mixture_loss(
         self, params: dict, mixtures: Mixture, x_btd: Array, tokens_bt: Array, capacity_factor: float
     ) -> tuple[Array, Array]:
-        """Returns the loss of the next token of mixtures [L, ...] by this module's forward pass, and their balance."""
+        """Returns `next_token_loss` of mixtures [L, ...] by this module's forward pass, and balance."""
         plain = self.clone(
             shape=self.shape._replace(lora=None), dtype=jnp.float32, eval_capacity_factor=capacity_factor
         )
@@ -374,16 +375,6 @@ def run_dense(module: UpcycledDecoder, params: dict, tokens_bt: AnyArray) -> tup
             blocks = module.stack(DenseBlock, length, nn.broadcast)(plain, False, jnp.float32)
             x_btd, inputs_lbtd = blocks.apply({"params": stack}, x_btd, mask_bt)
     return features_btd, inputs_lbtd
-
-
-def next_token_loss(
-    logits_btv: Float[Array, "batch tokens vocabulary"], tokens_bt: AnyArray
-) -> Float[Array, ""]:
-    """Returns the mean cross-entropy of real tokens, each from those before it."""
-    real = tokens_bt[:, 1:] != PAD_ID
-    share = jax.nn.log_softmax(logits_btv[:, :-1])
-    taken = jnp.take_along_axis(share, tokens_bt[:, 1:, None], axis=-1)[..., 0]
-    return -jnp.sum(taken * real) / jnp.maximum(jnp.sum(real), 1)
 
 
 @families.register("decoder")

@@ -9,7 +9,7 @@ Axes: B batch, T tokens, N = B * T, L layers with experts, E experts, D model, F
 
 import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,9 +22,11 @@ from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.attention import masked_attention
+from hfedmoe_jax.models.encoder_sizes import UNUSED, EncoderSizes, encoder_names, read_encoder_sizes
 from hfedmoe_jax.models.family import FEATURES, ModelOutput, ModelSizes, families
-from hfedmoe_jax.models.lora import Dense, LoraRule, lora_rule
-from hfedmoe_jax.models.names import Name, import_params, read_config
+from hfedmoe_jax.models.lora import Dense, lora_rule
+from hfedmoe_jax.models.losses import contrastive_loss
+from hfedmoe_jax.models.names import import_params
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import RouterRule, route
 from hfedmoe_jax.models.switch import Head
@@ -34,57 +36,6 @@ from hfedmoe_jax.upcycling import Mixture, Network, expert_size
 
 PAD_ID = 0
 INIT = nn.initializers.normal(0.02)
-SIMILARITY_SCALE = 20.0
-UNUSED = r"position_ids$|^(bert\.)?pooler\.|^cls\."
-"""Tensors of a checkpoint that the classifier has no use for."""
-
-
-class EncoderSizes(NamedTuple):
-    """Sizes of a checkpoint, as its config.json has them.
-
-    Attributes:
-      layers, width, heads, hidden: of the dense encoder.
-      vocab_size, positions, kinds: rows of its embedding tables.
-      epsilon: of its norms.
-      lora: adapters of attention's projections; None: without.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    hidden: int
-    vocab_size: int
-    positions: int
-    kinds: int
-    epsilon: float
-    lora: LoraRule | None = None
-
-
-def read_encoder_sizes(directory: str) -> EncoderSizes:
-    """Reads config.json of a directory.
-
-    Raises:
-      InputError: it is no BERT, or of a variant that is not supported.
-    """
-    content = read_config(directory)
-    kind, act = content.get("model_type"), content.get("hidden_act", "gelu")
-    if kind != "bert":
-        raise InputError(
-            "model.source", directory, f"is of type {kind!r}", "model.family=bert reads type 'bert'"
-        )
-    position = content.get("position_embedding_type", "absolute")
-    if (act, position) != ("gelu", "absolute"):
-        problem = f"has hidden_act={act!r} and position_embedding_type={position!r}"
-        raise InputError("model.source", directory, problem, "only gelu and absolute are supported")
-    fields = (
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-        "max_position_embeddings", "type_vocab_size",
-    )  # fmt: skip
-    missing = [name for name in fields if not isinstance(content.get(name), int)]
-    if missing:
-        raise InputError("model.source", directory, f"config.json has no {', '.join(missing)}", "complete it")
-    sizes = [content[name] for name in fields]
-    return EncoderSizes(*sizes, epsilon=float(content.get("layer_norm_eps", 1e-12)))
 
 
 @functools.partial(
@@ -305,7 +256,7 @@ class Encoder(nn.Module):
     def mixture_loss(
         self, params: dict, mixtures: Mixture, x_btd: Array, tokens_bt: Array, capacity_factor: float
     ) -> tuple[Array, Array]:
-        """Returns `contrastive_loss` of mixtures [L, ...] by this module's forward pass, and their balance."""
+        """Returns `contrastive_loss` of mixtures [L, ...] by this module's forward pass, and balance."""
         plain = self.clone(
             sizes=self.sizes._replace(num_outputs=0), shape=self.shape._replace(lora=None),
             dtype=jnp.float32, eval_capacity_factor=capacity_factor,
@@ -394,49 +345,6 @@ def run_dense(module: Encoder, params: dict, tokens_bt: AnyArray) -> tuple[Array
     x_btd: Any = trunk.apply({"params": module.cut(params)[0]}, tokens_bt, mask_bt)[0]  # pyright: ignore
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *networks)
     return x_btd, module.run_above(params, stacked, x_btd, mask_bt)[1]
-
-
-def contrastive_loss(
-    x_btd: Float[Array, "batch tokens model"], mask_bt: Bool[Array, "batch tokens"]
-) -> Float[Array, ""]:
-    """Returns the mean cross-entropy of finding a text's second half among those of all texts of a batch.
-
-    Rows 2 i and 2 i + 1 are the halves of text i. Logits are the cosine similarities of mean-pooled states,
-    by `SIMILARITY_SCALE`; this is how sentence encoders learn (arXiv 1705.00652, multiple negatives).
-    """
-    real = mask_bt[..., None]
-    pooled = jnp.sum(x_btd * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
-    unit = pooled / jnp.maximum(jnp.linalg.norm(pooled, axis=1, keepdims=True), 1e-9)
-    logits = SIMILARITY_SCALE * unit[::2] @ unit[1::2].T
-    return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits)))
-
-
-def encoder_names(stored: Any) -> list[Name]:
-    """Returns the names of a whole dense `Trunk`.
-
-    Args:
-      stored: the checkpoint's tensors; those of a BertForSomething begin with "bert.".
-    """
-    root = "bert." if any(name.startswith("bert.") for name in stored) else ""
-    names = [
-        Name("embed", f"{root}embeddings.word_embeddings.weight"),
-        Name("position", f"{root}embeddings.position_embeddings.weight"),
-        Name("kind", f"{root}embeddings.token_type_embeddings.weight"),
-        Name("norm_embed/scale", f"{root}embeddings.LayerNorm.weight"),
-        Name("norm_embed/bias", f"{root}embeddings.LayerNorm.bias"),
-    ]
-    layer = f"{root}encoder.layer.{{layer}}."
-    for path, tensor in {
-        "attend/query": "attention.self.query", "attend/key": "attention.self.key",
-        "attend/value": "attention.self.value", "attend/out": "attention.output.dense",
-        "network_in": "intermediate.dense", "network_out": "output.dense",
-    }.items():  # fmt: skip
-        names.append(Name(f"dense/{path}/kernel", f"{layer}{tensor}.weight", transposed=True))
-        names.append(Name(f"dense/{path}/bias", f"{layer}{tensor}.bias"))
-    for path, tensor in {"attend/norm_attention": "attention.output", "norm_network": "output"}.items():
-        names.append(Name(f"dense/{path}/scale", f"{layer}{tensor}.LayerNorm.weight"))
-        names.append(Name(f"dense/{path}/bias", f"{layer}{tensor}.LayerNorm.bias"))
-    return names
 
 
 @families.register("bert")
