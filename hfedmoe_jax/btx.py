@@ -39,7 +39,7 @@ def btx(dense: DenseModel) -> Mixture:
     group = domains(dense)
     parts = dense.module.text_parts
     experts = train_experts(dense, group)
-    row_domain = np.repeat(group, parts)[: len(dense.tokens_rt)]
+    row_domain = np.repeat(group, parts)
     token_domain = np.broadcast_to(row_domain[:, None], dense.tokens_rt.shape)[dense.tokens_rt != 0]
     routers = [discriminant(inputs, token_domain, dense.shape.num_experts) for inputs in dense.inputs_lnd]
     return train_routers(dense, Mixture(experts, *stack(routers)))
