@@ -270,11 +270,18 @@ def reduced(network: Network, inputs: np.ndarray) -> Network:
 def low_rank(matrix: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Returns the matrix W' of least rank with |X (W - W')|^2 <= (1 - KEPT_ENERGY) |X W|^2.
 
-    The best one of each rank follows from the singular values of the products' covariance: W' = W V V' with V
-    the leading eigenvectors of (X W)' (X W).
+    The best one of each rank follows from the singular values of the products: W' = W V V' with V the leading
+    right vectors of X W. These are those of C^(1/2) W with C = X' X, which has fewer rows.
     """
-    products = inputs.astype(np.float64) @ matrix
-    values, vectors = np.linalg.eigh(products.T @ products)
+    inputs, matrix = inputs.astype(np.float64), matrix.astype(np.float64)
+    if matrix.shape[0] < matrix.shape[1]:
+        values, vectors = np.linalg.eigh(inputs.T @ inputs)
+        root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+        _, strength, rows = np.linalg.svd(root @ matrix, full_matrices=False)
+        values, vectors = strength[::-1] ** 2, rows[::-1].T
+    else:
+        products = inputs @ matrix
+        values, vectors = np.linalg.eigh(products.T @ products)
     kept = np.cumsum(values[::-1]) / values.sum()
     rank = int(np.searchsorted(kept, KEPT_ENERGY) + 1)
     leading = vectors[:, ::-1][:, :rank]
