@@ -291,7 +291,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     model = config.model = ConfigDict()
     model.family = "switch"  # switch (from scratch) | bert, decoder, switch_t5 (start from model.source)
     model.source = ""  # a directory; minilm (bert), smollm2 (decoder); with --dry_run a published size, too
-    model.upcycling = "split"  # of a dense source: how its networks become experts: copy | split | cluster
+    model.upcycling = "split"  # of a dense source: its networks become experts: copy | split | cluster | btx
     model.train = "all"  # all | experts | experts_router_head | lora, or an expression, e.g. "router|norm"
     model.lora_rank = 8  # lora: of every expert's matrices and attention's projections
     model.adapters = ""  # lora: a directory of PEFT to start from; "": new adapters

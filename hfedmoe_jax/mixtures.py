@@ -7,6 +7,7 @@ Axes: L layers with experts, E experts, Q topics.
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -19,20 +20,23 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+import hfedmoe_jax.btx  # noqa: F401  # registers its method
 from hfedmoe_jax.data.sources import bbc_news
 from hfedmoe_jax.data.tokenizers import encode_passages, load_tokenizer
 from hfedmoe_jax.models.frozen import place_leaf
-from hfedmoe_jax.models.names import StoredParam
+from hfedmoe_jax.models.names import StoredParam, is_stored
 from hfedmoe_jax.models.params import Params
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
 from hfedmoe_jax.pretrained import cache_root, find_source
-from hfedmoe_jax.upcycling import Mixture, Network, Shape, mix, output, upcyclings
+from hfedmoe_jax.specialisation import figures, gate_mass
+from hfedmoe_jax.upcycling import DenseModel, Mixture, Network, mix, output, stack, upcyclings
 
 TEXTS, HELD_OUT, TOKENS = 512, 128, 128  # public articles, those of them that only judge, and tokens of each
+LOSS_TEXTS = 32  # texts of a batch whose loss is judged
 SEED = 0  # of what chance decides in a mixture; runs of other seeds share it
 REPORT = "report.json"
 ROUTER = ("router_de", "router_e")
-VERSION = "1"  # of what this module makes of the same settings
+VERSION = "2"  # of what this module makes of the same settings
 
 
 class Start(NamedTuple):
@@ -63,7 +67,9 @@ def load_start(config: ConfigDict, module: Any) -> Start:
       config: the section `model`.
       module: with `read(directory)`, which returns the checkpoint's parameters. If it is dense also
         with `networks(params)`, a `Network` a layer with experts; `inputs(params, tokens)`, what enters
-        them; and `assemble(params, mixtures)`, its own parameters.
+        the first of these layers and the networks; `assemble(params, mixtures)`, its own parameters;
+        `network_loss` and `mixture_loss`, and how these are to be used: `text_parts`, rows a text, and
+        `step_texts`, texts of a batch.
 
     Raises:
       InputError: the checkpoint cannot be used, or `model.upcycling` is unknown.
@@ -122,26 +128,61 @@ def keep(directory: pathlib.Path, mixtures: Mixture, report: dict[str, Any]) -> 
 def make_mixtures(
     make: Any, module: Any, dense: dict, directory: pathlib.Path
 ) -> tuple[Mixture, dict[str, Any]]:
-    """Returns mixtures with a leading axis L, and how good they are on held-out text."""
+    """Returns mixtures with a leading axis L, and how good they are on held-out text, see `judge`.
+
+    The report also has `loss` and `dense_loss`, of the whole model by `module.mixture_loss` and
+    `module.network_loss`; in the former experts have room for every token.
+    """
     rng = np.random.default_rng(SEED)
     articles = bbc_news()
     chosen = rng.permutation(len(articles.texts))[:TEXTS]
-    texts, labels = [articles.texts[i] for i in chosen], np.array([articles.labels[i] for i in chosen])
-    tokens, _ = encode_passages(
-        load_tokenizer(directory), texts, min(TOKENS, module.shape.positions), "truncate"
-    )
-    inputs = [module.inputs(dense, tokens[start : start + 64]) for start in range(0, TEXTS, 64)]
-    inputs_lbtd = np.concatenate([np.asarray(each) for each in inputs], axis=1)
-    real, topic = tokens != 0, np.broadcast_to(labels[:, None], tokens.shape)
-    seen, held = real.copy(), real.copy()
-    seen[-HELD_OUT:], held[:-HELD_OUT] = False, False
-    shape = Shape(module.num_experts, module.top_k)
-    mixtures, judged = [], []
-    for network, layer in zip(module.networks(dense), inputs_lbtd, strict=True):
-        mixtures.append(make(network, layer[seen], shape, rng))
-        judged.append(judge(mixtures[-1], network, layer[held], topic[held], module.rule.scale, shape.top_k))
-    together = {name: float(np.mean([each[name] for each in judged])) for name in judged[0]}
-    return jax.tree.map(lambda *parts: np.stack(parts), *mixtures), together
+    parts = module.text_parts
+    texts = [part for i in chosen for part in cut_text(articles.texts[i], parts)]
+    topics = np.repeat(np.array([articles.labels[i] for i in chosen]), parts)
+    length = min(TOKENS // parts, module.shape.positions)
+    tokens, _ = encode_passages(load_tokenizer(directory), texts, length, "truncate")
+    networks = module.networks(dense)
+    dense = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), dense, is_leaf=is_stored)
+    read = [module.inputs(dense, tokens[start : start + 64]) for start in range(0, len(tokens), 64)]
+    features_rtd = np.concatenate([np.asarray(features) for features, _ in read])
+    inputs_lrtd = np.concatenate([np.asarray(inputs) for _, inputs in read], axis=1)
+    seen = slice(0, len(tokens) - HELD_OUT * parts)
+    held = slice(seen.stop, None)
+    real = tokens != 0
+    model = DenseModel(module, dense, networks, inputs_lrtd[:, seen][:, real[seen]], features_rtd[seen],
+                       tokens[seen], rng)  # fmt: skip
+    mixtures = make(model)
+    topic = np.broadcast_to(topics[:, None], tokens.shape)[held][real[held]]
+    inputs_lnd = inputs_lrtd[:, held][:, real[held]]
+    judged = [
+        judge(jax.tree.map(lambda part: part[i], mixtures), network, inputs_lnd[i], topic, module.rule.scale,  # noqa: B023
+              module.top_k)
+        for i, network in enumerate(networks)
+    ]  # fmt: skip
+    report = {name: float(np.mean([each[name] for each in judged])) for name in judged[0]}
+    return mixtures, report | losses(model, mixtures, features_rtd[held], tokens[held])
+
+
+def cut_text(text: str, parts: int) -> list[str]:
+    """Returns so many parts of a text, alike in words."""
+    words = text.split(" ")
+    edges = [len(words) * part // parts for part in range(parts + 1)]
+    return [" ".join(words[begin:end]) for begin, end in itertools.pairwise(edges)]
+
+
+def losses(dense: DenseModel, mixtures: Mixture, features_rtd: Any, tokens_rt: Any) -> dict[str, float]:
+    """Returns `loss` of the mixtures and `dense_loss` of the dense model, means over batches of texts."""
+    module, rows = dense.module, min(LOSS_TEXTS * dense.module.text_parts, len(tokens_rt))
+    room = module.num_experts / module.top_k
+    # The dense networks are an argument: as a constant of the program they would be compiled into it.
+    mixed = jax.jit(lambda *arrays: module.mixture_loss(*arrays, room)[0])
+    plain, networks = jax.jit(module.network_loss), stack(dense.networks)
+    found = []
+    for begin in range(0, len(tokens_rt) - rows + 1, rows):
+        batch = features_rtd[begin : begin + rows], tokens_rt[begin : begin + rows]
+        found.append((mixed(dense.params, mixtures, *batch), plain(dense.params, networks, *batch)))
+    loss, dense_loss = np.mean(np.asarray(found, np.float64), axis=0)
+    return dict(loss=float(loss), dense_loss=float(dense_loss))
 
 
 def judge(
@@ -152,33 +193,14 @@ def judge(
     Gate mass is that of a token's chosen experts, before their weights are renormalised.
 
     Returns:
-      relative_error: |mixture - network|^2 / |network|^2.
-      usage_entropy: of the gate mass over the experts, by topic, over ln E; 1 if all are used alike.
-      usage_gini: of the same, 0 if all are used alike.
-      best_quarter: share of a topic's gate mass in the quarter of the experts that has the most of it.
-      overlap: Jaccard index of those quarters, mean over pairs of topics.
+      `relative_error`, |mixture - network|^2 / |network|^2, and the figures of `specialisation` by topic.
     """
-    wanted, masses = output(network, jnp.asarray(inputs)), []
-    found, gates, weight = mix(mixture, jnp.asarray(inputs), top_k, scale)
+    wanted = output(network, jnp.asarray(inputs))
+    found, gates, _ = mix(mixture, jnp.asarray(inputs), top_k, scale)
     error, norm = float(jnp.sum((found - wanted) ** 2)), float(jnp.sum(wanted**2))
-    mass_ne = np.asarray(gates * (weight > 0), np.float64)
-    for name in sorted(set(topic.tolist())):
-        mass = mass_ne[topic == name].sum(0)
-        masses.append(mass / mass.sum())
-    count = len(masses[0])
-    quarter = max(1, count // 4)
-    best = [set(np.argsort(-mass)[:quarter].tolist()) for mass in masses]
-    pairs = [(a, b) for i, a in enumerate(best) for b in best[:i]]
-    rising = np.sort(np.stack(masses), axis=1)
-    rank = np.arange(1, count + 1)
-    entropy = -np.sum(rising * np.log(np.maximum(rising, 1e-300)), axis=1) / np.log(count)
-    return dict(
-        relative_error=error / norm,
-        usage_entropy=float(entropy.mean()),
-        usage_gini=float(np.mean(rising @ (2 * rank - count - 1) / count)),
-        best_quarter=float(rising[:, -quarter:].sum(1).mean()),
-        overlap=float(np.mean([len(a & b) / len(a | b) for a, b in pairs])) if pairs else 1.0,
-    )
+    gate_nk, expert_nk = (np.asarray(part) for part in jax.lax.top_k(gates, top_k))
+    mass_qe = gate_mass(expert_nk, gate_nk, topic, gates.shape[-1])
+    return dict(relative_error=error / norm) | figures(mass_qe)
 
 
 def replace_leaves(tree: Any, start: dict, prefix: str = "", base: str = "float32") -> Any:

@@ -1,18 +1,21 @@
 """Mixtures of experts from the dense networks of a pretrained model, by name.
 
-A method sees one layer: its network, and vectors that enter it on public text. It returns experts, a router,
-and nothing else; what several methods share is here.
+A method sees a dense model and public text, and returns experts and routers, nothing else. Most methods see
+one layer at a time (`by_layer`): its network, and vectors that enter it. What several methods share is here.
 
     copy      every expert is the network (sparse upcycling, arXiv 2212.05055): identical experts, the control
     split     hidden units that are active together become an expert (MoEfication, arXiv 2110.01786), then
               router and experts learn for some seconds to give what the whole network gives
     cluster   an expert a cluster of inputs: the network, reduced to what that cluster uses (cluster-aware
               upcycling, arXiv 2604.13508); the centroids are the router's rows
+    btx       an expert a domain: copies of the networks that learned on that domain alone, then routers that
+              learn on all of them (Branch-Train-MiX, arXiv 2403.07816), see `hfedmoe_jax.btx`
 
-Axes: N tokens, E experts, D model, F hidden, U units of an expert.
+Axes: L layers, N tokens, E experts, D model, F hidden, U units of an expert.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +38,9 @@ SHARPNESS = 10.0  # of a router whose rows are centroids on the unit sphere
 
 
 class Network(NamedTuple):
-    """A dense network of one layer, without the bias of its output, or several on a leading axis E.
+    """A dense network of one layer, without the bias of its output, or several on leading axes.
+
+    Arrays are NumPy's or JAX's.
 
     Attributes:
       in_df, out_fd: float32 [D, F], [F, D].
@@ -43,12 +48,12 @@ class Network(NamedTuple):
       gate_df: [D, F] of gated ones, silu(x gate) * (x in); None if they are plain.
     """
 
-    in_df: np.ndarray
-    out_fd: np.ndarray
-    bias_f: np.ndarray | None = None
-    gate_df: np.ndarray | None = None
+    in_df: Any
+    out_fd: Any
+    bias_f: Any = None
+    gate_df: Any = None
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> dict[str, Any]:
         """Returns those that there are, by name."""
         return {name: part for name, part in self._asdict().items() if part is not None}
 
@@ -62,8 +67,8 @@ class Mixture(NamedTuple):
     """
 
     experts: Network
-    router_de: np.ndarray
-    router_e: np.ndarray
+    router_de: Any
+    router_e: Any
 
 
 class Shape(NamedTuple):
@@ -73,8 +78,50 @@ class Shape(NamedTuple):
     top_k: int
 
 
+class DenseModel(NamedTuple):
+    """A dense model of which mixtures are to be made, and public text; a row is a text or a part of one.
+
+    Attributes:
+      module: that the mixtures are for, with the losses `network_loss` and `mixture_loss`.
+      params: of the dense model.
+      networks: of the layers that become mixtures.
+      inputs_lnd: float32 [L, N, D], what enters them, of real tokens.
+      features_rtd: float32 [rows, T, D], what enters the first of these layers.
+      tokens_rt: int32 [rows, T], 0 is padding; `module.text_parts` rows a text.
+      rng: of what chance decides.
+    """
+
+    module: Any
+    params: dict
+    networks: list[Network]
+    inputs_lnd: np.ndarray
+    features_rtd: np.ndarray
+    tokens_rt: np.ndarray
+    rng: np.random.Generator
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.module.num_experts, self.module.top_k)
+
+
 upcyclings = Registry("model.upcycling")
-"""Methods `(network, inputs [N, D], shape, rng) -> Mixture` by name."""
+"""Methods `DenseModel -> Mixture`, arrays [L, ...], by name."""
+
+
+def by_layer(make: Callable[..., Mixture]) -> Callable[[DenseModel], Mixture]:
+    """Returns the method that makes each layer's mixture by `make(network, inputs [N, D], shape, rng)`."""
+
+    @functools.wraps(make)
+    def method(dense: DenseModel) -> Mixture:
+        layers = zip(dense.networks, dense.inputs_lnd, strict=True)
+        return stack([make(network, inputs, dense.shape, dense.rng) for network, inputs in layers])
+
+    return method
+
+
+def stack(layers: Sequence[Any]) -> Any:
+    """Returns trees of arrays as one, with a leading axis."""
+    return jax.tree.map(lambda *parts: np.stack(parts), *layers)
 
 
 def expert_size(config: ConfigDict, layers: int, hidden_units: int) -> tuple[int, float]:
@@ -113,6 +160,7 @@ def output(network: Network, x_nd: Float[AnyArray, "N D"]) -> Float[Array, "N D"
 
 
 @upcyclings.register("copy")
+@by_layer
 def copy(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Generator) -> Mixture:
     """Returns identical experts and a random router: the function stays, whoever is chosen."""
     experts = jax.tree.map(lambda part: np.repeat(part[None], shape.num_experts, 0), network)
@@ -121,6 +169,7 @@ def copy(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Gene
 
 
 @upcyclings.register("split")
+@by_layer
 def split(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Generator) -> Mixture:
     """Returns experts of F / E units each, which learned with their router to stand in for the network."""
     sample = inputs[rng.permutation(len(inputs))[:4096]]
@@ -191,6 +240,7 @@ def mix(
 
 
 @upcyclings.register("cluster")
+@by_layer
 def cluster(network: Network, inputs: np.ndarray, shape: Shape, rng: np.random.Generator) -> Mixture:
     """Returns experts of F units, each the network as far as the inputs of its cluster use it."""
     rows = unit_rows(inputs)
@@ -220,11 +270,18 @@ def reduced(network: Network, inputs: np.ndarray) -> Network:
 def low_rank(matrix: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Returns the matrix W' of least rank with |X (W - W')|^2 <= (1 - KEPT_ENERGY) |X W|^2.
 
-    The best one of each rank follows from the singular values of the products' covariance: W' = W V V' with V
-    the leading eigenvectors of (X W)' (X W).
+    The best one of each rank follows from the singular values of the products: W' = W V V' with V the leading
+    right vectors of X W. These are those of C^(1/2) W with C = X' X, which has fewer rows.
     """
-    products = inputs.astype(np.float64) @ matrix
-    values, vectors = np.linalg.eigh(products.T @ products)
+    inputs, matrix = inputs.astype(np.float64), matrix.astype(np.float64)
+    if matrix.shape[0] < matrix.shape[1]:
+        values, vectors = np.linalg.eigh(inputs.T @ inputs)
+        root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+        _, strength, rows = np.linalg.svd(root @ matrix, full_matrices=False)
+        values, vectors = strength[::-1] ** 2, rows[::-1].T
+    else:
+        products = inputs @ matrix
+        values, vectors = np.linalg.eigh(products.T @ products)
     kept = np.cumsum(values[::-1]) / values.sum()
     rank = int(np.searchsorted(kept, KEPT_ENERGY) + 1)
     leading = vectors[:, ::-1][:, :rank]

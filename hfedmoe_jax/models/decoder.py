@@ -28,7 +28,8 @@ from hfedmoe_jax.models.decoder_names import UNUSED, decoder_names
 from hfedmoe_jax.models.decoder_sizes import DecoderSizes, read_sizes
 from hfedmoe_jax.models.family import FEATURES, ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.lora import lora_rule
-from hfedmoe_jax.models.names import Name, StoredParam, open_params, source_config
+from hfedmoe_jax.models.losses import next_token_loss
+from hfedmoe_jax.models.names import Name, is_stored, open_params, source_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import RouterRule, Routing, route
 from hfedmoe_jax.upcycling import Mixture, Network, expert_size
@@ -283,6 +284,7 @@ class UpcycledDecoder(Decoder):
 
     dense: DecoderSizes = field(kw_only=True)
 
+    text_parts, step_texts = 1, 8  # of the loss by which experts are made of a dense model
     names = None  # pyright: ignore[reportAssignmentType]  # the hub has no such architecture
 
     @property
@@ -303,9 +305,38 @@ class UpcycledDecoder(Decoder):
         return [Network(up[i], down[i], gate_df=gate[i]) for i in range(self.num_layers)]
 
     @nn.nowrap
-    def inputs(self, params: dict, tokens_bt: AnyArray) -> Array:
-        """Returns what enters the networks of the layers with experts [L, B, T, D], of the dense model."""
+    def inputs(self, params: dict, tokens_bt: AnyArray) -> tuple[Array, Array]:
+        """Returns what enters the first layer with experts [B, T, D], and their networks [L, B, T, D].
+
+        Of the dense model.
+        """
         return run_dense(self, jax.tree.map(np.asarray, params, is_leaf=is_stored), tokens_bt)
+
+    @nn.nowrap
+    def network_loss(self, params: dict, networks: Network, x_btd: Array, tokens_bt: Array) -> Array:
+        """Returns `next_token_loss` of dense networks [L, ...], from what enters their first layer."""
+        stack = self.cut(params["dense"])[1]
+        parts = dict(gate=networks.gate_df, up=networks.in_df, down=networks.out_fd)
+        stack = stack | {"network": {name: {"kernel": part} for name, part in parts.items()}}
+        plain = self.dense._replace(lora=None)
+        blocks = self.stack(DenseBlock, self.num_layers, nn.broadcast)(plain, False, jnp.float32)
+        x_btd, _ = blocks.apply({"params": stack}, x_btd, tokens_bt != PAD_ID)
+        head = Decoder(self.sizes, plain._replace(num_layers=0, dense_layers=0), 1.0, 1.0)
+        out = head.apply({"params": params}, {"tokens": tokens_bt, FEATURES: x_btd})
+        return next_token_loss(out.output, tokens_bt)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @nn.nowrap
+    def mixture_loss(
+        self, params: dict, mixtures: Mixture, x_btd: Array, tokens_bt: Array, capacity_factor: float
+    ) -> tuple[Array, Array]:
+        """Returns `next_token_loss` of mixtures [L, ...] by this module's forward pass, and balance."""
+        plain = self.clone(
+            shape=self.shape._replace(lora=None), dtype=jnp.float32, eval_capacity_factor=capacity_factor
+        )
+        batch = {"tokens": tokens_bt, FEATURES: x_btd}
+        out = plain.apply({"params": self.assemble(params, mixtures)}, batch, None, False)
+        assert isinstance(out, ModelOutput)
+        return next_token_loss(out.output, tokens_bt), jnp.mean(out.routing.balance)
 
     @nn.nowrap
     def cut(self, stack: dict) -> tuple[dict, dict]:
@@ -333,21 +364,17 @@ class UpcycledDecoder(Decoder):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_dense(module: UpcycledDecoder, params: dict, tokens_bt: AnyArray) -> Array:
-    """Returns what enters the networks of the last L layers [L, B, T, D] of a dense model."""
-    mask_bt, inputs_lbtd, plain = tokens_bt != PAD_ID, None, module.dense._replace(lora=None)
+def run_dense(module: UpcycledDecoder, params: dict, tokens_bt: AnyArray) -> tuple[Array, Array]:
+    """Returns what enters the last L layers of a dense model [B, T, D], and their networks [L, B, T, D]."""
+    mask_bt, plain = tokens_bt != PAD_ID, module.dense._replace(lora=None)
     x_btd = params["embed"][jnp.maximum(tokens_bt - module.sizes.offset, 0)]
+    features_btd = inputs_lbtd = x_btd
     for stack in module.cut(params["dense"]):
-        length = len(stack["network"]["up"]["kernel"])
+        features_btd, length = x_btd, len(stack["network"]["up"]["kernel"])
         if length:
             blocks = module.stack(DenseBlock, length, nn.broadcast)(plain, False, jnp.float32)
             x_btd, inputs_lbtd = blocks.apply({"params": stack}, x_btd, mask_bt)
-    return inputs_lbtd
-
-
-def is_stored(x: Any) -> bool:
-    """Says whether it is a parameter that lies in files."""
-    return isinstance(x, StoredParam)
+    return features_btd, inputs_lbtd
 
 
 @families.register("decoder")

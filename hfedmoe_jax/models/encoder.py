@@ -9,7 +9,7 @@ Axes: B batch, T tokens, N = B * T, L layers with experts, E experts, D model, F
 
 import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,9 +22,11 @@ from hfedmoe_jax.arrays import AnyArray
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Expert, LayerBudget, open_budget
 from hfedmoe_jax.models.attention import masked_attention
+from hfedmoe_jax.models.encoder_sizes import UNUSED, EncoderSizes, encoder_names, read_encoder_sizes
 from hfedmoe_jax.models.family import ATTENDED, FEATURES, ModelOutput, ModelSizes, families
-from hfedmoe_jax.models.lora import Dense, LoraRule, lora_rule
-from hfedmoe_jax.models.names import Name, import_params, read_config
+from hfedmoe_jax.models.lora import Dense, lora_rule
+from hfedmoe_jax.models.losses import contrastive_loss
+from hfedmoe_jax.models.names import import_params
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
 from hfedmoe_jax.models.routing import RouterRule, route
 from hfedmoe_jax.models.switch import Head
@@ -34,56 +36,6 @@ from hfedmoe_jax.upcycling import Mixture, Network, expert_size
 
 PAD_ID = 0
 INIT = nn.initializers.normal(0.02)
-UNUSED = r"position_ids$|^(bert\.)?pooler\.|^cls\."
-"""Tensors of a checkpoint that the classifier has no use for."""
-
-
-class EncoderSizes(NamedTuple):
-    """Sizes of a checkpoint, as its config.json has them.
-
-    Attributes:
-      layers, width, heads, hidden: of the dense encoder.
-      vocab_size, positions, kinds: rows of its embedding tables.
-      epsilon: of its norms.
-      lora: adapters of attention's projections; None: without.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    hidden: int
-    vocab_size: int
-    positions: int
-    kinds: int
-    epsilon: float
-    lora: LoraRule | None = None
-
-
-def read_encoder_sizes(directory: str) -> EncoderSizes:
-    """Reads config.json of a directory.
-
-    Raises:
-      InputError: it is no BERT, or of a variant that is not supported.
-    """
-    content = read_config(directory)
-    kind, act = content.get("model_type"), content.get("hidden_act", "gelu")
-    if kind != "bert":
-        raise InputError(
-            "model.source", directory, f"is of type {kind!r}", "model.family=bert reads type 'bert'"
-        )
-    position = content.get("position_embedding_type", "absolute")
-    if (act, position) != ("gelu", "absolute"):
-        problem = f"has hidden_act={act!r} and position_embedding_type={position!r}"
-        raise InputError("model.source", directory, problem, "only gelu and absolute are supported")
-    fields = (
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-        "max_position_embeddings", "type_vocab_size",
-    )  # fmt: skip
-    missing = [name for name in fields if not isinstance(content.get(name), int)]
-    if missing:
-        raise InputError("model.source", directory, f"config.json has no {', '.join(missing)}", "complete it")
-    sizes = [content[name] for name in fields]
-    return EncoderSizes(*sizes, epsilon=float(content.get("layer_norm_eps", 1e-12)))
 
 
 @functools.partial(
@@ -256,12 +208,6 @@ class Trunk(nn.Module):
         return stack(s, self.remat, self.dtype, name="dense")(x_btd, mask_bt)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run_trunk(trunk: Trunk, params: dict, tokens_bt: AnyArray) -> Array:
-    """Returns what enters the network of each layer [layers, B, T, D]."""
-    return trunk.apply({"params": params}, tokens_bt, tokens_bt != PAD_ID)[1]  # pyright: ignore[reportIndexIssue]
-
-
 class Encoder(nn.Module):
     """Text to class logits.
 
@@ -290,6 +236,7 @@ class Encoder(nn.Module):
 
     table, output = None, "text"
     trunk_cuts = ((ATTENDED, ("trunk", "blocks/attend")), (FEATURES, ("trunk",)))
+    text_parts, step_texts = 2, 16  # of the loss by which experts are made of a dense model
 
     @nn.nowrap
     def read(self, directory: pathlib.Path) -> dict:
@@ -326,9 +273,55 @@ class Encoder(nn.Module):
         return Trunk(plain, plain.layers, plain.vocab_size, False, jnp.float32)
 
     @nn.nowrap
-    def inputs(self, params: dict, tokens_bt: AnyArray) -> Array:
-        """Returns what enters the networks of the layers with experts [L, B, T, D], of the dense model."""
-        return run_trunk(self.whole, params, tokens_bt)[-self.num_layers :]
+    def cut(self, params: dict) -> tuple[dict, dict]:
+        """Returns the parameters of the trunk below the mixtures, and of the layers that become mixtures."""
+        first = self.shape.layers - self.num_layers
+        below, above = (
+            jax.tree.map(part, params["dense"]) for part in (lambda x: x[:first], lambda x: x[first:])
+        )
+        trunk = {name: value for name, value in params.items() if name != "dense"}
+        return trunk | ({"dense": below} if first else {}), above
+
+    @nn.nowrap
+    def inputs(self, params: dict, tokens_bt: AnyArray) -> tuple[Array, Array]:
+        """Returns what enters the first layer with experts [B, T, D], and their networks [L, B, T, D].
+
+        Of the dense model.
+        """
+        return run_dense(self, params, tokens_bt)
+
+    @nn.nowrap
+    def run_above(self, params: dict, networks: Network, x_btd: Array, mask_bt: Array) -> tuple[Array, Array]:
+        """Returns the states, and what the networks read [L, B, T, D], of dense networks [L, ...]."""
+        _, stack = self.cut(params)
+        bias = stack["network_out"]["bias"]
+        stack = stack | {"network_in": {"kernel": networks.in_df, "bias": networks.bias_f}}
+        stack |= {"network_out": {"kernel": networks.out_fd, "bias": bias}}
+        blocks = nn.scan(
+            DenseBlock, variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=nn.broadcast, length=self.num_layers,  # pyright: ignore[reportArgumentType]
+        )(self.shape._replace(lora=None), False, jnp.float32)  # fmt: skip
+        return blocks.apply({"params": stack}, x_btd, mask_bt)  # pyright: ignore[reportReturnType]
+
+    @nn.nowrap
+    def network_loss(self, params: dict, networks: Network, x_btd: Array, tokens_bt: Array) -> Array:
+        """Returns `contrastive_loss` of dense networks [L, ...], from what enters their first layer."""
+        mask_bt = tokens_bt != PAD_ID
+        return contrastive_loss(self.run_above(params, networks, x_btd, mask_bt)[0], mask_bt)
+
+    @nn.nowrap
+    def mixture_loss(
+        self, params: dict, mixtures: Mixture, x_btd: Array, tokens_bt: Array, capacity_factor: float
+    ) -> tuple[Array, Array]:
+        """Returns `contrastive_loss` of mixtures [L, ...] by this module's forward pass, and balance."""
+        plain = self.clone(
+            sizes=self.sizes._replace(num_outputs=0), shape=self.shape._replace(lora=None),
+            dtype=jnp.float32, eval_capacity_factor=capacity_factor,
+        )  # fmt: skip
+        batch = {"tokens": tokens_bt, FEATURES: x_btd}
+        out = plain.apply({"params": self.assemble(params, mixtures)}, batch, None, False)
+        assert isinstance(out, ModelOutput)
+        return contrastive_loss(out.output, tokens_bt != PAD_ID), jnp.mean(out.routing.balance)
 
     @nn.nowrap
     def networks(self, params: dict) -> list[Network]:
@@ -346,17 +339,12 @@ class Encoder(nn.Module):
     @nn.nowrap
     def assemble(self, params: dict, mixtures: Mixture) -> dict:
         """Returns this module's parameters, without the head: a dense model's, with mixtures [L, ...]."""
-        first = self.shape.layers - self.num_layers
-        below, above = (
-            jax.tree.map(part, params["dense"]) for part in (lambda x: x[:first], lambda x: x[first:])
-        )
-        trunk = {name: value for name, value in params.items() if name != "dense"}
+        trunk, above = self.cut(params)
         blocks = {name: above[name] for name in ("attend", "norm_network")}
         blocks |= {"network_bias": above["network_out"]["bias"]}
         blocks |= {"router": {"kernel": mixtures.router_de, "bias": mixtures.router_e}}
         return {
-            "trunk": trunk | ({"dense": below} if first else {}), "blocks": blocks,
-            "experts": mixtures.experts.arrays(),
+            "trunk": trunk, "blocks": blocks, "experts": mixtures.experts.arrays(),
         }  # fmt: skip
 
     @property
@@ -375,7 +363,10 @@ class Encoder(nn.Module):
     def __call__(
         self, batch: dict[str, Array], budget: Budget | None = None, training: bool = True
     ) -> ModelOutput:
-        """Returns logits [B, classes], the tape, the permits and the routing."""
+        """Returns logits [B, classes], the tape, the permits and the routing.
+
+        Without classes (`sizes.num_outputs` 0) the output is the states [B, T, D].
+        """
         s, mask_bt = self.shape, self.mask(batch)
         if ATTENDED in batch:
             x_btd = batch[ATTENDED]
@@ -395,36 +386,20 @@ class Encoder(nn.Module):
         block = (s, self.num_experts, self.rule, factor, self.remat, self.dtype, self.expert)
         blocks = mixtures(block, ATTENDED in batch, name="blocks")
         carry, (permit, routing) = blocks((x_btd, budget.tape), mask_bt, budget.experts, budget.layers)
-        logits = Head(self.sizes.num_outputs, name="head")(carry[0], mask_bt)
-        return ModelOutput(logits, carry[1], permit, routing)
+        output = carry[0]
+        if self.sizes.num_outputs:
+            output = Head(self.sizes.num_outputs, name="head")(output, mask_bt)
+        return ModelOutput(output, carry[1], permit, routing)
 
 
-def encoder_names(stored: Any) -> list[Name]:
-    """Returns the names of a whole dense `Trunk`.
-
-    Args:
-      stored: the checkpoint's tensors; those of a BertForSomething begin with "bert.".
-    """
-    root = "bert." if any(name.startswith("bert.") for name in stored) else ""
-    names = [
-        Name("embed", f"{root}embeddings.word_embeddings.weight"),
-        Name("position", f"{root}embeddings.position_embeddings.weight"),
-        Name("kind", f"{root}embeddings.token_type_embeddings.weight"),
-        Name("norm_embed/scale", f"{root}embeddings.LayerNorm.weight"),
-        Name("norm_embed/bias", f"{root}embeddings.LayerNorm.bias"),
-    ]
-    layer = f"{root}encoder.layer.{{layer}}."
-    for path, tensor in {
-        "attend/query": "attention.self.query", "attend/key": "attention.self.key",
-        "attend/value": "attention.self.value", "attend/out": "attention.output.dense",
-        "network_in": "intermediate.dense", "network_out": "output.dense",
-    }.items():  # fmt: skip
-        names.append(Name(f"dense/{path}/kernel", f"{layer}{tensor}.weight", transposed=True))
-        names.append(Name(f"dense/{path}/bias", f"{layer}{tensor}.bias"))
-    for path, tensor in {"attend/norm_attention": "attention.output", "norm_network": "output"}.items():
-        names.append(Name(f"dense/{path}/scale", f"{layer}{tensor}.LayerNorm.weight"))
-        names.append(Name(f"dense/{path}/bias", f"{layer}{tensor}.LayerNorm.bias"))
-    return names
+@functools.partial(jax.jit, static_argnums=0)
+def run_dense(module: Encoder, params: dict, tokens_bt: AnyArray) -> tuple[Array, Array]:
+    """Returns what enters the first layer with experts, and the networks of all of them, see `inputs`."""
+    s, mask_bt, networks = module.shape, tokens_bt != PAD_ID, module.networks(params)
+    trunk = Trunk(s._replace(lora=None), s.layers - module.num_layers, s.vocab_size, False, jnp.float32)
+    x_btd: Any = trunk.apply({"params": module.cut(params)[0]}, tokens_bt, mask_bt)[0]  # pyright: ignore
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *networks)
+    return x_btd, module.run_above(params, stacked, x_btd, mask_bt)[1]
 
 
 @families.register("bert")

@@ -76,6 +76,11 @@ class StoredParam(NamedTuple):
         return np.asarray(self.read((slice(None),) * len(self.shape)), dtype)
 
 
+def is_stored(x: Any) -> bool:
+    """Says whether it is a parameter that lies in files."""
+    return isinstance(x, StoredParam)
+
+
 def part_of(param: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns what an array, or a parameter that lies in files, has at an index of its leading axes."""
     if not isinstance(param, StoredParam):

@@ -1,8 +1,12 @@
 """Lines about a run before its first round: what it starts from, and what of its config has no effect."""
 
+from typing import Any
+
+import numpy as np
 from ml_collections import ConfigDict
 
 from hfedmoe_jax import Experiment
+from hfedmoe_jax.specialisation import DEEPSEEK
 
 REPLACING = ("fl.score", "fl.expert_rule", "fl.gating_rule", "server.optimizer")
 """Fields that replace a part of the algorithm."""
@@ -31,11 +35,28 @@ def mixture_line(experiment: Experiment) -> str:
     """Returns what distinguishes the mixtures that a run starts from, on held-out public text."""
     assert experiment.start is not None
     model, report = experiment.config.model, experiment.start.report
+    change = report["loss"] / report["dense_loss"] - 1
+    place = "above" if change > 0 else "below"
     return (
-        f"experts made of {model.source} by {model.upcycling}: squared error {report['relative_error']:.1%} "
-        f"of the dense output; the best quarter by topic has {report['best_quarter']:.0%} of the gate mass "
-        f"(overlap of topics {report['overlap']:.2f}, usage entropy {report['usage_entropy']:.2f}, "
-        f"Gini {report['usage_gini']:.2f})"
+        f"experts made of {model.source} by {model.upcycling}: held-out loss {report['loss']:.3f}, "
+        f"{abs(change):.1%} {place} the dense model's; squared error {report['relative_error']:.1%}\n"
+        f"{mass_line(report)}; DeepSeek-V2-Lite by task {mass_line(DEEPSEEK)}"
+    )
+
+
+def mass_line(report: dict[str, Any]) -> str:
+    """Returns figures of gate mass, numbers or pairs of least and largest.
+
+    >>> mass_line(dict(best_quarter=0.57, overlap=0.4, usage_entropy=(0.8, 0.9), usage_gini=0.3))
+    'best quarter of the experts 0.57 of the gate mass, overlap 0.40, usage entropy 0.80-0.90, Gini 0.30'
+    """
+    best, overlap, entropy, gini = (
+        "-".join(f"{each:.2f}" for each in np.atleast_1d(report[name]))
+        for name in ("best_quarter", "overlap", "usage_entropy", "usage_gini")
+    )
+    return (
+        f"best quarter of the experts {best} of the gate mass, overlap {overlap}, "
+        f"usage entropy {entropy}, Gini {gini}"
     )
 
 

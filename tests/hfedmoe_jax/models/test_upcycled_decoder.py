@@ -12,7 +12,8 @@ from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, make_mesh, mixtures
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import ModelSizes
-from hfedmoe_jax.models.decoder import Decoder, decoder, is_stored
+from hfedmoe_jax.models.decoder import Decoder, decoder
+from hfedmoe_jax.models.names import is_stored
 from hfedmoe_jax.tasks import multiple_choice
 from launch.hfedmoe.export import can_export
 
@@ -51,6 +52,7 @@ def test_a_copy_computes_what_the_dense_model_does(num_layers, tmp_path):
     module, batch = decoder(model, SIZES), {"tokens": texts()}
     start = mixtures.load_start(model, module)
     assert start.report["relative_error"] == pytest.approx(0, abs=1e-10)
+    assert start.report["loss"] == pytest.approx(start.report["dense_loss"], rel=1e-5)
     params = module.init(jax.random.key(0), batch)["params"]
     loaded = mixtures.replace_leaves(params, start.params)
     unlike = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params, loaded)
@@ -68,11 +70,11 @@ def test_the_inputs_of_the_networks_are_those_of_the_dense_model(tmp_path):
     model.num_layers = LAYERS
     module, tokens = decoder(model, SIZES), texts()
     params = module.read(tmp_path)
-    found = module.inputs(params, tokens)
+    _, found = module.inputs(params, tokens)
     assert found.shape == (LAYERS, *tokens.shape, module.width)
     fewer = section(tmp_path, upcycling="copy")
     np.testing.assert_allclose(
-        decoder(fewer, SIZES).inputs(params, tokens)[0], found[-1], rtol=1e-5, atol=1e-6
+        decoder(fewer, SIZES).inputs(params, tokens)[1][0], found[-1], rtol=1e-5, atol=1e-6
     )
     network = module.networks(params)[-1]
     stack = read(params)["dense"]["network"]
@@ -171,7 +173,7 @@ def test_what_cannot_become_mixtures_is_refused(tmp_path):
             rf"model\.num_layers={LAYERS + 1}: above the checkpoint's {LAYERS} layers",
         ),
         ({"num_experts": 7, "upcycling": "split"}, r"model\.num_experts=7: does not divide"),
-        ({"upcycling": "btx"}, r"model\.upcycling='btx'"),
+        ({"upcycling": "mix"}, r"model\.upcycling='mix'"),
     ):
         model = section(source)
         model.update(fields)
