@@ -80,8 +80,8 @@ def cache_features(
 ) -> FederatedData:
     """Returns data whose passages have features.
 
-    They are computed in batches of the size that reads them, a step's or an evaluation's: on a CPU they then
-    have the same bits as without a cache.
+    They are computed in batches of the size that reads them, a step's or an evaluation's: on a CPU, with JAX
+    0.12, they then have the same bits as without a cache; older compilers may change the last one.
 
     Args:
       data: of this process.
