@@ -54,9 +54,7 @@ def run_both(directory, train="experts_router_head", cut=ATTENDED):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="older compilers fuse across the cut"
-)
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="older compilers fuse across the cut")
 def test_cached_features_change_no_bit_of_a_run(tmp_path):
     """Compiled as a run compiles it, not as quickly as the tests do."""
     as_usual = "import jax; jax.config.update('jax_disable_most_optimizations', False)"
