@@ -29,7 +29,7 @@ from hfedmoe_jax.models.encoder_blocks import (
     gelu_expert,
     init_experts,
     stack_first,
-)  # fmt: skip
+)
 from hfedmoe_jax.models.encoder_sizes import UNUSED, EncoderSizes, encoder_names, read_encoder_sizes
 from hfedmoe_jax.models.family import ATTENDED, FEATURES, ModelOutput, ModelSizes, families
 from hfedmoe_jax.models.lora import lora_rule

@@ -3,7 +3,6 @@
 The loss is the mean over real next tokens in nats; its exponential over a whole split is the perplexity.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +76,8 @@ def perplexity(
 ) -> DocumentScores:
     """Returns the perplexity a token, of all passages together."""
     total, count = (float(np.sum(part, dtype=np.float64)) for part in sums.T)
-    return DocumentScores({"perplexity": math.exp(total / max(count, 1))}, {})
+    with np.errstate(over="ignore"):  # of a model that has diverged it is infinite
+        return DocumentScores({"perplexity": float(np.exp(total / max(count, 1)))}, {})
 
 
 def most_frequent(train: dict[str, Any], test: dict[str, Any]) -> float:
