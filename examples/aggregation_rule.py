@@ -15,7 +15,7 @@ def usage_weighted(upload, aggregation):
     return jnp.where(upload.trained, upload.size * upload.usage, 0.0)
 
 
-def get_config(preset: str = "default"):
+def get_config(preset: str = "bbc"):
     config = hfedmoe.get_config(preset)
     config.fl.expert_rule = "usage_weighted"
     return config

@@ -24,7 +24,7 @@ def clipped(config):
     return compose(config)._replace(transform=transform)
 
 
-def get_config(preset: str = "default"):
+def get_config(preset: str = "bbc"):
     config = hfedmoe.get_config(preset)
     config.fl.update(algorithm="clipped", base="hfedmoe")
     return config

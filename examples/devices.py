@@ -6,7 +6,7 @@ python -m launch.main --config=examples/devices.py
 from configs import hfedmoe
 
 
-def get_config(preset: str = "default"):
+def get_config(preset: str = "bbc"):
     config = hfedmoe.get_config(preset)
     config.devices = {
         #                      share, memory_bytes, flop_per_s, uplink_bps, downlink_bps

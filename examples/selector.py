@@ -18,7 +18,7 @@ def margin(evidence, importance):
     return masked_mean(evidence.chosen * lead, evidence.mask)
 
 
-def get_config(preset: str = "default"):
+def get_config(preset: str = "bbc"):
     config = hfedmoe.get_config(preset)
     config.fl.score = "margin"
     return config

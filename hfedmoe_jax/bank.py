@@ -150,7 +150,8 @@ class BankLayout:
         """Returns the rules of a training pass.
 
         Args:
-          adjust: (gradient, weights, *context, expert) -> gradient, or None.
+          adjust: (gradient, weights, *anchor, expert) -> gradient, or None. The context of the pass is
+            (rate, anchor), where `rate` multiplies the optimizer's updates.
           most, keep: see `Rules`.
         """
 
@@ -158,12 +159,13 @@ class BankLayout:
             return row_of(tape.weights, row)
 
         def write(tape: Rows, context, row, expert, weights, gradient, reached):
+            rate, anchor = context
             if adjust is not None:
-                gradient = adjust(gradient, weights, *context, expert)
+                gradient = adjust(gradient, weights, *anchor, expert)
             state = row_of(tape.state, row)
             types = jax.eval_shape(self.optimizer.init, weights)
             updates, stepped = self.optimizer.update(gradient, restore_types(state, types), weights)
-            new = Rows(optax.apply_updates(weights, updates), as_floats(stepped))
+            new = Rows(optax.apply_updates(weights, optax.tree.scale(rate, updates)), as_floats(stepped))
 
             def keep_or_set(rows, new, old):
                 return rows.at[row].set(jnp.where(reached, new, old))

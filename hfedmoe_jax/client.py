@@ -50,6 +50,7 @@ class ClientData(NamedTuple):
       size: |D_c| over a power of two that no client's exceeds, so at most one.
       budget: experts it can train, over all layers.
       available: False for a client that drops out of the round.
+      rate: its learning rate of the round over `client.learning_rate`.
       state: what the algorithm keeps of this client between rounds.
     """
 
@@ -58,6 +59,7 @@ class ClientData(NamedTuple):
     size: Float[Array, ""]
     budget: Int[Array, ""]
     available: Bool[Array, ""]
+    rate: Float[Array, ""]
     state: Any = ()
 
 
@@ -204,7 +206,7 @@ def make_client(
             if score is not None and not routed:
                 ran = score.select(importance, client.budget)
                 bank = layout.add(bank, start.experts, local_experts(ran, place))
-            experts = Experts(layout.readable(bank, start.experts, routed), anchor, rules)
+            experts = Experts(layout.readable(bank, start.experts, routed), (client.rate, anchor), rules)
             budget = Budget(experts, layers._replace(forward=ran))
             (_, tape, permit), pull, (loss, output, routing) = jax.vjp(
                 lambda rest, multiplier, tape: objective(rest, frozen, multiplier, tape, batch, budget),
@@ -227,7 +229,7 @@ def make_client(
             if adjust:
                 gradient = adjust(gradient, params, *rest_anchor)
             updates, rest_state = optimizer.update(gradient, rest_state, params)
-            params = cast(Params, optax.apply_updates(params, updates))
+            params = cast(Params, optax.apply_updates(params, optax.tree.scale(client.rate, updates)))
             trained = routing.kept > 0 if active is None else active & (routing.kept > 0)
             if score is not None:
                 importance = score.after_batch(importance, seen, -d_multiplier, ran)

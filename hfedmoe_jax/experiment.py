@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from hfedmoe_jax.accounting import Ledger, account_round, enter, open_ledger
@@ -41,10 +41,11 @@ from hfedmoe_jax.data import (
 from hfedmoe_jax.devices import assign_devices, expert_budget, fraction_budget, read_profiles
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.evaluation import Evaluator, Snapshot
-from hfedmoe_jax.mesh import CLIENTS, EXPERTS, is_described, map_specs
+from hfedmoe_jax.initial import initial_frozen, initial_params
+from hfedmoe_jax.mesh import CLIENTS, EXPERTS, is_described
 from hfedmoe_jax.metrics import metric_columns, round_row
-from hfedmoe_jax.mixtures import load_start, replace_leaves, replace_params
-from hfedmoe_jax.models import ModelSizes, build_model, frozen_specs, tree_bytes
+from hfedmoe_jax.mixtures import load_start
+from hfedmoe_jax.models import ModelSizes, build_model, tree_bytes
 from hfedmoe_jax.models.adapter_files import open_adapters
 from hfedmoe_jax.models.lora import lora_rule
 from hfedmoe_jax.optimizers import build_optimizer
@@ -196,7 +197,10 @@ class Experiment:
                 names = self.model.module.names()
                 stored = open_adapters(config.model.adapters, names, shapes[0], rule, self.start.digest)
                 self.start = self.start._replace(adapters=stored)
-        self.frozen = self._frozen()
+        if self.shapes_only:
+            _, self.frozen = jax.eval_shape(self.model.init, self.init_key)
+        else:
+            self.frozen = initial_frozen(self.model, self.init_key, self.start, mesh, config.model.base)
         if cut and self.shapes_only:
             self.data = no_features(self.data, self.model, cut)
         elif cut:
@@ -224,21 +228,6 @@ class Experiment:
             check_local_steps(fl.local_steps, block * fl.local_steps * tree_bytes(batch))
             check_evaluation(size, count * size * row_bytes, layer_bytes, memory_bytes)
 
-    def _frozen(self) -> Any:
-        """Returns the parameters that nobody trains, on the mesh; only shapes on one of a topology."""
-
-        def frozen(key: jax.Array) -> Any:
-            return self.model.init(key)[1]
-
-        if self.shapes_only:
-            return jax.eval_shape(frozen, self.init_key)
-        specs = frozen_specs(jax.eval_shape(frozen, self.init_key))
-        on_mesh = map_specs(lambda spec: NamedSharding(self.mesh, spec), specs)
-        params = jax.jit(frozen, out_shardings=on_mesh)(self.init_key)
-        if self.start is None:
-            return params
-        return replace_leaves(params, self.start.params, base=self.config.model.base)
-
     def _budgets(self, used: bool) -> np.ndarray:
         """Returns each client's budget; all experts where budgets are not used."""
         if not used:
@@ -251,9 +240,7 @@ class Experiment:
 
     def init(self) -> RunState:
         """Returns the state before the first round."""
-        params = jax.jit(lambda key: self.model.init(key)[0])(self.init_key)
-        for part in (self.start.params, self.start.adapters) if self.start else ():
-            params = replace_params(params, part)
+        params = initial_params(self.model, self.init_key, self.start, self.mesh)
         server = self.algorithm.init(params)
         best = jax.tree.map(jnp.copy, self.algorithm.snapshot(server))
         return RunState(np.int64(0), server, best, np.float64(-np.inf), np.int64(0), open_ledger())
@@ -281,7 +268,9 @@ class Experiment:
             self.data, clients, round_number, fl.local_steps, fl.batch_size, self.config.seed
         )
         sizes = self.relative_sizes[clients]
-        data = ClientData(clients.astype(np.int32), batch, sizes, self.budgets[clients], available)
+        decay = np.float32(self.config.client.learning_rate_decay ** (round_number - 1))
+        rates = np.full(len(clients), decay)
+        data = ClientData(clients.astype(np.int32), batch, sizes, self.budgets[clients], available, rates)
 
         def spread(values):
             result = np.zeros((len(places), *values.shape[1:]), values.dtype)

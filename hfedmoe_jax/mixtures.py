@@ -17,15 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 import hfedmoe_jax.btx  # noqa: F401  # registers its method
 from hfedmoe_jax.data.sources import bbc_news
 from hfedmoe_jax.data.tokenizers import encode_passages, load_tokenizer
-from hfedmoe_jax.models.frozen import place_leaf
-from hfedmoe_jax.models.names import StoredParam, is_stored
-from hfedmoe_jax.models.params import Params
+from hfedmoe_jax.models.names import is_stored
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
 from hfedmoe_jax.pretrained import cache_root, find_source
 from hfedmoe_jax.specialisation import figures, gate_mass
@@ -201,28 +198,3 @@ def judge(
     gate_nk, expert_nk = (np.asarray(part) for part in jax.lax.top_k(gates, top_k))
     mass_qe = gate_mass(expert_nk, gate_nk, topic, gates.shape[-1])
     return dict(relative_error=error / norm) | figures(mass_qe)
-
-
-def replace_leaves(tree: Any, start: dict, prefix: str = "", base: str = "float32") -> Any:
-    """Returns nested dicts of arrays with those leaves that a start has, each where it was.
-
-    Args:
-      prefix: of the leaves' paths in the start.
-      base: how they are kept, see `models.frozen`; the tree is consumed unless this is float32.
-    """
-    wanted = traverse_util.flatten_dict(start, sep="/")
-    leaves: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
-    for path, leaf in leaves.items():
-        if (value := wanted.get(prefix + path)) is not None:
-            if base != "float32":
-                leaves[path] = place_leaf(tuple(path.split("/")), leaf, value, base)
-                continue
-            stored = isinstance(value, StoredParam)
-            leaves[path] = value.place(leaf.sharding) if stored else jax.device_put(value, leaf.sharding)
-    return traverse_util.unflatten_dict(leaves, sep="/")
-
-
-def replace_params(params: Params, start: dict) -> Params:
-    """Returns parameters with those leaves that a start has, see `replace_leaves`."""
-    experts = replace_leaves(params.experts, start, "experts/")
-    return Params(experts, *(replace_leaves(tree, start) for tree in (params.router, params.shared)))

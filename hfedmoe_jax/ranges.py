@@ -57,8 +57,8 @@ RANGES = {
     "model.top_k": size(2**14, 1),
     "model.lora_rank": size(2**12, 8),
     "model.lora_alpha": POSITIVE._replace(example=16.0),
-    "model.capacity_factor": Range(0, 1e4, 1.5, above_low=True),
-    "model.eval_capacity_factor": Range(0, 1e4, 2.0, above_low=True),
+    "model.capacity_factor": Range(0, 1e4, 1.5),  # 0: room for every token
+    "model.eval_capacity_factor": Range(0, 1e4, 2.0),
     "model.load_balance": NOT_NEGATIVE,
     "fl.clients": size(10 * MILLION, 20),
     "fl.clients_per_round": size(10 * MILLION, 10),
@@ -71,6 +71,7 @@ RANGES = {
     "importance.beta": NOT_NEGATIVE,
     "aggregation.tau": Range(0, 1, 0.02),
     "client.learning_rate": RATE,
+    "client.learning_rate_decay": Range(0, 1, 0.98, above_low=True),
     "client.momentum": MOMENTUM,
     "client.second_momentum": MOMENTUM._replace(example=0.999),
     "client.epsilon": EPSILON,

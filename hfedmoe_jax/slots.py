@@ -33,7 +33,12 @@ class Slots(NamedTuple):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Returns the slots of each expert: capacity_factor times an even share, at least 1, at most all."""
+    """Returns the slots of each expert: capacity_factor times an even share, at least 1, at most all.
+
+    With a factor of 0, or the number of experts over top_k, there is room for all.
+    """
+    if not capacity_factor:
+        return num_tokens
     even_share = num_tokens * top_k / num_experts
     return max(1, min(num_tokens, math.ceil(capacity_factor * even_share)))
 

@@ -74,6 +74,7 @@ def tiny_cohort(config: ConfigDict, members, budgets, available=None) -> ClientD
         size=np.float32([10 + 7 * c for c in members]) / 64,
         budget=np.asarray(budgets, np.int32)[list(members)],
         available=np.array([True] * len(members) if available is None else available),
+        rate=np.ones(len(members), np.float32),
     )
 
 

@@ -36,6 +36,7 @@ class Change(NamedTuple):
       sent: Params of bool arrays that broadcast against `change`: what has a weight above zero.
       moved: the same of what the client could move at all: experts that it trained, rows of its own tokens.
       upload: what it reports.
+      rate: its learning rate over `client.learning_rate`.
       extra, state: the algorithm's broadcast arrays, and what it keeps of this client.
       key: of the client and round.
     """
@@ -45,6 +46,7 @@ class Change(NamedTuple):
     sent: Params
     moved: Params
     upload: Upload
+    rate: Float[Array, ""]
     extra: Any
     state: Any
     key: Array

@@ -179,7 +179,7 @@ class RoundPrograms:
         sent = jax.eval_shape(lambda *of: what_counts(self._weights(of[0]), of[1]), upload, shapes)
         return jax.eval_shape(
             lambda *parts: transform(Change(*parts)).summed,
-            shapes, shapes, sent, sent, upload, self._extra, self._state, key,
+            shapes, shapes, sent, sent, upload, upload.size, self._extra, self._state, key,
         )  # fmt: skip
 
     def _empty_sums(self) -> Sums:
@@ -234,7 +234,9 @@ class RoundPrograms:
         key = jax.random.fold_in(jax.random.fold_in(broadcast.key, client.client), 1)
         moved = what_moved(change, update, table)
         sent = what_counts(weights, change)
-        return Change(start, change, sent, moved, update.upload, broadcast.extra, client.state, key)
+        return Change(
+            start, change, sent, moved, update.upload, client.rate, broadcast.extra, client.state, key
+        )
 
     def _merge(self, sums: Sums, broadcast: Broadcast, contributions) -> Sums:
         clients, ok, summed = contributions

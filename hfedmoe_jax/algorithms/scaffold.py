@@ -43,7 +43,7 @@ def scaffold(config: ConfigDict) -> Method:
         steps = steps_of(update, config.fl.local_steps)
         counts = jax.tree.map(jnp.logical_and, update.moved, update.sent)
         own = jax.tree.map(
-            functools.partial(control_variate, rate=rate),
+            functools.partial(control_variate, rate=rate * update.rate),
             update.state, update.extra, update.change, steps, counts,
         )  # fmt: skip
         return Transformed(update.change, own, optax.tree.sub(own, update.state))
@@ -69,7 +69,7 @@ def steps_of(update: Change, local_steps: int) -> Params:
 
 
 def control_variate(
-    own: Array, control: Array, change: Array, steps: Array, counts: Array, rate: float
+    own: Array, control: Array, change: Array, steps: Array, counts: Array, rate: Array | float
 ) -> Array:
     """Returns c_i of a tensor after a round (option II).
 

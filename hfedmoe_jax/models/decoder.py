@@ -31,7 +31,7 @@ from hfedmoe_jax.models.lora import lora_rule
 from hfedmoe_jax.models.losses import next_token_loss
 from hfedmoe_jax.models.names import Name, is_stored, open_params, source_config
 from hfedmoe_jax.models.precision import PRECISIONS, matmul
-from hfedmoe_jax.models.routing import RouterRule, Routing, route
+from hfedmoe_jax.models.routing import RouterRule, Routing, model_balance, route
 from hfedmoe_jax.upcycling import Mixture, Network, expert_size
 
 PAD_ID = 0
@@ -128,7 +128,16 @@ class MixtureBlock(nn.Module):
         h_nd, mask = h_btd.reshape(-1, s.width), mask_bt.reshape(-1)
         router = nn.Dense(s.num_experts, use_bias=s.router_bias, name="router", dtype=jnp.float32)
         y_nd, tape, permit, routing = route(
-            router(h_nd), h_nd, mask, s.router, self.capacity_factor, self.expert, experts, layer, tape
+            router(h_nd),
+            h_nd,
+            mask,
+            s.router,
+            self.capacity_factor,
+            self.expert,
+            experts,
+            layer,
+            tape,
+            x_btd.shape[1],
         )
         if s.shared_hidden:
             common = GatedNetwork(s.shared_hidden, s.width, self.dtype, name="shared")(h_nd)
@@ -214,6 +223,9 @@ class Decoder(nn.Module):
             )
             carry = (x_btd, budget.tape)
             (x_btd, tape), (permit, routing) = blocks(carry, mask_bt, budget.experts, budget.layers)
+            if s.router.balance == "model":
+                balance = model_balance(routing.gates, routing.own, mask_bt.reshape(-1))
+                routing = routing._replace(balance=balance)
         x_btd = nn.RMSNorm(s.epsilon, dtype=self.dtype, name="norm")(x_btd)
         if s.tied:
             logits = x_btd @ table.T.astype(self.dtype)

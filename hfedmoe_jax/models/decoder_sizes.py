@@ -178,11 +178,16 @@ def _shared_hidden(family: str, field: Any, expert_hidden: int) -> int:
 
 def _router(family: str, field: Any) -> RouterRule:
     top_k = field("num_experts_per_tok")
+    balance = "model"
+    if family in ("deepseek_v2", "deepseek"):
+        balance = "text" if field("seq_aux", default=True) else "layer"
     if family == "deepseek_v2":
         limited = field("topk_method", default="greedy") == "group_limited_greedy"
         groups = (field("n_group"), field("topk_group")) if limited else (1, 1)
-        return RouterRule(top_k, False, float(field("routed_scaling_factor", default=1.0)), *groups)
-    return RouterRule(top_k, family == "mixtral" or bool(field("norm_topk_prob", default=False)))
+        scale = float(field("routed_scaling_factor", default=1.0))
+        return RouterRule(top_k, False, scale, *groups, balance=balance)
+    renormalise = family == "mixtral" or bool(field("norm_topk_prob", default=False))
+    return RouterRule(top_k, renormalise, balance=balance)
 
 
 def _rotary(config: Mapping[str, Any], family: str, size: int) -> Rotary:

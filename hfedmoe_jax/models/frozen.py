@@ -7,14 +7,12 @@ scale for each output, with nf4 for each `TILE` inputs of it. Other frozen matri
 Axes: L layers, E experts, D inputs, F outputs.
 """
 
-import functools
 import importlib.util
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
 from hfedmoe_jax.errors import InputError
@@ -86,23 +84,3 @@ def addends(frozen: dict, added: dict) -> tuple[dict, dict]:
     """Returns the arguments of `add_each`, by path."""
     leaves, more = (traverse_util.flatten_dict(tree) for tree in (frozen, added))
     return {path: leaves[path] for path in more}, more
-
-
-def place_leaf(path: tuple[str, ...], like: Any, value: Any, base: str) -> Any:
-    """Returns what a start has for a frozen parameter, as it is kept and where `like` lies, layer by layer.
-
-    Args:
-      like: the parameter as it was drawn; consumed.
-      value: an array [L, ...], or a `StoredParam`.
-    """
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def put(whole, part, layer):
-        kept = keep_leaf(path, part, base)
-        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y[0], layer, 0), whole, kept)
-
-    for layer in range(value.shape[0]):
-        rows = (slice(layer, layer + 1), *[slice(None)] * (len(value.shape) - 1))
-        part = value.read(rows) if hasattr(value, "read") else value[rows]
-        like = put(like, np.asarray(part), layer)
-    return like

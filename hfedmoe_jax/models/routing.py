@@ -22,7 +22,7 @@ class Routing(NamedTuple):
       own: bool, same shape; the real tokens' own top-k experts, whatever may run.
       sent, kept: int32 [L, E]; tokens that each expert was sent, and had room for.
       slots: int32 [L], slots of all experts that ran.
-      balance: float32 [L], load-balancing losses.
+      balance: float32 [L], load-balancing losses; alike where a family has one for all layers.
     """
 
     gates: Float[Array, "*layers tokens experts"]
@@ -43,6 +43,9 @@ class RouterRule(NamedTuple):
       groups, top_groups: the experts are cut into so many groups, and chosen from those whose best gates are
         largest (arXiv 2405.04434).
       text_slots: tokens of a text that an expert serves at most; 0: as many as there are.
+      balance: the load-balancing loss: of each "layer" (Switch Transformer), of each "text" in a layer
+        (DeepSeek with `seq_aux`), or of the "model" (Mixtral, OLMoE, Qwen-MoE, as transformers has it); see
+        `load_balancing_loss` and `model_balance`.
     """
 
     top_k: int
@@ -51,6 +54,7 @@ class RouterRule(NamedTuple):
     groups: int = 1
     top_groups: int = 1
     text_slots: int = 0
+    balance: str = "layer"
 
 
 class Assignment(NamedTuple):
@@ -134,7 +138,7 @@ def route(
       h_nd: what the experts read.
       capacity_factor: slots of an expert over an even share of the tokens.
       expert, experts, layer, tape: see `hfedmoe_jax.experts`.
-      text_len: tokens of a text, padding included, for rules with `text_slots`.
+      text_len: tokens of a text, padding included, for rules with `text_slots` or a balance by text.
     """
     gates, (index, wanted) = assign(logits, layer, token_mask, rule)
     weight = wanted
@@ -144,7 +148,8 @@ def route(
     capacity = expert_capacity(h_nd.shape[0], logits.shape[-1], rule.top_k, capacity_factor)
     y_nd, tape, served = mix_experts(expert, capacity, experts, layer, tape, h_nd, index, weight)
     own = own_choice(gates, token_mask, rule)
-    balance = load_balancing_loss(gates, own, token_mask)
+    by_text = text_len if rule.balance == "text" else 0
+    balance = load_balancing_loss(gates, own, token_mask, by_text)
     sent = served.sent
     if rule.text_slots:
         refused = jax.nn.one_hot(index, logits.shape[-1], dtype=jnp.int32) * (wanted > weight)[..., None]
@@ -176,15 +181,42 @@ def load_balancing_loss(
     gates: Float[AnyArray, "*layers tokens experts"],
     chosen: Bool[AnyArray, "*layers tokens experts"],
     token_mask: Bool[AnyArray, " tokens"],
+    text_len: int = 0,
 ) -> Float[Array, "*layers"]:
     """Returns E * sum_e f_e P_e of each layer; 1 when every expert is used alike.
 
     f_e is the share of assignments that went to expert e, P_e its mean gate, both over real tokens.
-    Source: Switch Transformer, arXiv 2101.03961, (4)-(6).
+    Sources: Switch Transformer, arXiv 2101.03961, (4)-(6); by text DeepSeekMoE, arXiv 2401.06066, (12)-(14).
+
+    Args:
+      text_len: if it is not 0, the mean over texts of so many tokens, those without a real one left out.
     """
+    if text_len:
+        texts = (-1, text_len)
+        mask = token_mask.reshape(texts)
+        gates, chosen = (x.reshape(*x.shape[:-2], *texts, x.shape[-1]) for x in (gates, chosen))
+        real = jnp.any(mask, axis=-1)
+        each = jax.vmap(load_balancing_loss, (-3, -3, 0), -1)(gates, chosen, mask)
+        return jnp.sum(each * real, axis=-1) / jnp.maximum(jnp.sum(real), 1)
     real = token_mask[:, None]
     num_experts = gates.shape[-1]
     sent = jnp.sum(chosen & real, axis=-2, dtype=jnp.float32)
     fraction = sent / jnp.maximum(jnp.sum(sent, axis=-1, keepdims=True), 1.0)
     mean_gate = jnp.sum(gates * real, axis=-2) / jnp.maximum(jnp.sum(token_mask), 1)
     return num_experts * jnp.sum(fraction * mean_gate, axis=-1)
+
+
+def model_balance(
+    gates: Float[AnyArray, "layers tokens experts"],
+    chosen: Bool[AnyArray, "layers tokens experts"],
+    token_mask: Bool[AnyArray, " tokens"],
+) -> Float[Array, " layers"]:
+    """Returns E * sum_e f_e P_e over the tokens of all layers together, for each layer; K in perfect balance.
+
+    f_e is the mean number of assignments of a token to expert e. transformers has this loss for Mixtral (and
+    takes the softmax of gates once more in some versions, which is a fault, its issue 45120).
+    """
+    real = token_mask[:, None]
+    count = jnp.maximum(gates.shape[0] * jnp.sum(token_mask), 1)
+    sent, mean_gate = (jnp.sum(x * real, axis=(0, 1)) / count for x in (chosen, gates))
+    return jnp.broadcast_to(gates.shape[-1] * jnp.sum(sent * mean_gate), gates.shape[:1])

@@ -33,7 +33,7 @@ def bank_of(touched):
     def step(bank, expert, gradient, reached):
         row = bank.row[expert]
         weights = rules.reread(bank.rows, None, row, expert)
-        rows = rules.write(bank.rows, (), row, expert, weights, gradient, reached)
+        rows = rules.write(bank.rows, (np.float32(1), ()), row, expert, weights, gradient, reached)
         return bank._replace(rows=rows)
 
     return layout, *map(jax.jit, (layout.open, layout.add, step, layout.rows_of))
@@ -148,9 +148,9 @@ def test_a_client_that_selects_nothing_brings_nothing():
 
 
 def test_an_adjustment_sees_what_belongs_to_its_expert():
-    """A gradient twice as large, less what the context has for the expert."""
+    """A gradient twice as large, less what the context has for the expert; half the step."""
     layout = BankLayout(LAYERS, HELD, EXPERTS, optax.sgd(1.0), ALONE)
-    start, context = jax.tree.map(jnp.asarray, start_of(1)), (flat(start_of(2)),)
+    start, context = jax.tree.map(jnp.asarray, start_of(1)), (np.float32(0.5), (flat(start_of(2)),))
 
     def adjust(gradient, weights, offset, expert):
         return jax.tree.map(lambda g, o: 2 * g - o[expert], gradient, offset)
@@ -158,7 +158,8 @@ def test_an_adjustment_sees_what_belongs_to_its_expert():
     rules, rows = layout.rules(adjust, EXPERTS, True), layout.open(start).rows
     weights, gradient = (expert_of(start_of(seed), 4) for seed in (1, 3))
     after = rules.write(rows, context, 4, 4, weights, gradient, True)
-    expected = jax.tree.map(lambda w, g, o: w - (2 * g - o), weights, gradient, expert_of(start_of(2), 4))
+    offset = expert_of(start_of(2), 4)
+    expected = jax.tree.map(lambda w, g, o: w - 0.5 * (2 * g - o), weights, gradient, offset)
     chex.assert_trees_all_close(on_host(after.weights, 4), expected, rtol=1e-6)
 
 

@@ -32,7 +32,8 @@ ACTIVE = {"fl__forward": "active"}
 
 def member(config, seed=0, budget=2, available=True):
     batch = tiny_batches(seed, config.fl.local_steps, config.fl.batch_size)
-    return c.ClientData(np.int32(seed), batch, np.float32(10), np.int32(budget), np.bool_(available))
+    budget, available = np.int32(budget), np.bool_(available)
+    return c.ClientData(np.int32(seed), batch, np.float32(10), budget, available, np.float32(1))
 
 
 @functools.cache
@@ -176,6 +177,20 @@ def test_active_forward_uses_selected_experts_alone():
     again = train(other, data, jax.random.key(3))
     np.testing.assert_array_equal(again.upload.trained, trained)
     assert bits((update.params, update.report)) == bits((again.params, again.report))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAM])
+def test_the_rate_of_a_round_multiplies_the_learning_rate(optimizer):
+    """Of experts and of everything else."""
+    fields = CASES["no selection"] | optimizer
+    config, start, train = setup(**fields)
+    _, _, train_slowly = setup(**fields | {"client__learning_rate": optimizer["client__learning_rate"] / 4})
+    data, key = member(config), jax.random.key(1)
+    update, expected = train(start, data._replace(rate=np.float32(0.25)), key), train_slowly(start, data, key)
+    chex.assert_trees_all_close(update.params, expected.params, rtol=1e-5, atol=1e-6)
+    faster = train(start, data, key)
+    assert not np.allclose(update.params.router["blocks"]["router"]["kernel"],
+                           faster.params.router["blocks"]["router"]["kernel"], atol=1e-6)  # fmt: skip
 
 
 def test_a_full_budget_trains_as_if_there_were_no_selection():

@@ -170,7 +170,7 @@ def test_usage_is_the_mean_gate_weight_of_each_expert(model, apply, personal, un
     members, num_steps = [2, 0], 2
     batch = tiny_batches(5, len(members), num_steps, SIZE)
     zero = np.zeros(len(members), np.float32)
-    cohort = ClientData(np.int32(members), batch, zero, zero.astype(np.int32), zero == 0)
+    cohort = ClientData(np.int32(members), batch, zero, zero.astype(np.int32), zero == 0, zero)
     given = padded(jax.tree.map(lambda *leaves: jnp.stack(leaves), *owners)) if personal else params
     blocks = plan_blocks(np.zeros(len(members), int), MESH, 1)
     portions = ((block, stack_members(cohort, block.members)) for block in blocks)

@@ -26,6 +26,7 @@ from hfedmoe_jax.scoring import build_scoring
 CLIENTS, COHORT, ROUNDS = 6, 3, 5
 RARE, LONER = VOCABULARY - 1, 3  # a token that only one client has
 FIELDS = {
+    "client__learning_rate_decay": 0.75,
     "fl__clients": CLIENTS,
     "fl__clients_per_round": COHORT,
     "fl__rounds": ROUNDS,
@@ -199,6 +200,7 @@ def test_client_data_hold_what_the_cohort_brings(experiment):
     np.testing.assert_array_equal(data.client, members)
     assert data.size.max() <= 1
     np.testing.assert_array_equal(data.size * 16, 6 + members)
+    np.testing.assert_array_equal(data.rate, np.full(COHORT, np.float32(0.75**2)))  # of the third round
     chex.assert_shape(data.batch["tokens"], (COHORT, 3, 4, TOKENS))
     chex.assert_shape(data.batch["labels"], (COHORT, 3, 4))
     for index, member in enumerate(members):

@@ -17,8 +17,8 @@ MARKS = {"v5e:2x2": ":T(", "h100:1x2": "fusion_backend_config"}
 
 COMMON = FIELDS | {"data__seq_len": 8, "model__width": 8, "model__num_heads": 2, "model__hidden": 6}
 PRESETS = {
-    "default": ("default", {"budget__fraction": 0.25, "model__num_layers": 2}),
-    "bfloat16": ("default", {"budget__fraction": 0.25, "model__precision": "bfloat16"}),
+    "default": ("bbc", {"budget__fraction": 0.25, "model__num_layers": 2}),
+    "bfloat16": ("bbc", {"budget__fraction": 0.25, "model__precision": "bfloat16"}),
     "active": ("active", {}),
     "pod": ("pod", {"model__num_layers": 2}),  # experts over two chips, remat, bfloat16, several hosts
 }

@@ -164,7 +164,7 @@ class Rounds:
         same = np.ones(len(clients), np.float32)
         numbers = clients.astype(np.int32)
         batch = {"tokens": tokens, "labels": labels}
-        return ClientData(numbers, batch, same, self.budget[clients], same > 0)
+        return ClientData(numbers, batch, same, self.budget[clients], same > 0, same)
 
     def portions(self, cohort: int) -> Iterator[Portion]:
         """Yields the data of a round of the first `cohort` clients, block by block."""

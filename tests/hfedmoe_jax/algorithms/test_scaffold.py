@@ -73,6 +73,7 @@ def local_steps(gradient, start: Params, batches, drift: Params, rate: float):
 
 
 def test_rounds_are_those_of_the_paper():
+    """With a learning rate that halves from round to round."""
     config = config_of(fl__algorithm="scaffold", client__learning_rate=0.1)
     algorithm, gradient = algorithm_of(config), make_gradient(config)
     state = algorithm.init(start())
@@ -80,7 +81,9 @@ def test_rounds_are_those_of_the_paper():
     control = jax.tree.map(np.zeros_like, params)
     own = [control for _ in BUDGETS]
     unequal = 0
-    for data, key in rounds(config):
+    for turn, (data, key) in enumerate(rounds(config)):
+        decay = 0.5**turn
+        data, rate = data._replace(rate=np.full(len(data.client), decay, np.float32)), 0.1 * decay
         size, total = 0.0, jax.tree.map(np.zeros_like, params)
         delta = total
         for row, number in enumerate(data.client):
@@ -88,10 +91,12 @@ def test_rounds_are_those_of_the_paper():
                 continue
             batches = jax.tree.map(lambda x, row=row: x[row], data.batch)
             drift = jax.tree.map(np.subtract, control, own[number])
-            after, times = local_steps(gradient, params, batches, drift, 0.1)
+            after, times = local_steps(gradient, params, batches, drift, rate)
             unequal += len(np.unique(jax.tree.leaves(times.experts)[0])) > 1
             new = jax.tree.map(
-                lambda c_i, c, x, y, k: np.where(k > 0, c_i - c + (x - y) / (np.maximum(k, 1) * 0.1), c_i),
+                lambda c_i, c, x, y, k, rate=rate: np.where(
+                    k > 0, c_i - c + (x - y) / (np.maximum(k, 1) * rate), c_i
+                ),
                 own[number], control, params, after, times,
             )  # fmt: skip
             delta = jax.tree.map(lambda d, new, old: d + new - old, delta, new, own[number])

@@ -12,7 +12,7 @@ from selected_pass import make_pass
 from tiny import tiny_batches, tiny_config, tiny_frozen, tiny_model, tiny_params
 
 from configs.hfedmoe import get_config
-from hfedmoe_jax import Experiment, make_mesh, mixtures
+from hfedmoe_jax import Experiment, initial, make_mesh, mixtures
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import open_budget
 from hfedmoe_jax.models import ModelSizes, Params, build_model, load_balancing_loss, merge_params, tree_bytes
@@ -177,18 +177,19 @@ def test_clients_train_and_send_factors_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("base", "error"), [("bfloat16", 0.004), ("int8", 0.01), ("nf4", 0.12)])
-def test_a_base_of_few_bits_is_the_checkpoint_nearly(base, error, tmp_path):
+def test_a_base_of_few_bits_is_the_checkpoint_nearly(base, error, tmp_path, monkeypatch):
     """Placed layer by layer it has the bits of the whole, and outputs are those of what it stands for."""
     model, sizes = section("mixtral", tmp_path)
     model.update(train="lora", lora_rank=2, base=base)
     tokens = {"tokens": jnp.array([[2, 7, 5, 9, 4, 3], [2, 6, 3, 0, 0, 0]])}
     kept = build_model(model, sizes, tokens)
-    params, frozen = kept.init(jax.random.key(0))
-    stored = kept.module.read(tmp_path)
-    frozen = mixtures.replace_leaves(frozen, stored, base=base)
+    start = mixtures.Start(kept.module.read(tmp_path), "", {})
+    monkeypatch.setattr(initial, "PART_BYTES", 1)
+    where = jax.random.key(0), start, make_mesh(jax.devices()[:1])
+    params, frozen = initial.initial_params(kept, *where), initial.initial_frozen(kept, *where, base)
     model.base = "float32"
     whole = build_model(model, sizes, tokens)
-    exact = mixtures.replace_leaves(whole.init(jax.random.key(0))[1], stored)
+    exact = initial.initial_frozen(whole, *where, "float32")
     at_once = keep_frozen(exact, base)
     jax.tree.map(np.testing.assert_array_equal, frozen, at_once)
     for name, leaf in exact["experts"].items():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hfedmoe_jax.experts import LayerBudget
 from hfedmoe_jax.models import routing
-from hfedmoe_jax.models.routing import RouterRule, load_balancing_loss, own_choice
+from hfedmoe_jax.models.routing import RouterRule, load_balancing_loss, model_balance, own_choice
 
 assign = jax.jit(routing.assign, static_argnums=3)
 
@@ -74,6 +74,30 @@ def test_load_balancing_is_one_when_even_and_the_number_of_experts_when_not():
     one = np.zeros((1, 4, 4), np.float32)
     one[..., 0] = 1
     np.testing.assert_allclose(load_balancing_loss(one, one > 0, mask), 4.0, rtol=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_each_familys_balance_is_what_its_code_computes(seed, k):
+    """DeepSeek's counts and mean scores by text; for Mixtral means over the tokens of all layers."""
+    layers, texts, tokens, experts = 2, 3, 4, 5
+    rng = np.random.default_rng(seed)
+    gates = rng.dirichlet(np.ones(experts), (layers, texts * tokens)).astype(np.float32)
+    mask = np.arange(tokens) < rng.integers(0, tokens + 1, texts)[:, None]
+    mask[0, 0] = True
+    own = np.asarray(own_choice(gates, mask.reshape(-1), RouterRule(k)))
+    found = load_balancing_loss(gates, own, mask.reshape(-1), tokens)
+    for layer in range(layers):
+        losses = []
+        for text in range(texts):
+            real = np.flatnonzero(mask[text]) + text * tokens
+            if len(real):
+                count = own[layer, real].sum(0) / (len(real) * k / experts)
+                losses.append(np.sum(count * gates[layer, real].mean(0, dtype=np.float64)))
+        np.testing.assert_allclose(found[layer], np.mean(losses), rtol=1e-5)
+    real = mask.reshape(-1)
+    together, sent = (np.concatenate([x[layer][real] for layer in range(layers)]) for x in (gates, own))
+    expected = experts * np.sum(sent.mean(0) * together.mean(0, dtype=np.float64))
+    np.testing.assert_allclose(model_balance(gates, own, real), np.full(layers, expected), rtol=1e-5)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 1), (4, 1), (4, 2), (4, 4), (2, 1)]), st.booleans())
