@@ -8,6 +8,7 @@
   --suite=NAME     what is measured:
                      slide       solvers and latency kernels, compared with NumPy and HiGHS
                      population  a federated round by chunk, cohort, budget and device
+                     pretrained  SmolLM2 beside PyTorch, cached trunks, reading (`make pretrained`)
                      checkouts   speed and memory of whole jobs, compared with another commit
   --workdir=DIR    directory of bench.json; by default runs/bench-NAME
   --repeats=N      repeats of each measurement, at least 3 (default 9)
@@ -59,6 +60,7 @@ class Suite(NamedTuple):
 SUITES = {
     "slide": Suite("launch.suites.slide.suite"),
     "population": Suite("launch.suites.population.suite", options=("peers",), devices=16),
+    "pretrained": Suite("launch.suites.pretrained"),
     "checkouts": Suite("launch.suites.checkouts", options=("against",), required=("against",)),
 }
 OPTIONS = ("peers", "against")
