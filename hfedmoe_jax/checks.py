@@ -11,7 +11,10 @@ from hfedmoe_jax.data.tokenizers import CHECKPOINT
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import ModelSizes, check_sizes, families
 from hfedmoe_jax.models.lora import LORA
+from hfedmoe_jax.models.tensor_files import find_tensors
 from hfedmoe_jax.optimizers import optimizers
+from hfedmoe_jax.pretrained import find_source
+from hfedmoe_jax.published import PUBLISHED
 from hfedmoe_jax.ranges import check_ranges
 from hfedmoe_jax.registry import unknown_name
 from hfedmoe_jax.schedule import MOST_CHUNK
@@ -95,6 +98,8 @@ def check_source(config: ConfigDict) -> None:
     """Raises InputError unless model, checkpoint and tokenizer go together."""
     module = families[config.model.family](config.model, ModelSizes(1, 1, 1))
     pretrained, tokenizer = hasattr(module, "read"), config.data.tokenizer
+    if pretrained and config.model.source not in PUBLISHED:
+        find_tensors(find_source(config.model.source))  # headers alone, before any data are read
     if config.model.source and not pretrained:
         problem = f"model.family={config.model.family} is trained from scratch"
         raise InputError(

@@ -50,6 +50,8 @@ from hfedmoe_jax.models.adapter_files import open_adapters
 from hfedmoe_jax.models.lora import lora_rule
 from hfedmoe_jax.optimizers import build_optimizer
 from hfedmoe_jax.population import put_members
+from hfedmoe_jax.pretrained import find_source
+from hfedmoe_jax.published import PUBLISHED
 from hfedmoe_jax.quality import Quality, Splits, client_spread
 from hfedmoe_jax.ranges import check_batch, check_evaluation, check_local_steps, check_memory
 from hfedmoe_jax.reports import NONFINITE, OK, STATUS_NAMES, failed_clients
@@ -190,7 +192,9 @@ class Experiment:
         table_rows = most_tokens(data, config.fl)
         self.data = data if self.hosts == 1 else data.of_host(jax.process_index(), self.hosts)
         self.start = None
-        if config.model.source and not self.shapes_only:
+        if self.shapes_only and config.model.source not in ("", *PUBLISHED):
+            self.model.module.read(find_source(config.model.source))  # it refuses what a run would
+        elif config.model.source and not self.shapes_only:
             self.start = load_start(config.model, self.model.module)
             rule = lora_rule(config.model)
             if rule is not None and config.model.adapters:

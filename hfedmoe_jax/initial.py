@@ -5,7 +5,7 @@ none, for its devices take over what is read; elsewhere, and for bases of few bi
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ def initial_params(model: MoeModel, key: jax.Array, start: Start | None, mesh: M
 
     parts = (start.params, start.adapters) if start else ()
     given = {path: leaf for part in parts for path, leaf in traverse_util.flatten_dict(part).items()}
-    leaves = traverse_util.flatten_dict(fill(draw, key, traverse_util.unflatten_dict(given), mesh))
+    leaves = traverse_util.flatten_dict(fill(draw, key, given, mesh))
 
     def group(tree: dict) -> dict:
         return traverse_util.unflatten_dict({path: leaves[path] for path in traverse_util.flatten_dict(tree)})
@@ -48,20 +48,24 @@ def initial_params(model: MoeModel, key: jax.Array, start: Start | None, mesh: M
 
 def initial_frozen(model: MoeModel, key: jax.Array, start: Start | None, mesh: Mesh, base: str) -> dict:
     """Returns the parameters that nobody trains, on a mesh, as `base` keeps them (see `models.frozen`)."""
-    return fill(lambda key: model.init(key)[1], key, start.params if start else {}, mesh, base)
+    given = traverse_util.flatten_dict(start.params if start else {})
+    return fill(lambda key: model.init(key)[1], key, given, mesh, base)
 
 
 def fill(
-    init: Callable[[jax.Array], dict], key: jax.Array, start: dict, mesh: Mesh, base: str = "float32"
+    init: Callable[[jax.Array], dict],
+    key: jax.Array,
+    given: Mapping[tuple[str, ...], Any],
+    mesh: Mesh,
+    base: str = "float32",
 ) -> dict:
     """Returns nested dicts like those of `init(key)` on a mesh: experts spread over it, the rest everywhere.
 
     Args:
       init: draws parameters.
-      start: nested dicts of arrays and `StoredParam`; of what it has nothing is drawn.
-      base: how those of a start are kept.
+      given: arrays and `StoredParam` by path, which are not drawn.
+      base: how these are kept.
     """
-    given = traverse_util.flatten_dict(start)
     shapes = traverse_util.flatten_dict(jax.eval_shape(init, key))
     places = {path: NamedSharding(mesh, BY_EXPERT if path[0] == "experts" else REPLICATED) for path in shapes}
     missing = [path for path in shapes if path not in given]

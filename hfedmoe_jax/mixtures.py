@@ -25,7 +25,7 @@ from hfedmoe_jax.data.tokenizers import encode_passages, load_tokenizer
 from hfedmoe_jax.models.names import is_stored
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
 from hfedmoe_jax.pretrained import cache_root, find_source
-from hfedmoe_jax.specialisation import figures, gate_mass
+from hfedmoe_jax.specialisation import by_kind, figures, gate_mass
 from hfedmoe_jax.upcycling import DenseModel, Mixture, Network, mix, output, stack, upcyclings
 
 TEXTS, HELD_OUT, TOKENS = 512, 128, 128  # public articles, those of them that only judge, and tokens of each
@@ -33,7 +33,7 @@ LOSS_TEXTS = 32  # texts of a batch whose loss is judged
 SEED = 0  # of what chance decides in a mixture; runs of other seeds share it
 REPORT = "report.json"
 ROUTER = ("router_de", "router_e")
-VERSION = "2"  # of what this module makes of the same settings
+VERSION = "3"  # of what this module makes of the same settings
 
 
 class Start(NamedTuple):
@@ -156,7 +156,7 @@ def make_mixtures(
               module.top_k)
         for i, network in enumerate(networks)
     ]  # fmt: skip
-    report = {name: float(np.mean([each[name] for each in judged])) for name in judged[0]}
+    report = jax.tree.map(lambda *layers: float(np.mean(layers)), *judged)
     return mixtures, report | losses(model, mixtures, features_rtd[held], tokens[held])
 
 
@@ -190,11 +190,22 @@ def judge(
     Gate mass is that of a token's chosen experts, before their weights are renormalised.
 
     Returns:
-      `relative_error`, |mixture - network|^2 / |network|^2, and the figures of `specialisation` by topic.
+      `relative_error`, |mixture - network|^2 / |network|^2, the `figures` of `specialisation`, means over
+      topics, and `by_topic` those of each.
     """
     wanted = output(network, jnp.asarray(inputs))
     found, gates, _ = mix(mixture, jnp.asarray(inputs), top_k, scale)
     error, norm = float(jnp.sum((found - wanted) ** 2)), float(jnp.sum(wanted**2))
     gate_nk, expert_nk = (np.asarray(part) for part in jax.lax.top_k(gates, top_k))
     mass_qe = gate_mass(expert_nk, gate_nk, topic, gates.shape[-1])
-    return dict(relative_error=error / norm) | figures(mass_qe)
+    return dict(relative_error=error / norm, by_topic=by_topic(mass_qe, topic)) | figures(mass_qe)
+
+
+def by_topic(mass_qe: np.ndarray, topic: np.ndarray) -> dict[str, dict[str, float]]:
+    """Returns the figures of each topic, without those of pairs."""
+    found = by_kind(mass_qe)
+    found.pop("overlap")
+    return {
+        str(name): {figure: float(each[row]) for figure, each in found.items()}
+        for row, name in enumerate(np.unique(topic))
+    }

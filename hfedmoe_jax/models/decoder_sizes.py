@@ -4,11 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.config_fields import MOST, ConfigFields
 from hfedmoe_jax.models.lora import LoraRule
 from hfedmoe_jax.models.routing import RouterRule
-
-_UNUSED = object()
 
 
 class Rotary(NamedTuple):
@@ -98,132 +96,145 @@ MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepse
 DENSE = ("llama",)
 
 
-def read_sizes(config: Mapping[str, Any]) -> DecoderSizes:
+def read_sizes(config: Mapping[str, Any], source: str = "config.json") -> DecoderSizes:
     """Returns the sizes of a decoder.
 
     Args:
       config: the content of a config.json of transformers 4 or 5.
+      source: directory of the checkpoint, for errors.
 
     Raises:
-      InputError: another family, a field that is missing, or a variant that is not supported.
+      InputError: another family, a field that is missing or out of range, or a variant that is not computed.
     """
-    family = config.get("model_type")
+    fields, family = ConfigFields(config, source), config.get("model_type")
     if family not in MIXTURES + DENSE:
-        known = ", ".join(MIXTURES + DENSE)
-        raise InputError("config.json", family, "is no model_type of a known decoder", f"use one of {known}")
-
-    def field(*names: str, default: Any = _UNUSED) -> Any:
-        for name in names:
-            if config.get(name) is not None:
-                return config[name]
-        if default is _UNUSED:
-            raise InputError("config.json", names[0], "is missing", "use the directory as it was published")
-        return default
-
-    width, heads, layers = field("hidden_size"), field("num_attention_heads"), field("num_hidden_layers")
-    dense = family in DENSE
+        fields.refuse(f"model_type={family!r}", f"model.family=decoder reads {', '.join(MIXTURES + DENSE)}")
+    fields.refuse_quantised()
+    width, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    layers, dense = fields.whole("num_hidden_layers"), family in DENSE
     # transformers writes intermediate_size for the experts of Mixtral and OLMoE.
-    expert_hidden = 0 if dense else field("moe_intermediate_size", "intermediate_size")
-    head_size = field("head_dim", default=width // heads)
-    if family not in ("mixtral", "qwen3_moe", "llama"):
-        head_size = width // heads
+    expert_hidden = 0 if dense else fields.whole("moe_intermediate_size", "intermediate_size")
+    head_size = max(1, width // heads)
+    if family in ("mixtral", "qwen3_moe", "llama"):
+        head_size = fields.whole("head_dim", default=head_size)
     latent = None
     if family == "deepseek_v2":
-        rope = field("qk_rope_head_dim")
+        rope = fields.whole("qk_rope_head_dim")
         latent = Latent(
-            field("q_lora_rank", default=0), field("kv_lora_rank"), field("qk_nope_head_dim"),
-            field("v_head_dim"),
+            fields.whole("q_lora_rank", default=0, low=0), fields.whole("kv_lora_rank"),
+            fields.whole("qk_nope_head_dim"), fields.whole("v_head_dim"),
         )  # fmt: skip
         head_size = latent.plain + rope
+    elif "head_dim" not in config and width % heads:
+        fields.refuse(f"num_attention_heads={heads}, which does not divide hidden_size={width}")
+    key_heads = fields.whole("num_key_value_heads", default=heads)
+    if heads % key_heads:
+        fields.refuse(f"num_key_value_heads={key_heads}, which does not divide num_attention_heads={heads}")
     deepseek = family in ("deepseek_v2", "deepseek")
+    below = fields.whole("first_k_dense_replace", default=0, low=0) if deepseek else 0
+    if below >= layers:
+        fields.refuse(f"first_k_dense_replace={below}, which leaves no experts of {layers} layers")
+    num_experts = 0 if dense else fields.whole("num_local_experts", "num_experts", "n_routed_experts")
+    bias = fields.flag("attention_bias")
     sizes = DecoderSizes(
         family=family,
-        vocab_size=field("vocab_size"),
-        positions=field("max_position_embeddings"),
+        vocab_size=fields.whole("vocab_size"),
+        positions=fields.whole("max_position_embeddings"),
         width=width,
         num_layers=layers,
-        dense_layers=layers if dense else field("first_k_dense_replace", default=0) if deepseek else 0,
+        dense_layers=layers if dense else below,
         num_heads=heads,
-        num_key_heads=field("num_key_value_heads", default=heads),
+        num_key_heads=key_heads,
         head_size=head_size,
-        hidden=field("intermediate_size", default=0),
-        num_experts=0 if dense else field("num_local_experts", "num_experts", "n_routed_experts"),
+        hidden=fields.whole("intermediate_size", default=None if dense or below else 0, low=0),
+        num_experts=num_experts,
         expert_hidden=expert_hidden,
-        shared_hidden=_shared_hidden(family, field, expert_hidden),
+        shared_hidden=_shared_hidden(family, fields, expert_hidden),
         shared_gate=family == "qwen2_moe",
-        router=RouterRule(1) if dense else _router(family, field),
+        router=RouterRule(1) if dense else _router(family, fields, num_experts),
         router_bias=False,
-        rotary=_rotary(config, family, field("qk_rope_head_dim") if latent else head_size),
+        rotary=_rotary(fields, family, rope if latent else head_size),
         latent=latent,
-        query_bias=bool(field("qkv_bias", default=True))
-        if family == "qwen2_moe"
-        else bool(field("attention_bias", default=False)),
-        output_bias=family != "qwen2_moe" and bool(field("attention_bias", default=False)),
+        query_bias=fields.flag("qkv_bias", True) if family == "qwen2_moe" else bias,
+        output_bias=family != "qwen2_moe" and bias,
         norm_heads={"olmoe": "all", "qwen3_moe": "head"}.get(family, ""),
-        clip=float(field("clip_qkv", default=0.0)),
-        epsilon=float(field("rms_norm_eps")),
-        tied=bool(field("tie_word_embeddings", default=False)),
+        clip=fields.number("clip_qkv", 0.0),
+        epsilon=fields.number("rms_norm_eps"),
+        tied=fields.flag("tie_word_embeddings"),
     )
-    _refuse_variants(config, sizes)
+    _refuse_variants(fields, sizes)
     return sizes
 
 
-def _shared_hidden(family: str, field: Any, expert_hidden: int) -> int:
+def _shared_hidden(family: str, fields: ConfigFields, expert_hidden: int) -> int:
     if family == "qwen2_moe":
-        return field("shared_expert_intermediate_size")
+        return fields.whole("shared_expert_intermediate_size")
     if family in ("deepseek_v2", "deepseek"):
-        return expert_hidden * field("n_shared_experts", default=0)
+        return expert_hidden * fields.whole("n_shared_experts", default=0, low=0)
     return 0
 
 
-def _router(family: str, field: Any) -> RouterRule:
-    top_k = field("num_experts_per_tok")
-    balance = "model"
-    if family in ("deepseek_v2", "deepseek"):
-        balance = "text" if field("seq_aux", default=True) else "layer"
-    if family == "deepseek_v2":
-        limited = field("topk_method", default="greedy") == "group_limited_greedy"
-        groups = (field("n_group"), field("topk_group")) if limited else (1, 1)
-        scale = float(field("routed_scaling_factor", default=1.0))
-        return RouterRule(top_k, False, scale, *groups, balance=balance)
-    renormalise = family == "mixtral" or bool(field("norm_topk_prob", default=False))
-    return RouterRule(top_k, renormalise, balance=balance)
+def _router(family: str, fields: ConfigFields, num_experts: int) -> RouterRule:
+    top_k = fields.whole("num_experts_per_tok")
+    deepseek = family in ("deepseek_v2", "deepseek")
+    balance, groups, top_groups = "model", 1, 1
+    if deepseek:
+        balance = "text" if fields.flag("seq_aux", True) else "layer"
+        fields.only("scoring_func", "softmax")
+        if fields.only("topk_method", "greedy", "group_limited_greedy") != "greedy":
+            groups, top_groups = fields.whole("n_group"), fields.whole("topk_group")
+            if num_experts % groups or top_groups > groups:
+                fields.refuse(f"n_group={groups} and topk_group={top_groups} of {num_experts} experts")
+    if top_k > num_experts // groups * top_groups:
+        fields.refuse(f"num_experts_per_tok={top_k}, more than the experts that a token can take")
+    if family == "deepseek_v2":  # whose code in transformers never renormalises
+        scale = fields.number("routed_scaling_factor", 1.0)
+        return RouterRule(top_k, False, scale, groups, top_groups, balance=balance)
+    renormalise = family == "mixtral" or fields.flag("norm_topk_prob")
+    return RouterRule(top_k, renormalise, 1.0, groups, top_groups, balance=balance)
 
 
-def _rotary(config: Mapping[str, Any], family: str, size: int) -> Rotary:
+def _rotary(fields: ConfigFields, family: str, size: int) -> Rotary:
     # transformers 5 keeps both in one field, transformers 4 in two.
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    scaling = fields.group("rope_parameters", "rope_scaling")
+    theta = scaling.number("rope_theta", fields.number("rope_theta", 10_000.0, low=1.0), low=1.0)
+    _, kind = scaling.value("rope_type", "type")
+    if kind not in (None, "default", "yarn"):
+        fields.refuse(f"rope_type {kind}", "only plain positions and YaRN can be computed")
+    for part in (fields, scaling):
+        if part.number("partial_rotary_factor", 1.0) != 1:
+            fields.refuse("partial_rotary_factor", "only heads that turn whole can be computed")
+    if size % 2:
+        fields.refuse(f"heads of {size} numbers, which positions turn in pairs")
     yarn = None
     if kind == "yarn":
-        factor = float(scaling["factor"])
-        original = scaling.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        original = scaling.whole("original_max_position_embeddings", default=0)
         yarn = (
-            factor, float(original),
-            float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1),
-            float(scaling.get("mscale") or 0), float(scaling.get("mscale_all_dim") or 0),
+            scaling.number("factor", low=1.0),
+            float(original or fields.whole("max_position_embeddings")),
+            scaling.number("beta_fast", 32.0), scaling.number("beta_slow", 1.0),
+            scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0),
         )  # fmt: skip
-    elif kind != "default":
-        raise InputError(
-            "config.json", f"rope_type {kind}", "is not supported", "use plain positions or YaRN"
-        )
-    return Rotary(float(theta), size, family == "deepseek_v2", yarn)
+    return Rotary(theta, size, family == "deepseek_v2", yarn)
 
 
-def _refuse_variants(config: Mapping[str, Any], sizes: DecoderSizes) -> None:
+def _refuse_variants(fields: ConfigFields, sizes: DecoderSizes) -> None:
     """Raises an InputError for what the module does not compute."""
-    if config.get("hidden_act", "silu") != "silu":
-        raise InputError("config.json", f"hidden_act {config['hidden_act']}", "is not supported", "use silu")
-    if config.get("mlp_bias"):
-        raise InputError("config.json", "mlp_bias", "is not supported", "use a model without it")
-    sparse = config.get("decoder_sparse_step", 1) or 1
-    if sizes.num_experts and (sparse != 1 or config.get("mlp_only_layers")):
-        raise InputError("config.json", "decoder_sparse_step or mlp_only_layers",
-                         "dense layers between those of experts are not supported",
-                         "use a model with experts in every layer after the first ones")  # fmt: skip
-    if (config.get("moe_layer_freq", 1) or 1) != 1:
-        raise InputError("config.json", "moe_layer_freq", "is not supported", "use 1")
+    fields.only("hidden_act", "silu")
+    fields.only("mlp_bias", False)
+    fields.only("moe_layer_freq", 1)
+    sparse = fields.whole("decoder_sparse_step", default=1)
+    if sizes.num_experts and (sparse != 1 or fields.content.get("mlp_only_layers")):
+        fields.refuse("dense layers between those of experts (decoder_sparse_step, mlp_only_layers)",
+                      "use a model with experts in every layer after the first ones")  # fmt: skip
+    window = fields.whole("sliding_window", default=0, low=0) or MOST
+    in_use = fields.flag("use_sliding_window", not sizes.family.startswith("qwen"))
+    kinds = fields.content.get("layer_types")
+    if kinds is not None:
+        in_use = kinds != ["full_attention"] * sizes.num_layers
+    if in_use and (window < sizes.positions or kinds is not None):
+        fields.refuse("sliding_window, or layer_types with other than full_attention",
+                      "only attention to all earlier tokens can be computed")  # fmt: skip
 
 
 def yarn_scale(factor: float, mscale: float) -> float:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.config_fields import ConfigFields
 from hfedmoe_jax.models.lora import LoraRule
 from hfedmoe_jax.models.names import Name, read_config
 
@@ -38,24 +38,20 @@ def read_encoder_sizes(directory: str) -> EncoderSizes:
       InputError: it is no BERT, or of a variant that is not supported.
     """
     content = read_config(directory)
-    kind, act = content.get("model_type"), content.get("hidden_act", "gelu")
+    fields, kind = ConfigFields(content, directory), content.get("model_type")
     if kind != "bert":
-        raise InputError(
-            "model.source", directory, f"is of type {kind!r}", "model.family=bert reads type 'bert'"
-        )
-    position = content.get("position_embedding_type", "absolute")
-    if (act, position) != ("gelu", "absolute"):
-        problem = f"has hidden_act={act!r} and position_embedding_type={position!r}"
-        raise InputError("model.source", directory, problem, "only gelu and absolute are supported")
-    fields = (
-        "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
-        "max_position_embeddings", "type_vocab_size",
+        fields.refuse(f"model_type={kind!r}", "model.family=bert reads 'bert'")
+    fields.refuse_quantised()
+    fields.only("hidden_act", "gelu")
+    fields.only("position_embedding_type", "absolute")
+    width, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    if width % heads:
+        fields.refuse(f"num_attention_heads={heads}, which does not divide hidden_size={width}")
+    return EncoderSizes(
+        fields.whole("num_hidden_layers"), width, heads, fields.whole("intermediate_size"),
+        fields.whole("vocab_size"), fields.whole("max_position_embeddings"), fields.whole("type_vocab_size"),
+        fields.number("layer_norm_eps", 1e-12),
     )  # fmt: skip
-    missing = [name for name in fields if not isinstance(content.get(name), int)]
-    if missing:
-        raise InputError("model.source", directory, f"config.json has no {', '.join(missing)}", "complete it")
-    sizes = [content[name] for name in fields]
-    return EncoderSizes(*sizes, epsilon=float(content.get("layer_norm_eps", 1e-12)))
 
 
 def encoder_names(stored: Any) -> list[Name]:

@@ -409,7 +409,7 @@ def switch_t5(config: ConfigDict, sizes: ModelSizes) -> SwitchT5:
     Raises:
       InputError: no checkpoint, or one of a family or variant that is not supported.
     """
-    shape = read_switch_sizes(source_config(config.source))._replace(lora=lora_rule(config))
+    shape = read_switch_sizes(source_config(config.source), config.source)._replace(lora=lora_rule(config))
     return SwitchT5(
         sizes, shape, config.capacity_factor, config.eval_capacity_factor, PRECISIONS[config.precision],
         config.remat,

@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.models.config_fields import ConfigFields
 from hfedmoe_jax.models.lora import LoraRule
 
 FAMILY = "switch_transformers"
-FIELDS = (
-    "vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "num_experts", "expert_capacity",
-)  # fmt: skip
 
 
 class StackSizes(NamedTuple):
@@ -79,53 +76,48 @@ class SwitchSizes(NamedTuple):
         return self.encoder.mixtures + self.decoder.mixtures
 
 
-def read_switch_sizes(config: Mapping[str, Any]) -> SwitchSizes:
+def read_switch_sizes(config: Mapping[str, Any], source: str = "config.json") -> SwitchSizes:
     """Returns the sizes of a Switch Transformer.
 
     Args:
       config: the content of a config.json of transformers 4 or 5.
+      source: directory of the checkpoint, for errors.
 
     Raises:
-      InputError: another family, a field that is missing, or a variant that is not supported.
+      InputError: another family, a field that is missing or out of range, or a variant that is not computed.
     """
-    kind, act = config.get("model_type"), config.get("dense_act_fn", "relu")
+    fields, kind = ConfigFields(config, source), config.get("model_type")
     if kind != FAMILY:
-        problem = f"is no Switch Transformer: model.family=switch_t5 reads {FAMILY!r}"
-        raise InputError("config.json", kind, problem, "use the family that the checkpoint is of")
-    missing = [name for name in FIELDS if not isinstance(config.get(name), int)]
-    if missing:
-        remedy = "use the directory as it was published"
-        raise InputError("config.json", ", ".join(missing), "is missing", remedy)
-    if act != "relu":
-        raise InputError("config.json", f"dense_act_fn {act}", "is not supported", "use relu")
-    if not config.get("tie_word_embeddings", True):
-        problem = "is not supported: text, answer and head share a table"
-        raise InputError("config.json", "tie_word_embeddings false", problem, "use a model that ties them")
-    layers = config["num_layers"]
+        fields.refuse(f"model_type={kind!r}", f"model.family=switch_t5 reads {FAMILY!r}")
+    fields.refuse_quantised()
+    fields.only("dense_act_fn", "relu")
+    fields.only("tie_word_embeddings", True)  # text, answer and head share a table
+    layers = fields.whole("num_layers")
+    of_encoder, of_decoder = (
+        fields.whole(f"num_sparse_{stack}_layers", default=3, low=0) for stack in ("encoder", "decoder")
+    )
     return SwitchSizes(
-        vocab_size=config["vocab_size"],
-        width=config["d_model"],
-        heads=config["num_heads"],
-        head_size=config["d_kv"],
-        hidden=config["d_ff"],
-        num_experts=config["num_experts"],
-        text_slots=config["expert_capacity"],
-        encoder=_stack(layers, config.get("num_sparse_encoder_layers", 3), False),
-        decoder=_stack(config.get("num_decoder_layers") or layers, config.get("num_sparse_decoder_layers", 3),
-                       True),
-        buckets=config.get("relative_attention_num_buckets", 32),
-        distance=config.get("relative_attention_max_distance", 128),
-        epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
-        router_bias=bool(config.get("router_bias", False)),
-        start=config.get("decoder_start_token_id") or 0,
-    )  # fmt: skip
+        vocab_size=fields.whole("vocab_size"),
+        width=fields.whole("d_model"),
+        heads=fields.whole("num_heads"),
+        head_size=fields.whole("d_kv"),
+        hidden=fields.whole("d_ff"),
+        num_experts=fields.whole("num_experts"),
+        text_slots=fields.whole("expert_capacity"),
+        encoder=_stack(fields, layers, of_encoder, False),
+        decoder=_stack(fields, fields.whole("num_decoder_layers", default=layers), of_decoder, True),
+        buckets=fields.whole("relative_attention_num_buckets", default=32, low=4),
+        distance=fields.whole("relative_attention_max_distance", default=128, low=4),
+        epsilon=fields.number("layer_norm_epsilon", 1e-6),
+        router_bias=fields.flag("router_bias"),
+        start=fields.whole("decoder_start_token_id", default=0, low=0),
+    )
 
 
-def _stack(layers: int, mixtures: int, causal: bool) -> StackSizes:
+def _stack(fields: ConfigFields, layers: int, mixtures: int, causal: bool) -> StackSizes:
     """Returns a stack with as many layers of experts; as transformers has it, one without is none."""
     step = layers // mixtures if mixtures else layers
     if not step or layers % step:
-        problem = f"of experts among {layers} layers are not supported"
-        remedy = "use a model with one in every so many"
-        raise InputError("config.json", f"{mixtures} layers", problem, remedy)
+        problem = f"{mixtures} layers of experts among {layers} layers"
+        fields.refuse(problem, "use a model with one in every so many")
     return StackSizes(layers, step, causal)

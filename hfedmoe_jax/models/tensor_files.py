@@ -23,7 +23,7 @@ DTYPES = {**FLOATS, "I64": np.dtype(np.int64)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ADAPTERS = "adapter_model.safetensors"
+ADAPTERS, ADAPTERS_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SHARD_BYTES = 5 * 10**9
 REMEDY = "download or copy the directory again"
 
@@ -57,18 +57,19 @@ def find_tensors(directory: str | os.PathLike) -> dict[str, StoredTensor]:
         is not among `DTYPES`.
     """
     directory = pathlib.Path(directory)
-    index = directory / INDEX
-    if not index.exists():
-        single = next((directory / name for name in (SINGLE, ADAPTERS) if (directory / name).exists()), None)
-        if single is None:
-            problem = f"holds neither {SINGLE} nor {INDEX}"
-            raise InputError(
-                "model.source", str(directory), problem, "name a directory with safetensors files"
-            )
+    index, adapted = directory / INDEX, (directory / ADAPTERS_CONFIG).exists()
+    single = directory / (ADAPTERS if adapted else SINGLE)
+    if single.exists():  # as transformers has it: an index beside it does not count
         return _read_header(single)
-    files = sorted(set(_json(index).get("weight_map", {}).values()))
-    missing = [name for name in files if not (directory / name).exists()]
-    if missing or not files:
+    if not index.exists():
+        problem = f"holds no {ADAPTERS}" if adapted else f"holds neither {SINGLE} nor {INDEX}"
+        raise InputError("model.source", str(directory), problem, "name a directory with safetensors files")
+    where = _json(index).get("weight_map")
+    if not (isinstance(where, dict) and where and all(isinstance(name, str) for name in where.values())):
+        raise InputError("model.source", str(index), "has no weight_map of tensors to files", REMEDY)
+    files = sorted(set(where.values()))
+    missing = [name for name in files if not (directory / name).is_file()]
+    if missing:
         problem = f"{INDEX} names files that are missing: {', '.join(missing)}"
         raise InputError("model.source", str(directory), problem, REMEDY)
     tensors: dict[str, StoredTensor] = {}
@@ -86,12 +87,11 @@ def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            found = {name: (each["dtype"], tuple(each["shape"]), each["data_offsets"])
-                     for name, each in header.items()}  # fmt: skip
+            found = {name: _entry(each) for name, each in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError("model.source", str(path), "has no header of safetensors", REMEDY) from None
     tensors = {}
-    for name, (kind, shape, (begin, end)) in found.items():
+    for name, (kind, shape, begin, end) in found.items():
         if kind not in DTYPES:
             problem = f"tensor {name} is of type {kind}"
             raise InputError(
@@ -102,6 +102,19 @@ def _read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
             raise InputError("model.source", str(path), f"is cut off in tensor {name}", REMEDY)
         tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin)
     return tensors
+
+
+def _entry(each: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """Returns type, shape, and first and last byte of a header's entry.
+
+    Raises:
+      ValueError, KeyError or TypeError: it is none.
+    """
+    kind, shape, (begin, end) = each["dtype"], tuple(each["shape"]), each["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not isinstance(kind, str) or not all(type(x) is int and 0 <= x < 2**63 for x in numbers):
+        raise ValueError
+    return kind, shape, begin, end
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

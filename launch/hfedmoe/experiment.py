@@ -295,6 +295,7 @@ def summarize(experiment: Experiment, state: RunState, outcome: Outcome) -> dict
         "client_steps_per_s": float(ledger.timed_steps / ledger.train_s) if ledger.timed_steps else None,
         "wall_s": float(ledger.wall_s),
         **experiment.algorithm.summary(int(state.round)),
+        **({"mixtures": report} if experiment.start and (report := experiment.start.report) else {}),
         "versions": versions(),
     }
 

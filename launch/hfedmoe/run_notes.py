@@ -75,7 +75,11 @@ def waiting_line(config: ConfigDict) -> str:
 
 def print_hints(experiment: Experiment) -> None:
     """Prints where the config asks for something that has no effect here."""
-    fraction = experiment.config.budget.fraction
+    model, fraction = experiment.config.model, experiment.config.budget.fraction
+    if model.source and not hasattr(experiment.model.module, "networks"):
+        print(f"note: {experiment.model.num_layers} layers of {experiment.model.num_experts} experts, "
+              f"{experiment.model.top_k} a token, are the checkpoint's; model.num_layers, num_experts, top_k "
+              "and upcycling have no effect")  # fmt: skip
     if fraction and experiment.algorithm.selects:
         print(f"note: budget.fraction={fraction:g} sets every budget; the devices' memory is not asked")
     if experiment.algorithm.selects and min(experiment.budgets) == experiment.cost.all_experts:

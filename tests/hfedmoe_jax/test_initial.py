@@ -34,7 +34,7 @@ def start_of(*paths):
         array = rng.standard_normal(SHAPES[path]).astype(np.float32)
         stored = StoredParam(array.shape, lambda index, array=array: np.array(array[index]))
         found[path] = stored if number % 2 == 0 else array
-    return traverse_util.unflatten_dict(found)
+    return found
 
 
 @pytest.mark.parametrize("count", range(len(SHAPES) + 1))
@@ -42,10 +42,10 @@ def test_what_a_start_has_is_read_and_the_rest_is_as_it_is_drawn(count):
     mesh, given = make_mesh(jax.devices()[:1]), list(SHAPES)[:count]
     start = start_of(*given)
     found: dict[Any, Any] = dict(traverse_util.flatten_dict(initial.fill(init, KEY, start, mesh)))
-    drawn, had = (traverse_util.flatten_dict(tree) for tree in (init(KEY), start))
+    drawn = traverse_util.flatten_dict(init(KEY))
     assert found.keys() == drawn.keys()
     for path, leaf in found.items():
-        np.testing.assert_array_equal(leaf, np.asarray(had[path] if path in given else drawn[path]))
+        np.testing.assert_array_equal(leaf, np.asarray(start[path] if path in given else drawn[path]))
         assert leaf.sharding.spec == (BY_EXPERT if path[0] == "experts" else REPLICATED)
 
 
@@ -61,7 +61,7 @@ def test_nothing_is_drawn_in_place_of_what_is_read():
     def read(index):
         raise ReadError
 
-    start = {"huge": StoredParam((2**20, 2**20, 2**10), read)}
+    start = {("huge",): StoredParam((2**20, 2**20, 2**10), read)}
     with pytest.raises(ReadError):
         initial.fill(huge, KEY, start, make_mesh(jax.devices()[:1]))
 
@@ -72,13 +72,13 @@ def test_parts_come_to_the_whole(part_bytes, monkeypatch):
     monkeypatch.setattr(initial, "PART_BYTES", part_bytes)
     path, read = ("experts", "up_df"), []
     start = start_of(path)
-    stored = start["experts"]["up_df"]
+    stored = start[path]
 
     def watched(index):
         read.append(index[0].stop - index[0].start)
         return stored.read(index)
 
-    start["experts"]["up_df"] = stored._replace(read=watched)
+    start[path] = stored._replace(read=watched)
 
     def kept(key):
         tree = init(key)

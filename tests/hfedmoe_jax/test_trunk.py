@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from own_process import run_python
 from tiny_bert import write_bert
+from tiny_decoder import write_decoder
 
 from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, make_mesh, mixtures
@@ -71,9 +72,25 @@ def test_features_are_cached_as_deep_as_parameters_are_frozen(train, cut, tmp_pa
     np.testing.assert_allclose(experiment.data.test[cut][:4], found, atol=1e-5)
 
 
+def test_a_decoders_round_is_that_without_a_cache(tmp_path):
+    source = write_decoder(tmp_path / "source", "llama")
+    losses = []
+    for cached in (False, True):
+        config = get_config("smoke")
+        config.model.update(family="decoder", source=str(source), num_layers=1, num_experts=4, top_k=2)
+        config.model.update(train="router", upcycling="copy", cache_trunk=cached)
+        config.data.update(tokenizer="checkpoint", seq_len=12)
+        config.task.name = "language_modeling"
+        experiment = Experiment(config, make_mesh(jax.devices()[:1]))
+        assert (FEATURES in experiment.data.train) == cached
+        state, row, _ = experiment.step(experiment.init())
+        losses.append((row["train_loss"], row["validation_loss"]))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fields", "problem"),
-    [(dict(family="bert", train="all"), "trunk is trained"), (dict(family="switch"), "no layers without")],
+    [(dict(family="bert", train="all"), "trunk is trained"), (dict(family="switch"), "no layers below")],
 )
 def test_what_is_trained_cannot_be_cached(fields, problem, tmp_path):
     config = get_config("smoke")

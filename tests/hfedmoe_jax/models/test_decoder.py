@@ -186,9 +186,9 @@ def test_damaged_files_are_told_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"model_type": "gpt2"}, "is no model_type of a known decoder"),
-        ({"hidden_size": None}, "'hidden_size': is missing|hidden_size"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"model_type": "gpt2"}, "config.json has model_type='gpt2'; model.family=decoder reads mixtral, "),
+        ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type longrope"),
     ],
 )

@@ -201,7 +201,7 @@ def moved(tree):
 
 def test_what_cannot_be_fine_tuned_is_refused(tmp_path):
     for case, fields, problem in (
-        ("mixtral", {"model_type": "gpt2"}, "is no model_type of a known decoder"),
+        ("mixtral", {"model_type": "gpt2"}, "model_type='gpt2'; model.family=decoder reads"),
         ("mixtral", {"vocab_size": 20}, "is of 20 tokens, its tokenizer of 23"),
         ("mixtral", {"num_hidden_layers": 3}, "layers.2.* is missing"),
     ):

@@ -141,7 +141,10 @@ def test_what_does_not_fit_together_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda d: write_bert(d, model_type="roberta"), "is of type 'roberta'"),
+        (
+            lambda d: write_bert(d, model_type="roberta"),
+            "model_type='roberta'; model.family=bert reads 'bert'",
+        ),
         (lambda d: write_bert(d, hidden_act="relu"), "hidden_act='relu'"),
         (lambda d: write_bert(d, vocab_size=None), "config.json has no vocab_size"),
         (lambda d: write_bert(d, vocab_size=39), "is of 39 tokens, its tokenizer of 40"),
@@ -190,6 +193,10 @@ def test_what_the_report_says_is_what_a_loop_finds():
     best = [set(np.argsort(s)[-2:]) for s in shares]
     overlap = np.mean([len(best[i] & best[j]) / 2 for i, j in [(0, 1), (0, 2), (1, 2)]])
     assert report["overlap"] == pytest.approx(overlap)
+    assert list(report["by_topic"]) == ["a", "b", "c"]
+    for share, of_topic in zip(shares, report["by_topic"].values(), strict=True):
+        assert of_topic["best_quarter"] == pytest.approx(np.sort(share)[-2:].sum(), rel=1e-5)
+        assert of_topic.keys() == {"best_quarter", "usage_entropy", "usage_gini"}
     found, wanted = mix(mixture, x, top_k, 2.0)[0], output(network, x)
     assert report["relative_error"] == pytest.approx(
         float(jnp.sum((found - wanted) ** 2) / jnp.sum(wanted**2))

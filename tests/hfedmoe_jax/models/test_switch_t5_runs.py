@@ -99,11 +99,11 @@ def test_layers_see_the_tokens_of_their_stack():
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"model_type": "t5"}, "is no Switch Transformer"),
-        ({"dense_act_fn": "gated-gelu"}, "dense_act_fn gated-gelu: is not supported|gated-gelu"),
-        ({"tie_word_embeddings": False}, "text, answer and head share a table"),
+        ({"model_type": "t5"}, "model_type='t5'; model.family=switch_t5 reads 'switch_transformers'"),
+        ({"dense_act_fn": "gated-gelu"}, "dense_act_fn='gated-gelu'; only 'relu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False; only True"),
         ({"num_sparse_encoder_layers": 3}, "of experts among 2 layers"),
-        ({"d_ff": None}, "d_ff"),
+        ({"d_ff": None}, "config.json has no d_ff"),
         ({"vocab_size": 20}, "is of 20 tokens, its tokenizer of 30"),
         ({"num_layers": 4, "num_sparse_encoder_layers": 2}, "encoder.block.3.*is missing"),
     ],
