@@ -52,7 +52,8 @@ def adapted(weights, factors, config, num_experts):
 
     for name, weight in weights.items():
         module = name.replace("block_sparse_moe", "mlp").removesuffix("weight")
-        if expert := re.fullmatch(r"(.*\.mlp\.experts\.)(\d+)\.(\w+)\.", module):
+        expert = re.fullmatch(r"(.*\.mlp\.experts\.)(\d+)\.(\w+)\.", module)
+        if expert and config["target_parameters"]:
             parameter, part, parts = PLACES[expert[3]]
             target = f"mlp.experts.{parameter}"
             assert target in config["target_parameters"]
@@ -76,7 +77,11 @@ def adapted(weights, factors, config, num_experts):
 
 @pytest.mark.parametrize(
     ("case", "base"),
-    [("mixtral", "nf4"), pytest.param("deepseek_v2_lite", "float32", marks=pytest.mark.slow)],
+    [
+        ("mixtral", "nf4"),
+        ("deepseek", "float32"),
+        pytest.param("deepseek_v2_lite", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_go_back_as_such_and_merged(case, base, tmp_path):
     """W + scale * A B of the checkpoint's own W, whatever is kept of it; A and B as PEFT reads them."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity_results import sketch
 from tiny_switch_t5 import EXPECTED, write_switch_t5
 
 from hfedmoe_jax.experts import Budget, Experts, flat, gradient_rules, open_layers
@@ -97,7 +98,7 @@ def test_gradients_are_those_of_transformers(computed, tmp_path):
         assert any(part in name for name in names)
     for name in names:
         np.testing.assert_allclose(
-            found[name].read(), EXPECTED[start + name], rtol=1e-4, atol=1e-5, err_msg=name
+            sketch(found[name].read()), EXPECTED[start + name], rtol=1e-4, atol=1e-5, err_msg=name
         )
 
 

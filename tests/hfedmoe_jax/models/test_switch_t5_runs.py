@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_switch_t5 import text_of, write_switch_t5
+from tiny_switch_t5 import EXPECTED, write_switch_t5
 
 from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, make_mesh
@@ -83,7 +83,7 @@ def check_likelihoods(experiment, state):
 
 
 def test_layers_see_the_tokens_of_their_stack():
-    shape = read_switch_sizes(text_of("uneven", "config"))
+    shape = read_switch_sizes(EXPECTED["uneven/config"])
     module = SwitchT5(ModelSizes(1, 1, 1), shape, 4.0, 4.0)
     batch = {"tokens": jnp.array([[5, 6, 0], [7, 0, 0]]), "answers": jnp.array([[8, 9, 3, 1], [8, 1, 0, 0]])}
     out, _ = jax.jit(module.init_with_output)(jax.random.key(0), batch)
