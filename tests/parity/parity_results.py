@@ -17,6 +17,12 @@ def sketch(array: np.ndarray) -> np.ndarray:
     return array @ draw("sketch", (array.shape[-1], 2))
 
 
+def check_sketch(array: np.ndarray, expected: np.ndarray, name: str) -> None:
+    """Raises an AssertionError unless an array has this sketch, to 1e-4 of its largest number."""
+    largest = np.max(np.abs(expected))
+    np.testing.assert_allclose(sketch(array), expected, rtol=0, atol=1e-4 * largest + 1e-9, err_msg=name)
+
+
 def save(path: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Writes float32 arrays, and what JSON can hold or lists of integers, by their keys."""
     floats = {key: x for key, x in results.items() if isinstance(x, np.ndarray) and x.dtype == np.float32}
