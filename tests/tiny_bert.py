@@ -12,11 +12,12 @@ from hfedmoe_jax.pretrained import PACKAGED
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 sys.path.append(str(PARITY))
+from parity_results import load  # noqa: E402
 from parity_weights import draw  # noqa: E402
 
-EXPECTED = dict(np.load(PARITY / "bert.npz"))
-SHAPES = json.loads(str(EXPECTED["shapes"]))
-CONFIG = json.loads(str(EXPECTED["config"]))
+EXPECTED = load(PARITY / "bert.npz")
+SHAPES = EXPECTED["shapes"]
+CONFIG = EXPECTED["config"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqr", *(f"##{x}" for x in "abcdefghijklmnopqr")]
 
 

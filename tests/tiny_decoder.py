@@ -4,7 +4,6 @@ import json
 import pathlib
 import sys
 
-import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hfedmoe_jax.models.tensor_files import NewTensor, write_tensors
@@ -12,9 +11,10 @@ from hfedmoe_jax.pretrained import PACKAGED
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 sys.path.append(str(PARITY))
+from parity_results import load  # noqa: E402
 from parity_weights import draw  # noqa: E402
 
-EXPECTED = dict(np.load(PARITY / "decoders.npz"))
+EXPECTED = load(PARITY / "decoders.npz")
 LETTERS = ["e", *"abcdfghijklmnopqrstuvw"]
 
 
@@ -26,7 +26,7 @@ def write_decoder(directory: pathlib.Path, case: str = "mixtral", **fields) -> p
       fields: of config.json, in place of the usual ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shapes, config = (json.loads(str(EXPECTED[f"{case}/{key}"])) for key in ("shapes", "config"))
+    shapes, config = (EXPECTED[f"{case}/{key}"] for key in ("shapes", "config"))
     arrays = {name: draw(name, shape) for name, shape in shapes.items()}
     write_tensors(directory, {name: NewTensor(a.dtype, a.shape, lambda a=a: a) for name, a in arrays.items()})
     (directory / "config.json").write_text(json.dumps(config | fields))

@@ -4,21 +4,17 @@ import json
 import pathlib
 import sys
 
-import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from hfedmoe_jax.models.tensor_files import NewTensor, write_tensors
 
 PARITY = pathlib.Path(__file__).parent / "parity"
 sys.path.append(str(PARITY))
+from parity_results import load  # noqa: E402
 from parity_weights import draw  # noqa: E402
 
-EXPECTED = dict(np.load(PARITY / "switch.npz"))
+EXPECTED = load(PARITY / "switch.npz")
 PIECES = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-
-
-def text_of(case: str, key: str):
-    return json.loads(str(EXPECTED[f"{case}/{key}"]))
 
 
 def write_switch_t5(directory: pathlib.Path, case: str = "roomy", **fields) -> pathlib.Path:
@@ -29,9 +25,9 @@ def write_switch_t5(directory: pathlib.Path, case: str = "roomy", **fields) -> p
       fields: of config.json, in place of the usual ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {name: draw(name, shape) for name, shape in text_of(case, "shapes").items()}
+    arrays = {name: draw(name, shape) for name, shape in EXPECTED[f"{case}/shapes"].items()}
     write_tensors(directory, {name: NewTensor(a.dtype, a.shape, lambda a=a: a) for name, a in arrays.items()})
-    (directory / "config.json").write_text(json.dumps(text_of(case, "config") | fields))
+    (directory / "config.json").write_text(json.dumps(EXPECTED[f"{case}/config"] | fields))
     tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(PIECES)], unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

@@ -70,6 +70,8 @@ def _mixture(sizes: DecoderSizes) -> list[Name]:
         stored = _MIXTRAL[part] if mixtral else f"{part}_proj"
         path = f"experts/{part}_{axes}"
         names.append(Name(path, f"{mlp}experts.{{expert}}.{stored}.weight", True, first))
+        if sizes.family == "deepseek":  # not in transformers
+            continue
         if part == "down":
             names.append(Name(path, f"{fused}down_proj", True, first))
         else:

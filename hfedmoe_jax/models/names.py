@@ -23,6 +23,18 @@ from hfedmoe_jax.published import PUBLISHED
 CONFIG = "config.json"
 
 
+class Layout(NamedTuple):
+    """How a parameter lies in a tensor.
+
+    Attributes:
+      shape: that of a parameter [of one layer and expert] -> that of its tensor.
+      view: (tensor, shape of the parameter) -> the part of the tensor that is the parameter, not a copy.
+    """
+
+    shape: Callable[[Sequence[int]], tuple[int, ...]]
+    view: Callable[[np.ndarray, Sequence[int]], np.ndarray]
+
+
 class Name(NamedTuple):
     """How a parameter is stored.
 
@@ -33,6 +45,7 @@ class Name(NamedTuple):
       first_layer: the number of the first layer of the stack.
       layers: what {layer} stands for in each layer, where it is more than the next number.
       part: (i, n) if a tensor holds n parameters, one after the other, of which this is the i-th.
+      layout: another than `transposed` and `part` describe.
     """
 
     path: str
@@ -41,6 +54,7 @@ class Name(NamedTuple):
     first_layer: int = 0
     part: tuple[int, int] = (0, 1)
     layers: tuple[str, ...] = ()
+    layout: Layout | None = None
 
     def layer(self, index: int) -> str:
         """Returns what {layer} stands for in a layer."""
@@ -198,12 +212,25 @@ def tensors_of(name: Name, shape: Sequence[int]) -> dict[tuple[int, ...], str]:
 
 def _stored_shape(name: Name, shape: Sequence[int]) -> tuple[int, ...]:
     """Returns the shape of a tensor that holds a parameter [of one layer and expert] of `shape`."""
+    if name.layout:
+        return name.layout.shape(shape)
     if len(shape) == 1:
         return tuple(shape)
     *outer, rows, columns = shape
     if name.transposed:
         rows, columns = columns, rows
     return (*outer, rows * name.part[1], columns)
+
+
+def _view(name: Name, tensor: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Returns the part of a tensor that is a parameter [of one layer and expert] of `shape`; no copy."""
+    if name.layout:
+        return name.layout.view(tensor, shape)
+    which, parts = name.part
+    if parts > 1:
+        rows = tensor.shape[-2] // parts
+        tensor = tensor[..., which * rows : (which + 1) * rows, :]
+    return tensor.swapaxes(-1, -2) if name.transposed else tensor
 
 
 def _check(
@@ -244,12 +271,7 @@ def _reader(
         result = _empty([len(each) for each in ranges], dtype)
         for place in np.ndindex(*result.shape[:lead]):
             at = tuple(ranges[axis][i] for axis, i in enumerate(place))
-            tensor = stored[tensors[at]].read()
-            which, parts = name.part
-            if parts > 1:
-                rows = tensor.shape[-2] // parts
-                tensor = tensor[..., which * rows : (which + 1) * rows, :]
-            result[place] = (tensor.swapaxes(-1, -2) if name.transposed else tensor)[index[lead:]]
+            result[place] = _view(name, stored[tensors[at]].read(), shape[lead:])[index[lead:]]
         return result
 
     return read
@@ -260,7 +282,7 @@ def export_params(
     names: Sequence[Name],
     params: Mapping[str, Any],
     config: Mapping[str, Any],
-    dtype: Any = np.float32,
+    dtypes: Mapping[str, np.dtype] | None = None,
     shard_bytes: int | None = None,
 ) -> None:
     """Writes parameters as a Hugging Face directory, tensor by tensor.
@@ -270,38 +292,32 @@ def export_params(
       names: of every parameter; of alternatives the first is written.
       params: nested dicts of arrays.
       config: the content of config.json.
-      dtype: of the tensors.
+      dtypes: of tensors by name; the others are float32.
       shard_bytes: of a file at most; None: see `tensor_files`.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    leaves = _flat(params)
     chosen: dict[str, Name] = {}
     for name in names:
         chosen.setdefault(name.path, name)
-    parts: dict[str, list[tuple[int, Callable[[], np.ndarray], tuple[int, ...]]]] = {}
-    for path, leaf in leaves.items():
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts: dict[str, list[tuple[Name, Any, tuple[int, ...]]]] = {}
+    for path, leaf in _flat(params).items():
         name = chosen[path]
-        lead = len(_axes(name))
         for index, tensor in tensors_of(name, leaf.shape).items():
-
-            def read(leaf=leaf, index=index, name=name):
-                array = part_of(leaf, index)
-                return array.swapaxes(-1, -2) if name.transposed else array
-
-            shape = _stored_shape(name._replace(part=(0, 1)), leaf.shape[lead:])
-            parts.setdefault(tensor, []).append((name.part[0], read, shape))
+            parts.setdefault(tensor, []).append((name, leaf, index))
+            shapes[tensor] = _stored_shape(name, leaf.shape[len(index) :])
     tensors = {}
-    for tensor, pieces in parts.items():
-        pieces.sort(key=lambda piece: piece[0])
-        *outer, rows, columns = pieces[0][2] if len(pieces[0][2]) > 1 else (*pieces[0][2], 1)
-        whole = pieces[0][2] if len(pieces) == 1 else (*outer, rows * len(pieces), columns)
+    for tensor, shape in shapes.items():
+        dtype = np.dtype((dtypes or {}).get(tensor, np.float32))
 
-        def join(pieces=pieces):
-            read = [piece() for _, piece, _ in pieces]
-            return read[0] if len(read) == 1 else np.concatenate(read, axis=-2)
+        def join(of=parts[tensor], shape=shape, dtype=dtype):
+            joined = np.zeros(shape, dtype)
+            for name, leaf, index in of:
+                _view(name, joined, leaf.shape[len(index) :])[...] = part_of(leaf, index)
+            return joined
 
-        tensors[tensor] = NewTensor(np.dtype(dtype), tuple(whole), join)
+        tensors[tensor] = NewTensor(dtype, shape, join)
     options = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     write_tensors(directory, tensors, **options)
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,13 @@ from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.models import Params, merge_params
 from hfedmoe_jax.models.adapter_files import write_adapters
 from hfedmoe_jax.models.lora import FACTORS, adapter_pairs, lora_rule, matrix_path
-from hfedmoe_jax.models.names import export_params, part_of, read_config
+from hfedmoe_jax.models.names import choose_names, export_params, part_of, read_config
 from hfedmoe_jax.models.tensor_files import find_tensors
 from hfedmoe_jax.pretrained import find_source
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-          "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
+          "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "added_tokens.json",
+          "chat_template.jinja")  # fmt: skip
 """Files of the source that a fine-tuned model keeps."""
 
 
@@ -28,22 +30,35 @@ def can_export(experiment: Experiment) -> bool:
 
 
 def export_model(experiment: Experiment, model: Snapshot, directory: pathlib.Path) -> None:
-    """Writes config, weights in the source's type, and the tokenizer; `transformers` loads the directory.
+    """Writes config, weights and tokenizer; `transformers` loads the directory.
 
-    Adapters are added to the checkpoint's own matrices, whatever `model.base` kept of them.
+    Tensors have the source's names, shapes and types. Adapters are added to the checkpoint's own matrices,
+    whatever `model.base` kept of them.
 
     Args:
       model: as it is used.
       directory: replaced, whole or not at all.
     """
     source = find_source(experiment.config.model.source)
-    kind = next(iter(find_tensors(source).values())).dtype
+    stored, config = find_tensors(source), read_config(source)
+    names = list(choose_names(experiment.model.module.names(), stored).values())
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     with Replacement(directory) as fresh:
-        names, config = experiment.model.module.names(), read_config(source)
-        export_params(fresh, names, merged(experiment, model), config, np.dtype(kind))
-        for name in COPIED:
-            if (source / name).exists():
-                shutil.copyfile(source / name, fresh / name)
+        export_params(fresh, names, merged(experiment, model), config, dtypes)
+        for path in kept_files(source, config):
+            shutil.copyfile(path, fresh / path.name)
+
+
+def kept_files(source: pathlib.Path, config: Mapping[str, Any]) -> list[pathlib.Path]:
+    """Returns the files beside the weights that a loader of the fine-tuned model needs.
+
+    Args:
+      config: the content of config.json; with `auto_map` the model's code lies in the directory.
+    """
+    tokenizer = source / "tokenizer_config.json"
+    coded = "auto_map" in config or (tokenizer.exists() and '"auto_map"' in tokenizer.read_text("utf-8"))
+    named = [source / name for name in COPIED if (source / name).exists()]
+    return named + (sorted(source.glob("*.py")) if coded else [])
 
 
 def merged(experiment: Experiment, model: Snapshot) -> dict[str, Any]:
@@ -87,8 +102,9 @@ class Sum:
 
     def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
         """Returns the matrix of one layer (and expert)."""
-        low = np.float32(self.scale) * (self.a[index] @ self.b[index])
-        return part_of(self.base, index) + self.added[index] + low
+        base = part_of(self.base, index)
+        more = self.added[index] + np.float32(self.scale) * (self.a[index] @ self.b[index])
+        return base + more if np.any(more) else base  # adding 0 would change a -0
 
 
 def export_adapters(experiment: Experiment, params: Params, directory: pathlib.Path) -> None:

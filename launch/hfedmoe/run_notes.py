@@ -1,11 +1,13 @@
 """Lines about a run before its first round: what it starts from, and what of its config has no effect."""
 
+import os
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from hfedmoe_jax import Experiment
+from hfedmoe_jax.models.adapter_files import BASE, read_adapter_config
 from hfedmoe_jax.specialisation import DEEPSEEK
 
 REPLACING = ("fl.score", "fl.expert_rule", "fl.gating_rule", "server.optimizer")
@@ -73,13 +75,24 @@ def waiting_line(config: ConfigDict) -> str:
     return f"reading {config.model.source}; {reads}"
 
 
+def adapters_note(directory: str | os.PathLike) -> str:
+    """Returns that nobody can check which base adapters belong to; "" if their config has its digest."""
+    config = read_adapter_config(directory)
+    if config.get(BASE):
+        return ""
+    known = config.get("base_model_name_or_path")
+    return f"model.adapters={directory} names its base only ({known}); the run takes model.source for it"
+
+
 def print_hints(experiment: Experiment) -> None:
-    """Prints where the config asks for something that has no effect here."""
+    """Prints what of the config has no effect here, or could not be checked."""
     model, fraction = experiment.config.model, experiment.config.budget.fraction
     if model.source and not hasattr(experiment.model.module, "networks"):
         print(f"note: {experiment.model.num_layers} layers of {experiment.model.num_experts} experts, "
               f"{experiment.model.top_k} a token, are the checkpoint's; model.num_layers, num_experts, top_k "
               "and upcycling have no effect")  # fmt: skip
+    if model.adapters and (note := adapters_note(model.adapters)):
+        print(f"note: {note}")
     if fraction and experiment.algorithm.selects:
         print(f"note: budget.fraction={fraction:g} sets every budget; the devices' memory is not asked")
     if experiment.algorithm.selects and min(experiment.budgets) == experiment.cost.all_experts:

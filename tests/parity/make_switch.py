@@ -2,13 +2,15 @@
 
     python tests/parity/make_switch.py              # writes tests/parity/switch.npz
 
-Weights are drawn by the names of their tensors (`parity_weights`), so the file holds results alone.
+Weights are drawn by the names of their tensors (`parity_weights`), so the file holds results alone, of
+gradients a sketch (`parity_results`).
 """
 
 import json
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from parity_results import save, sketch
 from parity_weights import draw
 
 COMMON = dict(
@@ -33,8 +36,8 @@ GRADIENTS = ("shared", "relative", "mlp.router", "expert_2.wo", "EncDecAttention
 """Parts of the names of tensors whose gradients are kept."""
 
 
-def expected(fields: dict) -> dict[str, np.ndarray]:
-    """Returns the results of a model, with its config and the shapes of its tensors as JSON."""
+def expected(fields: dict) -> dict[str, Any]:
+    """Returns the results of a model, with its config and the shapes of its tensors."""
     config = transformers.SwitchTransformersConfig(**fields)
     factory = transformers.SwitchTransformersForConditionalGeneration
     with tempfile.TemporaryDirectory() as folder:
@@ -51,23 +54,22 @@ def expected(fields: dict) -> dict[str, np.ndarray]:
     out = model(ids, attention_mask=(ids != 0).long(), labels=torch.where(labels != 0, labels, -100))
     out.loss.backward()
     results = {
-        "tokens": tokens.astype(np.int32), "answers": answers.astype(np.int32),
-        "logits": out.logits.detach().numpy(), "loss": out.loss.detach().numpy(),
+        "config": stored, "shapes": shapes, "tokens": tokens, "answers": answers,
+        "logits": (out.logits * (labels != 0)[..., None]).detach().numpy(), "loss": out.loss.detach().numpy(),
     }  # fmt: skip
-    results |= {
-        f"gradient {name}": parameter.grad.numpy()
+    return results | {
+        f"gradient {name}": sketch(parameter.grad.numpy())
         for name, parameter in model.named_parameters()
         if any(part in name for part in GRADIENTS) and parameter.grad is not None
     }
-    return results | {"config": np.array(json.dumps(stored)), "shapes": np.array(json.dumps(shapes))}
 
 
 def main() -> None:
     """Writes all cases."""
-    arrays = {}
+    results = {}
     for name, fields in CASES.items():
-        arrays |= {f"{name}/{key}": value for key, value in expected(fields).items()}
-    np.savez_compressed(pathlib.Path(__file__).with_name("switch.npz"), **arrays)
+        results |= {f"{name}/{key}": value for key, value in expected(fields).items()}
+    save(pathlib.Path(__file__).with_name("switch.npz"), results)
     print(f"{len(CASES)} Switches by transformers {transformers.__version__}, torch {torch.__version__}")
 
 

@@ -4,14 +4,15 @@ What transformers computes is in tests/parity/decoders.npz; `make test-parity` c
 """
 
 import json
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from parity_results import check_sketch
+from parity_weights import draw
+from tiny_decoder import EXPECTED
 
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.experts import Budget, Experts, flat, gradient_rules, open_layers
@@ -22,21 +23,12 @@ from hfedmoe_jax.models.decoder_sizes import read_sizes
 from hfedmoe_jax.models.names import export_params, import_params, read_config
 from hfedmoe_jax.models.tensor_files import NewTensor, find_tensors, write_tensors
 
-PARITY = pathlib.Path(__file__).parents[2] / "parity"
-sys.path.append(str(PARITY))
-from parity_weights import draw  # noqa: E402
-
-EXPECTED = dict(np.load(PARITY / "decoders.npz"))
 CASES = sorted({key.split("/")[0] for key in EXPECTED})
 MIXTURES = [case for case in CASES if case != "llama"]
 
 
 def expected(case, key):
     return EXPECTED[f"{case}/{key}"]
-
-
-def text_of(case, key):
-    return json.loads(str(expected(case, key)))
 
 
 def new_tensors(arrays):
@@ -46,9 +38,9 @@ def new_tensors(arrays):
 def published(case, directory, **options):
     """Writes the checkpoint as transformers publishes it."""
     directory.mkdir(exist_ok=True)
-    arrays = {name: draw(name, shape) for name, shape in text_of(case, "shapes").items()}
+    arrays = {name: draw(name, shape) for name, shape in expected(case, "shapes").items()}
     write_tensors(directory, new_tensors(arrays), **options)
-    (directory / "config.json").write_text(json.dumps(text_of(case, "config")))
+    (directory / "config.json").write_text(json.dumps(expected(case, "config")))
     return directory
 
 
@@ -103,10 +95,9 @@ def test_gradients_are_those_of_transformers(case, tmp_path):
     export_params(tmp_path / "gradient", decoder_names(sizes)[::-1], gradient, {})
     found = find_tensors(tmp_path / "gradient")
     names = [key.partition("/gradient ")[2] for key in EXPECTED if key.startswith(f"{case}/gradient ")]
-    assert any("experts.down_proj" in name for name in names) and any("gate.weight" in name for name in names)
+    assert any(".experts." in name for name in names) and any("gate.weight" in name for name in names)
     for name in names:
-        theirs = expected(case, f"gradient {name}")
-        np.testing.assert_allclose(found[name].read(), theirs, rtol=1e-4, atol=1e-5, err_msg=name)
+        check_sketch(found[name].read(), expected(case, f"gradient {name}"), name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -142,22 +133,22 @@ def test_parameters_are_read_into_their_shardings(tmp_path):
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_narrow_weights_are_read_as_they_are(kind, tmp_path):
-    arrays = {n: draw(n, s).astype(jnp.dtype(kind)) for n, s in text_of("olmoe", "shapes").items()}
+    arrays = {n: draw(n, s).astype(jnp.dtype(kind)) for n, s in expected("olmoe", "shapes").items()}
     write_tensors(tmp_path, new_tensors(arrays))
-    (tmp_path / "config.json").write_text(json.dumps(text_of("olmoe", "config")))
+    (tmp_path / "config.json").write_text(json.dumps(expected("olmoe", "config")))
     _, _, params = load(tmp_path)
     np.testing.assert_array_equal(params["embed"], arrays["model.embed_tokens.weight"].astype(np.float32))
 
 
 def test_all_that_is_wrong_with_a_checkpoint_is_told_at_once(tmp_path):
-    shapes = text_of("mixtral", "shapes")
+    shapes = expected("mixtral", "shapes")
     first, second = "model.norm.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     assert first in shapes and second in shapes
     arrays = {name: draw(name, shape) for name, shape in shapes.items() if name != first}
     arrays[second] = arrays[second][:, :-1].copy()
     arrays["model.extra.weight"] = np.zeros(3, np.float32)
     write_tensors(tmp_path, new_tensors(arrays))
-    (tmp_path / "config.json").write_text(json.dumps(text_of("mixtral", "config")))
+    (tmp_path / "config.json").write_text(json.dumps(expected("mixtral", "config")))
     with pytest.raises(InputError) as caught:
         load(tmp_path)
     line = str(caught.value)
@@ -194,7 +185,7 @@ def test_damaged_files_are_told_by_name(tmp_path):
 )
 def test_what_is_not_supported_is_refused(fields, problem):
     with pytest.raises(InputError, match=problem):
-        read_sizes(text_of("mixtral", "config") | fields)
+        read_sizes(expected("mixtral", "config") | fields)
 
 
 @pytest.mark.parametrize("content", [None, "[1]", "{", "[" * 10_000])

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_bert
+from parity_results import check_sketch
+from parity_weights import draw
 from tiny_bert import EXPECTED, write_bert, write_tokenizer
 
 from configs.hfedmoe import get_config
@@ -15,7 +17,10 @@ from hfedmoe_jax import Experiment, make_mesh, mixtures, pretrained
 from hfedmoe_jax.errors import InputError
 from hfedmoe_jax.models import ModelSizes
 from hfedmoe_jax.models.encoder import bert
+from hfedmoe_jax.models.encoder_sizes import encoder_names
+from hfedmoe_jax.models.names import export_params
 from hfedmoe_jax.models.switch import Head
+from hfedmoe_jax.models.tensor_files import find_tensors
 from hfedmoe_jax.upcycling import Mixture, Network, mix, output
 
 SIZES = ModelSizes(num_outputs=3, vocab_size=tiny_bert.CONFIG["vocab_size"], seq_len=12)
@@ -54,6 +59,25 @@ def test_hidden_states_are_those_of_transformers(prefix, tmp_path):
     blocks = jax.tree.map(lambda *parts: np.stack(parts), *module.networks(params))
     states, _ = module.run_above(params, blocks, features, tokens != 0)
     np.testing.assert_allclose(states, hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_those_of_transformers(tmp_path):
+    """Of a weighted sum of the hidden states of real tokens."""
+    module = bert(section(write_bert(tmp_path / "source")), SIZES)
+    tokens, weight = jnp.asarray(EXPECTED["tokens"]), draw("loss", (tiny_bert.CONFIG["hidden_size"],))
+
+    @jax.grad
+    def gradient(params):
+        hidden, _ = module.whole.apply({"params": params}, tokens, tokens != 0)
+        return jnp.sum((hidden @ weight) * (tokens != 0))
+
+    names = encoder_names(find_tensors(tmp_path / "source"))
+    export_params(tmp_path / "gradient", names, gradient(module.read(tmp_path / "source")), {})
+    found = find_tensors(tmp_path / "gradient")
+    kept = [key for key in EXPECTED if key.startswith("gradient ")]
+    assert len(kept) > 20
+    for key in kept:
+        check_sketch(found[key.removeprefix("gradient ")].read(), EXPECTED[key], key)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])

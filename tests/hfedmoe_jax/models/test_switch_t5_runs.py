@@ -6,17 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_switch_t5 import text_of, write_switch_t5
+from test_decoder_runs import moved
+from tiny_switch_t5 import EXPECTED, write_switch_t5
 
 from configs.hfedmoe import get_config
 from hfedmoe_jax import Experiment, make_mesh
 from hfedmoe_jax.data.tokenizers import load_tokenizer
 from hfedmoe_jax.errors import InputError
+from hfedmoe_jax.evaluation import Snapshot
 from hfedmoe_jax.models import ModelSizes, families
 from hfedmoe_jax.models.switch_t5 import SwitchT5
 from hfedmoe_jax.models.switch_t5_sizes import read_switch_sizes
 from hfedmoe_jax.models.tensor_files import find_tensors
-from launch.hfedmoe.export import can_export, export_model
+from launch.hfedmoe.export import can_export, export_adapters, export_model
 
 
 def run_config(directory, **model):
@@ -83,7 +85,7 @@ def check_likelihoods(experiment, state):
 
 
 def test_layers_see_the_tokens_of_their_stack():
-    shape = read_switch_sizes(text_of("uneven", "config"))
+    shape = read_switch_sizes(EXPECTED["uneven/config"])
     module = SwitchT5(ModelSizes(1, 1, 1), shape, 4.0, 4.0)
     batch = {"tokens": jnp.array([[5, 6, 0], [7, 0, 0]]), "answers": jnp.array([[8, 9, 3, 1], [8, 1, 0, 0]])}
     out, _ = jax.jit(module.init_with_output)(jax.random.key(0), batch)
@@ -122,3 +124,23 @@ def test_other_tasks_and_published_sizes_are_refused(tmp_path):
         Experiment(config, make_mesh(jax.devices()[:1]))
     with pytest.raises(InputError, match=r"'switch_base_8': is a published size, whose weights are not here"):
         build("switch_base_8")
+
+
+def test_peft_adds_the_same_adapters(tmp_path):
+    """To attention of three kinds and to experts, not to dense networks with the same names of modules."""
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    source, adapters = write_switch_t5(tmp_path / "source"), tmp_path / "adapters"
+    experiment = build(source, train="lora", lora_rank=2, lora_alpha=6.0)
+    params = moved(experiment.init().server.params)
+    export_model(experiment, Snapshot(params), tmp_path / "model")
+    export_adapters(experiment, params, adapters)
+    plain, merged = (
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(directory, dtype="auto").eval()
+        for directory in (source, tmp_path / "model")
+    )
+    ids = torch.from_numpy(np.random.default_rng(0).integers(1, 30, (3, 9)))
+    inputs = dict(input_ids=ids, decoder_input_ids=ids[:, :4])
+    before = plain(**inputs).logits.detach().numpy()
+    adapted = peft.PeftModel.from_pretrained(plain, adapters).eval()(**inputs).logits.detach().numpy()
+    np.testing.assert_allclose(adapted, merged(**inputs).logits.detach().numpy(), rtol=0, atol=1e-4)
+    assert np.max(np.abs(adapted - before)) > 0.1

@@ -18,7 +18,7 @@ from hfedmoe_jax.tasks import multiple_choice
 from launch.hfedmoe.export import can_export
 
 SIZES = ModelSizes(len(LETTERS) + 1, len(LETTERS) + 1, 12, offset=1)
-LAYERS = json.loads(str(EXPECTED["llama/config"]))["num_hidden_layers"]
+LAYERS = EXPECTED["llama/config"]["num_hidden_layers"]
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def test_a_dry_run_tells_what_the_run_has_and_writes_nothing(tmp_path, train_pat
 
 
 def test_of_a_published_size_only_shapes_are_needed(tmp_path, train_path, monkeypatch):
-    monkeypatch.setitem(published.PUBLISHED, "switch_base_8", tiny_switch_t5.text_of("roomy", "config"))
+    monkeypatch.setitem(published.PUBLISHED, "switch_base_8", tiny_switch_t5.EXPECTED["roomy/config"])
     command = tiny_run.arguments(
         tmp_path / "run", train_path, data__tokenizer="checkpoint", data__vocab_size=300
     )
@@ -57,7 +57,7 @@ def test_of_a_published_size_only_shapes_are_needed(tmp_path, train_path, monkey
     screen = tiny_run.run_main([*command, "--dry_run"])
     assert (screen.code, screen.err) == (0, "")
     parts = rows_of(screen.out, "Model")
-    shapes = tiny_switch_t5.text_of("roomy", "shapes")
+    shapes = tiny_switch_t5.EXPECTED["roomy/shapes"]
     counts = {part: int(parts[part][0].replace(",", "")) for part in ("experts", "routers", "shared")}
     expected = {
         part: sum(math.prod(shape) for name, shape in shapes.items() if key in name)
