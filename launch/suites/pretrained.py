@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs.hfedmoe import get_config
@@ -83,7 +84,7 @@ def our_forward(directory: pathlib.Path, tokens: np.ndarray) -> Callable[[], np.
     """Returns a call that computes the logits [B, T, V] of a decoder's checkpoint."""
     sizes = read_sizes(read_config(directory))
     decoder = Decoder(ModelSizes(0, sizes.vocab_size, TOKENS, 1), sizes, 1.0, 1.0)
-    params = jax.tree.map(jax.numpy.asarray, jax.tree.map(np.asarray, decoder.read(directory)))
+    params = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, decoder.read(directory)))
 
     @jax.jit
     def apply(params, batch):
@@ -91,7 +92,7 @@ def our_forward(directory: pathlib.Path, tokens: np.ndarray) -> Callable[[], np.
         return out.output  # pyright: ignore[reportAttributeAccessIssue]
 
     # Token t of a batch is the checkpoint's t - 1, for 0 is padding.
-    return lambda: np.asarray(apply(params, {"tokens": tokens + 1}))[..., 1:]
+    return lambda: np.asarray(apply(params, {"tokens": jnp.asarray(tokens + 1)}))[..., 1:]
 
 
 def torch_forward(directory: pathlib.Path, tokens: np.ndarray) -> Callable[[], np.ndarray]:
@@ -166,7 +167,7 @@ def write_mixture(directory: str) -> None:
     """Writes the checkpoint that is read: `MIXTURE`, in files of `SHARD_BYTES`."""
     sizes = read_sizes(MIXTURE)
     decoder = Decoder(ModelSizes(0, sizes.vocab_size, 2, 1), sizes, 1.0, 1.0)
-    one = {"tokens": np.zeros((1, 2), np.int32)}
+    one = {"tokens": jnp.zeros((1, 2), jnp.int32)}
     shapes = jax.eval_shape(lambda key: decoder.init(key, one)["params"], jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.random(x.shape, np.float32), shapes)
@@ -188,7 +189,7 @@ def start_here(directory: str, train: str, base: str) -> dict[str, float]:
     """
     config = get_config("decoder").model
     config.update(source=directory, train=train, base=base)
-    vocabulary = read_sizes(MIXTURE).vocab_size
+    vocabulary = read_sizes(read_config(directory)).vocab_size
     example = {"tokens": jax.ShapeDtypeStruct((1, 2), np.int32)}
     model, mesh = build_model(config, ModelSizes(0, vocabulary, 2, 1), example), make_mesh(jax.devices()[:1])
     key = jax.random.key(0)
