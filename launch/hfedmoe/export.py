@@ -56,7 +56,7 @@ def kept_files(source: pathlib.Path, config: Mapping[str, Any]) -> list[pathlib.
       config: the content of config.json; with `auto_map` the model's code lies in the directory.
     """
     tokenizer = source / "tokenizer_config.json"
-    coded = "auto_map" in config or (tokenizer.exists() and '"auto_map"' in tokenizer.read_text("utf-8"))
+    coded = "auto_map" in config or (tokenizer.exists() and b'"auto_map"' in tokenizer.read_bytes())
     named = [source / name for name in COPIED if (source / name).exists()]
     return named + (sorted(source.glob("*.py")) if coded else [])
 
