@@ -26,7 +26,7 @@ from hfedmoe_jax.models import ModelSizes, build_model, tree_bytes
 from hfedmoe_jax.models.decoder import Decoder
 from hfedmoe_jax.models.decoder_names import decoder_names
 from hfedmoe_jax.models.decoder_sizes import read_sizes
-from hfedmoe_jax.models.names import export_params, read_config
+from hfedmoe_jax.models.names import export_params, is_stored, read_config
 from hfedmoe_jax.pretrained import find_source
 from launch.suites.timing import Table, Timing, quartiles, ratio, time_together
 
@@ -84,7 +84,8 @@ def our_forward(directory: pathlib.Path, tokens: np.ndarray) -> Callable[[], np.
     """Returns a call that computes the logits [B, T, V] of a decoder's checkpoint."""
     sizes = read_sizes(read_config(directory))
     decoder = Decoder(ModelSizes(0, sizes.vocab_size, TOKENS, 1), sizes, 1.0, 1.0)
-    params = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, decoder.read(directory)))
+    read = decoder.read(directory)
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), read, is_leaf=is_stored)
 
     @jax.jit
     def apply(params, batch):
@@ -135,7 +136,8 @@ def round_of(layers: int, cached: bool) -> Callable[[], None]:
     held = [experiment.init()]
 
     def call() -> None:
-        held[0], _, _ = experiment.step(held.pop())
+        state, _, _ = experiment.step(held.pop())
+        held.append(state)
 
     return call
 

@@ -14,19 +14,13 @@ SMALL = dict(hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_atte
 
 
 def test_the_forward_pass_is_timed_and_left_alone_without_pytorch(tmp_path, monkeypatch):
-    tiny_decoder.install_as_smollm2(monkeypatch, tmp_path)
+    source = tiny_decoder.write_decoder(tmp_path, "llama")
+    monkeypatch.setattr(pretrained, "find_source", lambda name: source)
     monkeypatch.setattr(pretrained, "TOKENS", 6)
     monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(pretrained, "find_source", lambda name: source_of(tmp_path))
     ((model, ours, torch, ratio),) = pretrained.forward_table(3).rows
     assert (model, torch, ratio) == ("smollm2", None, None)
     assert isinstance(ours, Timing) and ours.median_s > 0
-
-
-def source_of(folder):
-    """Returns the directory of the tiny checkpoint."""
-    (config,) = folder.glob("cache/checkpoints/*/config.json")
-    return config.parent
 
 
 def test_the_logits_are_the_checkpoints(tmp_path, monkeypatch):
