@@ -47,7 +47,7 @@ class SwitchSizes(NamedTuple):
       num_experts: of a layer that has some.
       text_slots: tokens of a text that an expert serves at most.
       encoder, decoder: see there.
-      buckets, distance: of the relative positions (see `switch_t5.position_buckets`).
+      buckets, distance: of the relative positions (see `switch_t5_attention.position_buckets`).
       epsilon: of the norms.
       router_bias: whether routers have a bias.
       start: the token that the decoder begins with.
