@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from own_process import run_python
 
 from hfedmoe_jax import initial, make_mesh
 from hfedmoe_jax.mesh import BY_EXPERT, REPLICATED
+from hfedmoe_jax.models.frozen import keep_frozen
 from hfedmoe_jax.models.names import StoredParam
 
 SHAPES = {
@@ -87,3 +89,23 @@ def test_parts_come_to_the_whole(part_bytes, monkeypatch):
     found = initial.fill(kept, KEY, start, make_mesh(jax.devices()[:1]), "bfloat16")
     np.testing.assert_array_equal(found["experts"]["up_df"], np.asarray(stored).astype(jnp.bfloat16))
     assert read == ([2] if part_bytes > 1000 else [1, 1])
+
+
+def spread_quantised():
+    """Asserts that experts of few bits, read onto two devices, are those quantised at once."""
+    path = ("experts", "up_df")
+    start = start_of(path)
+
+    def kept(key):
+        return keep_frozen(init(key), "nf4")
+
+    mesh = make_mesh(experts=2)
+    found = initial.fill(kept, KEY, start, mesh, "nf4")["experts"]["up_df"]
+    whole = keep_frozen({"experts": {"up_df": jnp.asarray(np.asarray(start[path]))}}, "nf4")
+    for mine, expected in zip(*map(jax.tree.leaves, (found, whole["experts"]["up_df"])), strict=True):
+        np.testing.assert_array_equal(mine, expected)
+        assert mine.sharding.spec == BY_EXPERT and len(mine.sharding.device_set) == 2
+
+
+def test_experts_of_few_bits_are_spread_as_they_are_read():
+    run_python("from test_initial import spread_quantised; spread_quantised()", 2)
