@@ -260,7 +260,8 @@ class UpcycledDecoder(Decoder):
         blocks |= {"router": {"kernel": mixtures.router_de, "bias": mixtures.router_e}}
         made = {"blocks": blocks}
         made |= {"experts": dict(gate_df=experts.gate_df, up_df=experts.in_df, down_fd=experts.out_fd)}
-        return params | {"dense": below} | made
+        rest = {name: tree for name, tree in params.items() if name != "dense"}
+        return rest | ({"dense": below} if self.shape.dense_layers else {}) | made
 
 
 @functools.partial(jax.jit, static_argnums=0)
