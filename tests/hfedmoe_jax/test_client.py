@@ -199,7 +199,7 @@ def test_a_full_budget_trains_as_if_there_were_no_selection():
     data = member(config, budget=ALL)
     key = jax.random.key(1)
     selected, everything = train(start, data, key), train_all(start, data, key)
-    chex.assert_trees_all_close(selected.params, everything.params, rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_close(selected.params, everything.params, rtol=1e-5, atol=1e-6)
 
 
 def test_a_client_that_activates_more_than_its_budget_fails():
